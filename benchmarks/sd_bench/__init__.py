@@ -1,0 +1,1 @@
+"""Measures bundles: latency, quality and the peers."""

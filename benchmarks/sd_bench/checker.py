@@ -1,0 +1,142 @@
+"""Reads a picture of coloured shapes and says where it disobeys its caption.
+
+Nearest palette colour per pixel, then the shape whose ideal silhouette overlaps the segment
+best, then size and place from the segment's bounding box. It knows nothing of how the picture
+was made, so it judges drawings, VAE round trips and generated pictures alike.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sd_bench.scene import (
+    BACKGROUNDS,
+    COLORS,
+    COLUMNS,
+    PLACES,
+    ROWS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    shape_outline,
+)
+
+_MIN_AREA: Final = 0.004
+"""Share of the picture under which a colour counts as absent: the smallest drawn shape, a small
+star or cross, covers about 0.011."""
+_MIN_OVERLAP: Final = 0.72
+"""Intersection over union with the ideal silhouette under which a segment is no shape at all."""
+_TEMPLATE: Final = 64
+
+
+def faults(image: Image.Image, scene: Scene) -> list[str]:
+    """Every way in which the picture differs from the scene; empty where it obeys."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    names = [*COLORS, *BACKGROUNDS]
+    palette = np.array([*COLORS.values(), *BACKGROUNDS.values()], dtype=np.float32)
+    distance = ((pixels[:, :, None, :] - palette) ** 2).sum(axis=-1)  # [h, w, colours]
+    nearest = distance.argmin(axis=-1)
+    share = np.bincount(nearest.ravel(), minlength=len(names)) / nearest.size
+
+    found = []
+    background = max(BACKGROUNDS, key=lambda name: share[names.index(name)])
+    if scene.background not in (None, background):
+        found.append(f"background is {background}, not {scene.background}")
+    wanted = {thing.color for thing in scene.things}
+    for thing in scene.things:
+        found += _thing_faults(nearest == names.index(thing.color), thing)
+    for color in COLORS.keys() - wanted:
+        segment = _largest_blob(nearest == names.index(color))
+        if segment.mean() >= _MIN_AREA and _thickness(segment) >= 0.04:
+            found.append(f"something {color} that nobody asked for")
+    return found
+
+
+def _thing_faults(mask: np.ndarray, thing: Thing) -> list[str]:
+    segment = _largest_blob(mask)
+    if segment.mean() < _MIN_AREA:
+        return [f"no {thing.color} {thing.shape}"]
+    found = []
+    rows, columns = np.flatnonzero(segment.any(axis=1)), np.flatnonzero(segment.any(axis=0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    overlaps = _overlaps(segment[top:bottom, left:right])
+    shape = max(overlaps, key=lambda name: overlaps[name])
+    if overlaps[shape] < _MIN_OVERLAP:
+        found.append(f"the {thing.color} thing is no clear shape (best overlap {overlaps[shape]:.2f})")
+    elif shape != thing.shape:
+        found.append(f"the {thing.color} thing is a {shape}, not a {thing.shape}")
+    height, width = segment.shape
+    side = max((bottom - top) / height, (right - left) / width)
+    size = min(SIZES, key=lambda name: abs(np.log(SIZES[name] / side)))
+    if size != thing.size:
+        found.append(f"the {thing.color} thing is {size}, not {thing.size}")
+    if thing.place is not None:
+        y, x = (top + bottom) / 2 / height, (left + right) / 2 / width
+        at = (_nearest_key(ROWS, y), _nearest_key(COLUMNS, x))
+        if at != PLACES[thing.place]:
+            found.append(f"the {thing.color} thing is at {at}, not {PLACES[thing.place]}")
+    return found
+
+
+def _nearest_key(stops: dict[str, float], value: float) -> str:
+    return min(stops, key=lambda name: abs(stops[name] - value))
+
+
+def _overlaps(segment: np.ndarray) -> dict[str, float]:
+    """Intersection over union of a segment, cut to its bounding box, with every silhouette."""
+    height, width = segment.shape
+    longer = max(height, width)
+    square = np.zeros((longer, longer), dtype=bool)
+    y, x = (longer - height) // 2, (longer - width) // 2
+    square[y : y + height, x : x + width] = segment
+    image = Image.fromarray(square.astype(np.uint8) * 255)
+    probe = np.asarray(image.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BILINEAR)) >= 128
+    return {
+        shape: float((probe & _silhouette(shape)).sum() / (probe | _silhouette(shape)).sum())
+        for shape in SHAPES
+    }
+
+
+@lru_cache
+def _silhouette(shape: str) -> np.ndarray:
+    scale = 4
+    image = Image.new("L", (_TEMPLATE * scale, _TEMPLATE * scale))
+    outline = (shape_outline(shape) + 0.5) * _TEMPLATE * scale
+    ImageDraw.Draw(image).polygon([(float(x), float(y)) for x, y in outline], fill=255)
+    return np.asarray(image.reduce(scale)) >= 128
+
+
+def _largest_blob(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected region of a mask [h, w]."""
+    labels = np.zeros(mask.shape, dtype=np.int32)
+    best, best_area, label = 0, 0, 0
+    for start in zip(*np.nonzero(mask), strict=True):
+        if labels[start]:
+            continue
+        label += 1
+        area, stack = 0, [start]
+        labels[start] = label
+        while stack:
+            y, x = stack.pop()
+            area += 1
+            for spot in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= spot[0] < mask.shape[0] and 0 <= spot[1] < mask.shape[1]
+                if inside and mask[spot] and not labels[spot]:
+                    labels[spot] = label
+                    stack.append(spot)
+        if area > best_area:
+            best, best_area = label, area
+    return (labels == best) & mask
+
+
+def _thickness(segment: np.ndarray) -> float:
+    """Area over the longer side, as a share of the picture: seams between colours are thin."""
+    if not segment.any():
+        return 0.0
+    rows, columns = segment.any(axis=1).sum(), segment.any(axis=0).sum()
+    return float(segment.sum() / max(rows, columns) / max(segment.shape))

@@ -1,0 +1,62 @@
+"""What a model, its tensors and its fixed shapes are: frozen dataclasses, pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+BATCH = "batch"
+"""The one symbolic axis of every graph; all other axes are fixed by the profile."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype name and shape of a graph's input or output.
+
+    Axis 0 is `BATCH` wherever it counts pictures or prompts; its upper bound is
+    `Profile.max_batch` of the component. All other axes are integers.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes a bundle is built for: pictures per call, and their size in pixels."""
+
+    batch_size: int
+    height: int
+    width: int
+    vae_scale_factor: int
+
+    @property
+    def latent_height(self) -> int:
+        """Rows of the latents."""
+        return self.height // self.vae_scale_factor
+
+    @property
+    def latent_width(self) -> int:
+        """Columns of the latents."""
+        return self.width // self.vae_scale_factor
+
+    def max_batch(self, component: str) -> int:
+        """Largest axis 0: guidance doubles what the text encoder and the UNet see."""
+        return self.batch_size * (2 if component in ("text_encoder", "unet") else 1)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the runtime must know of the checkpoint, whatever the backend."""
+
+    source: str
+    revision: str | None
+    family: str
+    license: str | None
+    prediction_type: str
+    latent_channels: int
+    vae_scaling_factor: float
+    max_prompt_tokens: int
+    scheduler: dict[str, Any]
