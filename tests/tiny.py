@@ -1,0 +1,229 @@
+"""Tiny random Stable Diffusion v1 checkpoints, made of the unmodified classes of their authors.
+
+Weights are random, shapes small, layout and file names as on the Hub. The VAE's factor is 8 and
+the latents are 8×8 unless asked otherwise, so pictures are 64×64.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_TOKENS = 77
+WORDS = (
+    "a an the red green blue yellow circle square triangle large small on of and in with painting "
+    "photo left right above below black white background cat dog astronaut riding horse"
+)
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 printable stand-ins of byte-level BPE, in CLIP's order."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    kept += range(ord("®"), ord("ÿ") + 1)
+    rest = [byte for byte in range(256) if byte not in kept]
+    return [chr(byte) for byte in kept] + [chr(256 + n) for n in range(len(rest))]
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A small vocabulary and its merges in the order and form of CLIP's own."""
+    trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator([WORDS] * 4, trainer)
+    merges = [(left, right) for left, right in json.loads(trained.to_str())["model"]["merges"]]
+    alphabet = _byte_alphabet()
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
+    tokens = list(dict.fromkeys(tokens))
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def save_tokenizer(folder: Path, *, form: Literal["tokenizer.json", "vocab.json"]) -> int:
+    """Write a small CLIP tokenizer in one of the two forms found on the Hub; its vocabulary size."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer.save_pretrained(folder)
+    if form == "vocab.json":
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+        (folder / "special_tokens_map.json").write_text(
+            json.dumps(
+                {
+                    "bos_token": "<|startoftext|>",
+                    "eos_token": "<|endoftext|>",
+                    "pad_token": "<|endoftext|>",
+                    "unk_token": "<|endoftext|>",
+                }
+            )
+        )
+    return len(vocabulary)
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon",
+    scheduler: str = "PNDMScheduler",
+    safety_checker: bool = False,
+    tokenizer: Literal["tokenizer.json", "vocab.json"] = "tokenizer.json",
+    text_model_prefix: bool = False,
+    variant: str | None = None,
+    sample_size: int = 8,
+    block_out_channels: tuple[int, ...] = (32, 64),
+    vae_block_out_channels: tuple[int, ...] = (8, 8, 16, 16),
+    cross_attention_dim: int = 32,
+    attention_heads: int = 4,
+    norm_num_groups: int = 8,
+) -> Path:
+    """Save a random checkpoint in the diffusers v1 layout under ``folder`` and return ``folder``.
+
+    ``text_model_prefix`` writes the text encoder's keys as older transformers did; ``tokenizer``
+    picks the tokenizer's form. The same arguments give the same weights.
+    """
+    import diffusers
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary_size = save_tokenizer(folder / "tokenizer", form=tokenizer)
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary_size,
+                hidden_size=cross_attention_dim,
+                intermediate_size=2 * cross_attention_dim,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=vocabulary_size - 2,
+                eos_token_id=vocabulary_size - 1,
+                initializer_factor=2.0,
+            )
+        )
+        deep = len(block_out_channels) - 1
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=sample_size,
+            block_out_channels=block_out_channels,
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * deep + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * deep,
+            cross_attention_dim=cross_attention_dim,
+            attention_head_dim=attention_heads,
+            norm_num_groups=norm_num_groups,
+        )
+        levels = len(vae_block_out_channels)
+        vae = diffusers.AutoencoderKL(
+            sample_size=sample_size * 2 ** (levels - 1),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=vae_block_out_channels,
+            layers_per_block=1,
+            norm_num_groups=min(norm_num_groups, min(vae_block_out_channels)),
+        )
+        if safety_checker:
+            _save_safety_checker(folder)
+    finally:
+        torch.set_rng_state(state)
+
+    text_encoder.save_pretrained(folder / "text_encoder", variant=variant)
+    unet.save_pretrained(folder / "unet", variant=variant)
+    vae.save_pretrained(folder / "vae", variant=variant)
+    if text_model_prefix:
+        path = next((folder / "text_encoder").glob("*.safetensors"))
+        tensors = {f"text_model.{key}": value for key, value in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
+    getattr(diffusers, scheduler)(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        prediction_type=prediction_type,
+        steps_offset=1,
+        **options,
+    ).save_pretrained(folder / "scheduler")
+    model_index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": ["transformers", "CLIPImageProcessor"]
+        if safety_checker
+        else [None] * 2,
+        "requires_safety_checker": safety_checker,
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        if safety_checker
+        else [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(model_index, indent=2))
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n\n# Tiny\n")
+    return folder
+
+
+def _save_safety_checker(folder: Path) -> None:
+    """A random checker whose thresholds let about half of all random pictures through."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(
+            text_config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            projection_dim=16,
+        )
+    )
+    with torch.no_grad():
+        checker.concept_embeds.copy_(torch.randn_like(checker.concept_embeds))
+        checker.special_care_embeds.copy_(torch.randn_like(checker.special_care_embeds))
+        checker.concept_embeds_weights.fill_(0.45)
+        checker.special_care_embeds_weights.fill_(0.3)
+    checker.save_pretrained(folder / "safety_checker")
+    processor = {
+        "crop_size": {"height": 28, "width": 28},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 28},
+    }
+    (folder / "feature_extractor").mkdir(exist_ok=True)
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(processor))
