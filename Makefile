@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a fresh machine needs: Python 3.11 or newer, and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUILD  := build
+PROMPT ?= a large red circle on the left, a small blue square in the top right and a green star at the bottom, on a white background
+
+.PHONY: demo test lint format quality gpu clean
+
+demo: $(BUILD)/shapes.bundle/bundle.json ## export the shipped checkpoint, make a picture, say where it is
+	@$(BIN)/sd-run $(BUILD)/shapes.bundle "$(PROMPT)" --seed 7 --output $(BUILD)/demo.png
+	@echo "The picture: $(CURDIR)/$(BUILD)/demo.png"
+
+test: $(VENV)/.stamp ## lint, types and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not gpu and not network and not slow"
+
+lint: $(VENV)/.stamp
+	$(BIN)/pre-commit run --all-files
+
+format: $(VENV)/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(BUILD)/shapes.bundle/bundle.json ## how well the shipped checkpoint obeys 200 held-out captions
+	$(BIN)/sd-bench quality $(BUILD)/shapes.bundle
+
+$(BUILD)/shapes.bundle/bundle.json: $(VENV)/.stamp
+	@$(BIN)/sd-export --model benchmarks/shapes/checkpoint --output $(BUILD)/shapes.bundle
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,bench,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(BUILD) $(VENV)

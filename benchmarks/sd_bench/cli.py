@@ -1,0 +1,113 @@
+"""``sd-bench``: the command line of the instruments."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from sd_engines.errors import SdError
+
+if TYPE_CHECKING:
+    from sd_bench.quality import Answer, Score
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Measure a bundle."""
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--captions", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--num-inference-steps", type=int, default=50, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Save every picture here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quality(
+    bundle: Path,
+    captions: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    scheduler: str | None,
+    backend: str,
+    pictures: Path | None,
+    as_json: bool,
+) -> None:
+    """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
+    from sd_runtime import Pipeline
+
+    from sd_bench.quality import measure_quality
+
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+
+    def on_answer(answer: Answer) -> None:
+        if answer.faults:
+            click.echo(f"{answer.seed:4} {answer.prompt}: {'; '.join(answer.faults)}", err=True)
+        if pictures is not None:
+            answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
+
+    with Pipeline.load(bundle, backend=backend) as pipeline:
+        score = measure_quality(
+            pipeline,
+            captions=captions,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            on_answer=on_answer,
+        )
+    report = _report(score)
+    click.echo(json.dumps(report) if as_json else _sentences(report))
+
+
+def _report(score: Score) -> dict[str, object]:
+    from sd_bench.quality import fault_kinds
+
+    low, high = score.interval()
+    by_count = {
+        str(n): score.share_where(lambda a, n=n: len(a.scene.things) == n)  # type: ignore[misc]
+        for n in (1, 2, 3)
+    }
+    return {
+        "captions": len(score.answers),
+        "obeyed": score.share,
+        "interval_95": [low, high],
+        "obeyed_by_number_of_shapes": by_count,
+        "obeyed_with_unseen_pair": score.share_where(lambda a: a.has_unseen_pair),
+        "faults": dict(fault_kinds(score)),
+        "seconds_per_picture": score.seconds / len(score.answers),
+    }
+
+
+def _sentences(report: dict[str, object]) -> str:
+    low, high = report["interval_95"]  # type: ignore[misc]
+    by_count = report["obeyed_by_number_of_shapes"]
+    shapes = ", ".join(f"{n}: {share:.1%}" for n, share in by_count.items())  # type: ignore[attr-defined]
+    faults = ", ".join(f"{kind} {n}" for kind, n in report["faults"].items())  # type: ignore[attr-defined]
+    return (
+        f"{report['obeyed']:.1%} of {report['captions']} held-out captions fully right "
+        f"(95 % interval {low:.1%} to {high:.1%})\n"
+        f"by number of shapes  {shapes}\n"
+        f"never-seen colour and shape pairs  {report['obeyed_with_unseen_pair']:.1%}\n"
+        f"faults  {faults or 'none'}\n"
+        f"{report['seconds_per_picture']:.2f} s a picture"
+    )
+
+
+def main() -> None:
+    """Entry point: errors of the toolkit are caught here, once."""
+    try:
+        cli.main(standalone_mode=False)
+    except SdError as error:
+        click.echo(f"error: {error.message}\n{error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)

@@ -1,0 +1,125 @@
+"""How well a bundle of the shipped checkpoint obeys: held-out captions, judged by the checker.
+
+The one instrument for everything that trades quality: precisions, few steps, other samplers.
+Scenes, captions and seeds are fixed by their index, so two runs answer the same questions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sd_runtime import Request
+
+from sd_bench.checker import faults
+from sd_bench.scene import UNSEEN_PAIRS, Scene, caption, random_scene
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+    from sd_runtime import Pipeline
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out caption, its picture and what the checker found wrong with it."""
+
+    prompt: str
+    scene: Scene
+    seed: int
+    image: Image.Image
+    faults: tuple[str, ...]
+
+    @property
+    def has_unseen_pair(self) -> bool:
+        """True where the caption asks for a colour and shape that training never combined."""
+        return any((thing.color, thing.shape) in UNSEEN_PAIRS for thing in self.scene.things)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a bundle reached on ``len(answers)`` captions."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """Share of captions obeyed in every stated detail, 0 … 1."""
+        return sum(not answer.faults for answer in self.answers) / len(self.answers)
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of `share` (Wilson 1927)."""
+        n, p, z = len(self.answers), self.share, 1.959964
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, center - half), min(1.0, center + half)
+
+    def share_where(self, chosen: Callable[[Answer], bool]) -> float:
+        """`share` among the chosen answers; NaN where none is chosen."""
+        picked = [not answer.faults for answer in self.answers if chosen(answer)]
+        return sum(picked) / len(picked) if picked else math.nan
+
+
+def held_out_captions(count: int) -> list[tuple[str, Scene]]:
+    """The first ``count`` held-out captions, the same in every run, no two alike."""
+    captions: dict[str, Scene] = {}
+    rng = np.random.default_rng(20_260_101)
+    while len(captions) < count:
+        scene = random_scene(rng, held_out=True)
+        captions.setdefault(caption(scene, rng), scene)
+    return list(captions.items())
+
+
+def measure_quality(
+    pipeline: Pipeline,
+    *,
+    captions: int = 200,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    scheduler: str | None = None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> Score:
+    """One picture per held-out caption, seed = its index, each judged by `checker.faults`."""
+    started = time.perf_counter()
+    answers = []
+    for seed, (prompt, scene) in enumerate(held_out_captions(captions)):
+        request = Request(
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+        )
+        image = pipeline.generate(request).images[0]
+        answer = Answer(prompt, scene, seed, image, tuple(faults(image, scene)))
+        on_answer(answer)
+        answers.append(answer)
+    return Score(tuple(answers), time.perf_counter() - started)
+
+
+def fault_kinds(score: Score) -> Counter[str]:
+    """How often each kind of fault occurs: background, missing, shape, size, place, extra."""
+    kinds = {
+        "background is": "background",
+        "no ": "missing",
+        "something": "extra",
+        "is at": "place",
+        "no clear": "shape",
+        "is a ": "shape",
+    }
+    counts: Counter[str] = Counter()
+    for answer in score.answers:
+        for fault in answer.faults:
+            matches = (
+                kind
+                for words, kind in kinds.items()
+                if (fault.startswith(words) if words in ("no ", "something") else words in fault)
+            )
+            counts[next(matches, "size")] += 1
+    return counts

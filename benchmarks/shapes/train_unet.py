@@ -1,0 +1,168 @@
+"""Trains the UNet and the text encoder of the shipped checkpoint on the VAE's latents.
+
+``python benchmarks/shapes/train_unet.py FOLDER`` expects FOLDER/vae, FOLDER/tokenizer and
+FOLDER/text_encoder from the two scripts before it, and leaves a complete diffusers checkpoint in
+FOLDER/checkpoint. Latents are encoded once; every epoch pairs them with freshly worded captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel
+from train_text_encoder import WIDTH, token_ids
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sd_bench.scene import Scene, caption, draw, random_scene
+
+RESOLUTION = 128
+DROPPED_CAPTIONS = 0.1
+EMA_DECAY = 0.999
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 8,
+        layers_per_block=1,
+        block_out_channels=[96, 128, 128],
+        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def encode_scenes(
+    vae: AutoencoderKL, *, count: int, seed: int
+) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+    """Scenes with the mean and the standard deviation of their latents, both bfloat16."""
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
+    means, stds = [], []
+    while len(scenes) < count:
+        batch = [random_scene(rng, held_out=False) for _ in range(32)]
+        pixels = np.stack([np.asarray(draw(s, rng, resolution=RESOLUTION)[0]) for s in batch])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        scenes += batch
+        means.append(posterior.mean.bfloat16().contiguous())
+        stds.append(posterior.std.bfloat16().contiguous())
+    return scenes, torch.cat(means), torch.cat(stds)
+
+
+def save(
+    folder: Path,
+    *,
+    unet: torch.nn.Module,
+    text_encoder: torch.nn.Module,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """A copy in fp16 and the diffusers v1 layout, with PNDM as v1 has it."""
+    unet, text_encoder, vae = copy.deepcopy((unet, text_encoder, vae))
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--resume", type=Path, help="a state.pt that an earlier run left")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(args.folder / "vae").to(memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(args.folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(args.folder / "text_encoder")
+    unet = new_unet()
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    if args.resume:
+        state = torch.load(args.resume, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    started = time.time()
+    rng = np.random.default_rng(time.time_ns())
+    scenes, means, stds = encode_scenes(vae, count=args.scenes, seed=int(rng.integers(2**31)))
+    scale = 1 / float(means.float().std())
+    vae.register_to_config(scaling_factor=scale)
+    seconds = time.time() - started
+    print(f"{len(scenes)} scenes in {seconds:.0f} s, scaling factor {scale:.4f}", flush=True)
+
+    noise_schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    alphas = noise_schedule.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / snr  # min-SNR-5 for epsilon, Hang et al. 2023
+    step, running, reported = 0, 1.0, time.time()
+    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
+        rate = min(1.0, step / 200) * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
+        rows = torch.randint(len(scenes), (args.batch_size,))
+        words = [
+            "" if rng.random() < DROPPED_CAPTIONS else caption(scenes[row], rng) for row in rows
+        ]
+        mean, std = means[rows].float(), stds[rows].float()
+        latents = (mean + std * torch.randn_like(mean)) * scale
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (args.batch_size,))
+        noisy = noise_schedule.add_noise(latents, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            prompt_embeds = text_encoder(token_ids(tokenizer, words)).last_hidden_state
+            noise_pred = unet(noisy, timesteps, prompt_embeds).sample
+        errors = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (errors * weights[timesteps]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+        running = 0.99 * running + 0.01 * loss.item()
+        step += 1
+        if step % 50 == 0:
+            print(f"{progress:4.0%} step {step} loss {running:.4f}", flush=True)
+        if time.time() - reported > 300:
+            reported = time.time()
+            state = {"model": model, "ema": ema, "optimizer": optimizer}
+            torch.save({k: v.state_dict() for k, v in state.items()}, args.folder / "state.pt")
+            save(args.folder / "checkpoint", **ema.module, vae=vae, tokenizer=tokenizer)
+    save(args.folder / "checkpoint", **ema.module, vae=vae, tokenizer=tokenizer)
+
+
+if __name__ == "__main__":
+    main()
