@@ -7,8 +7,9 @@ was made, so it judges drawings, VAE round trips and generated pictures alike.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,7 +35,18 @@ _MIN_OVERLAP: Final = 0.72
 _TEMPLATE: Final = 64
 
 
-def faults(image: Image.Image, scene: Scene) -> list[str]:
+@dataclass(frozen=True)
+class Fault:
+    """One way in which a picture disobeys its caption."""
+
+    kind: Literal["background", "missing", "extra", "shape", "size", "place"]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def faults(image: Image.Image, scene: Scene) -> list[Fault]:
     """Every way in which the picture differs from the scene; empty where it obeys."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     names = [*COLORS, *BACKGROUNDS]
@@ -43,43 +55,45 @@ def faults(image: Image.Image, scene: Scene) -> list[str]:
     nearest = distance.argmin(axis=-1)
     share = np.bincount(nearest.ravel(), minlength=len(names)) / nearest.size
 
-    found = []
+    found: list[Fault] = []
     background = max(BACKGROUNDS, key=lambda name: share[names.index(name)])
     if scene.background not in (None, background):
-        found.append(f"background is {background}, not {scene.background}")
+        found.append(Fault("background", f"{background}, not {scene.background}, background"))
     wanted = {thing.color for thing in scene.things}
     for thing in scene.things:
         found += _thing_faults(nearest == names.index(thing.color), thing)
     for color in COLORS.keys() - wanted:
         segment = _largest_blob(nearest == names.index(color))
         if segment.mean() >= _MIN_AREA and _thickness(segment) >= 0.04:
-            found.append(f"something {color} that nobody asked for")
+            found.append(Fault("extra", f"something {color} that nobody asked for"))
     return found
 
 
-def _thing_faults(mask: np.ndarray, thing: Thing) -> list[str]:
+def _thing_faults(mask: np.ndarray, thing: Thing) -> list[Fault]:
     segment = _largest_blob(mask)
     if segment.mean() < _MIN_AREA:
-        return [f"no {thing.color} {thing.shape}"]
-    found = []
+        return [Fault("missing", f"no {thing.color} {thing.shape}")]
+    found: list[Fault] = []
     rows, columns = np.flatnonzero(segment.any(axis=1)), np.flatnonzero(segment.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     overlaps = _overlaps(segment[top:bottom, left:right])
     shape = max(overlaps, key=lambda name: overlaps[name])
     if overlaps[shape] < _MIN_OVERLAP:
-        found.append(f"the {thing.color} thing is no clear shape (best overlap {overlaps[shape]:.2f})")
+        text = f"{thing.color} blot, overlap {overlaps[shape]:.2f} with a {shape}"
+        found.append(Fault("shape", text))
     elif shape != thing.shape:
-        found.append(f"the {thing.color} thing is a {shape}, not a {thing.shape}")
+        found.append(Fault("shape", f"{thing.color} {shape}, not {thing.shape}"))
     height, width = segment.shape
     side = max((bottom - top) / height, (right - left) / width)
     size = min(SIZES, key=lambda name: abs(np.log(SIZES[name] / side)))
     if size != thing.size:
-        found.append(f"the {thing.color} thing is {size}, not {thing.size}")
+        found.append(Fault("size", f"{thing.color} {thing.shape} {size}, not {thing.size}"))
     if thing.place is not None:
         y, x = (top + bottom) / 2 / height, (left + right) / 2 / width
         at = (_nearest_key(ROWS, y), _nearest_key(COLUMNS, x))
         if at != PLACES[thing.place]:
-            found.append(f"the {thing.color} thing is at {at}, not {PLACES[thing.place]}")
+            text = f"{thing.color} {thing.shape} at {' '.join(at)}, not {thing.place}"
+            found.append(Fault("place", text))
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
 from sd_engines.errors import SdError
 
 if TYPE_CHECKING:
@@ -39,16 +40,17 @@ def quality(
     as_json: bool,
 ) -> None:
     """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
-    from sd_runtime import Pipeline
-
     from sd_bench.quality import measure_quality
+    from sd_runtime import Pipeline
 
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
 
     def on_answer(answer: Answer) -> None:
         if answer.faults:
-            click.echo(f"{answer.seed:4} {answer.prompt}: {'; '.join(answer.faults)}", err=True)
+            click.echo(
+                f"{answer.seed:4} {answer.prompt}: {'; '.join(map(str, answer.faults))}", err=True
+            )
         if pictures is not None:
             answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
 

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sd_runtime import Request
 
-from sd_bench.checker import faults
+from sd_bench.checker import Fault, faults
 from sd_bench.scene import UNSEEN_PAIRS, Scene, caption, random_scene
+from sd_runtime import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL import Image
+
     from sd_runtime import Pipeline
 
 
@@ -33,7 +34,7 @@ class Answer:
     scene: Scene
     seed: int
     image: Image.Image
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
 
     @property
     def has_unseen_pair(self) -> bool:
@@ -104,22 +105,5 @@ def measure_quality(
 
 
 def fault_kinds(score: Score) -> Counter[str]:
-    """How often each kind of fault occurs: background, missing, shape, size, place, extra."""
-    kinds = {
-        "background is": "background",
-        "no ": "missing",
-        "something": "extra",
-        "is at": "place",
-        "no clear": "shape",
-        "is a ": "shape",
-    }
-    counts: Counter[str] = Counter()
-    for answer in score.answers:
-        for fault in answer.faults:
-            matches = (
-                kind
-                for words, kind in kinds.items()
-                if (fault.startswith(words) if words in ("no ", "something") else words in fault)
-            )
-            counts[next(matches, "size")] += 1
-    return counts
+    """How often each kind of fault occurs, by `Fault.kind`."""
+    return Counter(fault.kind for answer in score.answers for fault in answer.faults)

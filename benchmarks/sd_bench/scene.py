@@ -74,7 +74,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a thing was drawn, in shares of the picture: centre of the bounding box, longer side."""
+    """Where a thing was drawn, in shares of the picture: its box's centre and longer side."""
 
     x: float
     y: float

@@ -85,7 +85,10 @@ class Reader(nn.Module):
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
         self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, len(SIZES) + 1, len(BACKGROUNDS) + 1]
         self.head = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, sum(self.sizes))
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.GELU(),
+            nn.Linear(WIDTH, sum(self.sizes)),
         )
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -123,8 +126,8 @@ def main() -> None:
     print(f"{len(tokenizer)} tokens", flush=True)
     started, step = time.time(), 0
     while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = min(1, step / 100) * 5e-4 * (
-            1 + math.cos(math.pi * progress)
+        optimizer.param_groups[0]["lr"] = (
+            min(1, step / 100) * 5e-4 * (1 + math.cos(math.pi * progress))
         )
         scenes = [random_scene(rng, held_out=False) for _ in range(64)]
         ids = token_ids(tokenizer, [caption(scene, rng) for scene in scenes])
@@ -145,7 +148,10 @@ def main() -> None:
         if step % 100 == 0:
             right = torch.stack([r.argmax(-1) == wanted[..., i] for i, r in enumerate(read)])
             whole = right.all(dim=0).all(dim=1).float().mean()
-            print(f"step {step} loss {float(loss):.4f} captions read right {float(whole):.0%}", flush=True)
+            print(
+                f"step {step} loss {float(loss):.4f} captions read right {float(whole):.0%}",
+                flush=True,
+            )
     encoder.save_pretrained(args.output / "text_encoder")
 
 
