@@ -1,1 +1,33 @@
-"""."""
+"""Bundles and the engines inside them: the lowest layer, which needs numpy and one backend.
+
+::
+
+    from sd_engines import open_bundle, open_engine
+
+    bundle = open_bundle("bundle")
+    with open_engine(bundle, "unet") as unet:
+        binding = unet.bind(batch=2)          # fixed buffers, kept per batch
+        binding.inputs["sample"][...] = ...   # written in place
+        binding.run()                         # allocates nothing
+        binding.outputs["noise_pred"]         # read in place
+
+`errors` draws the exception tree, `manifest` is what `bundle.json` says, and `../README.md` is the
+format of a bundle, byte for byte.
+"""
+
+from sd_engines.bundle import Bundle, open_bundle
+from sd_engines.engine import Binding, Engine, open_engine
+from sd_engines.errors import SdError
+from sd_engines.spec import ModelSpec, Profile, TensorSpec
+
+__all__ = [
+    "Binding",
+    "Bundle",
+    "Engine",
+    "ModelSpec",
+    "Profile",
+    "SdError",
+    "TensorSpec",
+    "open_bundle",
+    "open_engine",
+]

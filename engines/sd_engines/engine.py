@@ -1,17 +1,31 @@
-"""The Engine protocol: one compiled component behind named arrays."""
+"""The Engine protocol: one compiled component behind named arrays; who builds and opens it."""
 
 from __future__ import annotations
 
+import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import TracebackType
+from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
+from sd_engines.manifest import BACKENDS
 
-    from sd_engines.spec import TensorSpec
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from types import ModuleType, TracebackType
+
+    from sd_engines.bundle import Bundle
+    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.spec import Precision, Profile, TensorSpec
+
+logger = logging.getLogger(__name__)
 
 Array: TypeAlias = Any
 """A numpy array on the CPU; a CuPy array where the engine's device is a GPU."""
+
+
+Progress: TypeAlias = "Callable[[str, int, int], None]"
+"""Called with a build's phase, its steps done and its steps in all; may raise to stop the build."""
 
 
 class Binding(Protocol):
@@ -41,5 +55,118 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None: ...
+
+
+def build_engine(
+    backend: str,
+    onnx_path: Path,
+    *,
+    output_dir: Path,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    precision: Precision | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> EngineEntry:
+    """Make ``onnx_path`` ready for ``backend``; returns the manifest's entry.
+
+    Built files go to ``output_dir/engines/…``; portable backends write none. ``precision`` None:
+    what the backend makes of the graph by default. `ConfigError` for an unknown backend, target or
+    a precision it does not take; `BackendError` where the build fails.
+    """
+    module = _module(backend)
+    built: EngineEntry = module.build(
+        onnx_path,
+        output_dir=output_dir,
+        backend=backend,
+        component=component,
+        entry=entry,
+        profile=profile,
+        precision=precision,
+        target=target,
+        progress=progress,
+    )
+    return built
+
+
+def open_engine(
+    bundle: Bundle,
+    component: str,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    precision: Precision | None = None,
+) -> Engine:
+    """Open ``component`` of ``bundle``, its bytes checked.
+
+    ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
+    installed, made for this machine and opens. ``precision`` None takes the first listed.
+    `ConfigError` for an unknown backend, `BundleError` where the bundle lacks what is asked for,
+    `EngineMismatchError` for an engine of another machine or version, `BackendError` where the
+    backend does not start.
+    """
+    if backend != "auto":
+        _module(backend)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}", "Name 1 or more, or leave it out.")
+    if component not in bundle.manifest.components:
+        raise BundleError(
+            f"{bundle.path}: has no component {component!r}",
+            nearest(component, bundle.manifest.components),
+        )
+    entries = [
+        entry
+        for name in (BACKENDS if backend == "auto" else (backend,))
+        for entry in bundle.manifest.engines
+        if entry.component == component
+        and entry.backend == name
+        and precision in (None, entry.precision)
+    ]
+    if not entries:
+        what = " ".join(filter(None, (precision, None if backend == "auto" else backend)))
+        raise BundleError(
+            f"{bundle.path}: has no {what} engine of {component}",
+            f"sd-export build {bundle.path} --backend "
+            f"{'onnxruntime' if backend == 'auto' else backend}",
+        )
+    refusals: list[BackendError | EngineMismatchError] = []
+    for entry in entries:
+        try:
+            return _open(bundle, entry, threads)
+        except (BackendError, EngineMismatchError) as error:
+            refusals.append(error)
+            level = logging.WARNING if isinstance(error, EngineMismatchError) else logging.INFO
+            logger.log(level, "%s: no %s engine here: %s", component, entry.backend, error.message)
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise BackendError(
+        f"no engine of {component} opens here: " + "; ".join(e.message for e in refusals),
+        " · ".join(dict.fromkeys(e.hint for e in refusals)),
+    ) from refusals[0]
+
+
+def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
+    module = _module(entry.backend)
+    module.check(entry, bundle_path=bundle.path)  # before hashing, which takes seconds
+    engine: Engine = module.load(
+        bundle.verified_engine(entry),
+        component=bundle.manifest.components[entry.component],
+        engine=entry,
+        max_batch=bundle.manifest.profile.max_batch(entry.component),
+        threads=threads,
+    )
+    return engine
+
+
+def _module(backend: str) -> ModuleType:
+    """The module that builds and loads engines of ``backend``; its package is imported later."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}", nearest(backend, BACKENDS))
+    name = "tensorrt" if backend.startswith("tensorrt") else backend
+    return import_module(f"sd_engines.backends.{name}")

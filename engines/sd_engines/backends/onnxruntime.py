@@ -1,0 +1,237 @@
+"""ONNX Runtime: any ONNX of a bundle on the CPU, or on an NVIDIA GPU with onnxruntime-gpu.
+
+Inputs and outputs are bound once per batch to fixed memory, so a run allocates nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from sd_engines.border import (
+    check_arrays,
+    check_batch,
+    check_graph,
+    closed_error,
+    import_package,
+    shape_at,
+)
+from sd_engines.bundle import portable_entry
+from sd_engines.cores import usable_cores
+from sd_engines.errors import BackendError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from sd_engines.engine import Array, Progress
+    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.spec import Precision, Profile
+
+BACKEND = "onnxruntime"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_HINT = "Check the memory that is free, or name another backend."
+_DTYPES = {
+    "tensor(bool)": "bool",
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+}
+
+
+def build(
+    onnx_path: Path,
+    *,
+    output_dir: Path,
+    backend: str = BACKEND,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    precision: Precision | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> EngineEntry:
+    """The engine entry of ``onnx_path``, which ONNX Runtime runs as it is: nothing is written.
+
+    ``target`` is ``cpu`` (default) or ``cuda``. ``precision`` is that of the graph; asking for
+    another is a `ConfigError`.
+    """
+    target = target or "cpu"
+    version = _package(target).__version__
+    if precision not in (None, entry.precision):
+        raise ConfigError(
+            f"ONNX Runtime computes in the precision of the graph, {entry.precision}, "
+            f"not {precision}",
+            f"Export with --precision {precision}, or name another backend.",
+        )
+    return portable_entry(
+        component, entry, profile, BACKEND, version=version, target=target, precision=None
+    )
+
+
+def check(engine: EngineEntry, *, bundle_path: Path) -> None:
+    """`BackendError` where the package or the provider of the engine's target is not here."""
+    _package(engine.target)
+
+
+def load(
+    path: Path,
+    *,
+    component: ComponentEntry,
+    engine: EngineEntry,
+    max_batch: int,
+    threads: int | None = None,
+) -> OnnxRuntimeEngine:
+    """Open the ONNX at ``path``; ``threads`` None: every core this process may use.
+
+    `BackendError` where the package, the provider or memory is missing.
+    """
+    target = engine.target
+    package = _package(target)
+    options = package.SessionOptions()
+    options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Named, because the default also pins each thread to a core of its own, which stalls the whole
+    # pool as soon as one of those cores is busy with something else.
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: what matters arrives as an exception
+    provider: Any = _PROVIDERS[target]
+    stream = None
+    if target == "cuda":
+        # A blocking stream: ordered with CuPy's default stream without waiting on the host.
+        stream = import_package("cupy", extra="cuda").cuda.Stream(non_blocking=False)
+        provider = (provider, {"user_compute_stream": str(stream.ptr)})
+    try:
+        session = package.InferenceSession(
+            os.fspath(path), options, providers=[provider], enable_fallback=0
+        )
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot open {path}: {error}", _HINT) from error
+    if session.get_providers()[0] != _PROVIDERS[target]:  # it goes on without, and says nothing
+        raise BackendError(
+            f"ONNX Runtime did not start its {_PROVIDERS[target]}",
+            'Check the NVIDIA driver, and run: pip install "sd-toolkit[cuda]"',
+        )
+    return OnnxRuntimeEngine(
+        session, component=component, max_batch=max_batch, target=target, stream=stream
+    )
+
+
+def _package(target: str) -> Any:
+    if target not in _PROVIDERS:
+        raise ConfigError(f"unknown target {target!r}", nearest(target, _PROVIDERS))
+    package = import_package("onnxruntime", extra=target)
+    if _PROVIDERS[target] not in package.get_available_providers():
+        raise BackendError(
+            f"this onnxruntime has no {_PROVIDERS[target]}",
+            f'pip uninstall onnxruntime, then pip install "sd-toolkit[{target}]"',
+        )
+    return package
+
+
+class OnnxRuntimeEngine:
+    """An `Engine` over one inference session."""
+
+    def __init__(
+        self,
+        session: Any,
+        *,
+        component: ComponentEntry,
+        max_batch: int,
+        target: str,
+        stream: Any,
+    ) -> None:
+        self.inputs = {spec.name: spec for spec in component.inputs}
+        self.outputs = {spec.name: spec for spec in component.outputs}
+        for kind, specs, found in (
+            ("inputs", self.inputs, session.get_inputs()),
+            ("outputs", self.outputs, session.get_outputs()),
+        ):
+            check_graph(
+                kind, specs, ((a.name, _DTYPES.get(a.type, a.type), len(a.shape)) for a in found)
+            )
+        self.target = target
+        self._session = session
+        self._max_batch = max_batch
+        self._stream = stream
+        self._bindings: dict[int, OnnxRuntimeBinding] = {}
+
+    def bind(self, batch: int) -> OnnxRuntimeBinding:
+        """Buffers for ``batch`` rows, zeroed; the same ones for the same ``batch``."""
+        if self._session is None:
+            raise closed_error()
+        check_batch(batch, self._max_batch)
+        if batch not in self._bindings:
+            self._bindings[batch] = self._new_binding(batch)
+        return self._bindings[batch]
+
+    def _new_binding(self, batch: int) -> OnnxRuntimeBinding:
+        xp = np if self.target == "cpu" else import_package("cupy", extra="cuda")
+        inputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.inputs.items()}
+        outputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.outputs.items()}
+        return OnnxRuntimeBinding(self._session, inputs, outputs, self.target)
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run once, on buffers of its own: any number of threads may call at a time."""
+        if self._session is None:
+            raise closed_error()
+        batch = check_arrays(self.inputs, arrays, self._max_batch)
+        binding = self._new_binding(batch)
+        for name, array in arrays.items():
+            binding.inputs[name][...] = array
+        binding.run()
+        return dict(binding.outputs)
+
+    def close(self) -> None:
+        """Free the session and the buffers; twice is allowed."""
+        for binding in self._bindings.values():
+            binding.close()
+        self._bindings.clear()
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class OnnxRuntimeBinding:
+    """A `Binding`: the session's inputs and outputs tied to ``inputs`` and ``outputs``."""
+
+    def __init__(
+        self, session: Any, inputs: dict[str, Array], outputs: dict[str, Array], target: str
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self._session = session
+        self._io = session.io_binding()
+        for arrays, bind in ((inputs, self._io.bind_input), (outputs, self._io.bind_output)):
+            for name, array in arrays.items():
+                address = array.ctypes.data if target == "cpu" else array.data.ptr
+                bind(name, target, 0, array.dtype.type, array.shape, address)
+        self._options = import_package("onnxruntime", extra="cpu").RunOptions()
+        if target == "cuda":
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run(self) -> None:
+        """Run from ``inputs`` into ``outputs``; on a GPU, enqueue only."""
+        if self._session is None:
+            raise closed_error()
+        try:
+            self._session.run_with_iobinding(self._io, self._options)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}", _HINT) from error
+
+    def close(self) -> None:
+        """Let go of the session; the buffers stay the caller's."""
+        self._session = self._io = None

@@ -1,0 +1,199 @@
+"""The bundle: opened, checked against its manifest, sealed, and extended in place.
+
+`bundle.json` is written last and everything arrives by rename, so whoever sees a manifest sees a
+complete bundle. The format itself is in `engines/README.md` and read by `manifest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import BundleError, EngineMismatchError
+from sd_engines.files import check_file, hash_files, listed_files, read_manifest
+from sd_engines.manifest import (
+    BACKENDS,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    PORTABLE_BACKENDS,
+    REMAKE_HINT,
+    CertificateEntry,
+    ComponentEntry,
+    EngineEntry,
+    FileEntry,
+    Manifest,
+)
+from sd_engines.seal import add_engines, seal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from sd_engines.spec import Precision, Profile
+
+__all__ = [
+    "BACKENDS",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "PORTABLE_BACKENDS",
+    "REMAKE_HINT",
+    "Bundle",
+    "CertificateEntry",
+    "ComponentEntry",
+    "EngineEntry",
+    "FileEntry",
+    "Manifest",
+    "add_engines",
+    "engine_key",
+    "hash_files",
+    "open_bundle",
+    "portable_entry",
+    "seal",
+]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest. Files are checked when they are asked for, not before."""
+
+    path: Path
+    manifest: Manifest
+
+    def verified_path(self, name: str) -> Path:
+        """The file called ``name``, its bytes checked; for a component, its ONNX and all its files.
+
+        ``name`` is a component (``unet``) or a file of `Manifest.files`. `BundleError` where it is
+        unknown, missing, of another size, or differs in one byte.
+        """
+        component = self.manifest.components.get(name)
+        if component is not None:
+            self._verify(component.files)
+            return self.path / component.file
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no {name!r}", REMAKE_HINT)
+        self._verify({name: self.manifest.files[name]})
+        return self.path / name
+
+    def verified_engine(self, engine: EngineEntry) -> Path:
+        """The engine's file, checked; its key must be that of the ONNX that lies in the bundle.
+
+        `EngineMismatchError` where the ONNX, the profile or a build flag changed since it was
+        built; `BundleError` as `verified_path`.
+        """
+        if engine.backend in PORTABLE_BACKENDS:
+            return self.verified_path(engine.component)
+        if engine.key != _key_of(engine, self.manifest):
+            raise EngineMismatchError(
+                f"{engine.file}: built from another {engine.component} than the bundle holds",
+                f"sd-export build {self.path} --backend {engine.backend}",
+            )
+        hint = f"Build it again: sd-export build {self.path} --backend {engine.backend}"
+        self._verify({engine.file: FileEntry(sha256=engine.sha256, bytes=engine.bytes)}, hint=hint)
+        return self.path / engine.file
+
+    def verify(self) -> None:
+        """Check every byte that the manifest lists; `BundleError` names the first file at fault."""
+        self._verify(listed_files(self.manifest))
+
+    def _verify(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
+        for name, entry in files.items():
+            check_file(self.path, name, entry.bytes, hint=hint)
+        for name, found in hash_files(self.path, files).items():
+            if found.sha256 != files[name].sha256:
+                raise BundleError(
+                    f"{self.path / name}: altered: its SHA-256 is not the manifest's", hint
+                )
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open the bundle at ``path``: its manifest, and that all its files are there, whole in size.
+
+    No file is hashed yet: `Bundle.verified_path` and `Bundle.verify` do. `BundleError` where the
+    folder is no bundle, is incomplete, or lists a file that lies outside of it.
+    """
+    root = Path(os.path.realpath(path))
+    manifest = read_manifest(root)
+    for name, entry in listed_files(manifest).items():
+        check_file(root, name, entry.bytes)
+    return Bundle(root, manifest)
+
+
+def engine_key(
+    onnx_sha256s: Iterable[str],
+    *,
+    profile: Profile,
+    precision: Precision,
+    backend: str,
+    version: str,
+    target: str,
+    flags: Mapping[str, str],
+) -> str:
+    """SHA-256 over everything an engine depends on: equal keys mean the engine need not be rebuilt.
+
+    ``onnx_sha256s`` are the hashes of all files of the component, in any order.
+    """
+    parts = {
+        "backend": backend,
+        "flags": dict(flags),
+        "onnx": sorted(onnx_sha256s),
+        "precision": precision,
+        "profile": asdict(profile),
+        "target": target,
+        "version": version,
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def portable_entry(
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    backend: str,
+    *,
+    version: str,
+    target: str,
+    precision: Precision | None,
+) -> EngineEntry:
+    """The engine entry of a backend that runs ``entry``'s ONNX as it is.
+
+    ``precision`` None: that of the graph.
+    """
+    onnx = entry.files[entry.file]
+    precision = precision or entry.precision
+    return EngineEntry(
+        component=component,
+        backend=backend,
+        version=version,
+        target=target,
+        precision=precision,
+        file=entry.file,
+        sha256=onnx.sha256,
+        bytes=onnx.bytes,
+        flags={},
+        key=engine_key(
+            (file.sha256 for file in entry.files.values()),
+            profile=profile,
+            precision=precision,
+            backend=backend,
+            version=version,
+            target=target,
+            flags={},
+        ),
+    )
+
+
+def _key_of(engine: EngineEntry, manifest: Manifest) -> str:
+    files = manifest.components[engine.component].files
+    return engine_key(
+        (entry.sha256 for entry in files.values()),
+        profile=manifest.profile,
+        precision=engine.precision,
+        backend=engine.backend,
+        version=engine.version,
+        target=engine.target,
+        flags=engine.flags,
+    )

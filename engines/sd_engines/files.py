@@ -1,0 +1,88 @@
+"""Files of a bundle: what they must be, and what their bytes hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import BundleError
+from sd_engines.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    REMAKE_HINT,
+    FileEntry,
+    Manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_BLOCK_BYTES = 1 << 20
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle at ``root``; `BundleError` where there is none to be trusted."""
+    path = root / MANIFEST_NAME
+    if not path.is_file() or path.is_symlink():
+        problem = f"has no {MANIFEST_NAME}" if root.is_dir() else "is no folder"
+        raise BundleError(f"{root}: {problem}, so it is no complete bundle", REMAKE_HINT)
+    try:
+        with path.open("rb") as file:
+            return Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+
+
+def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
+    """Every file that ``manifest`` lists, by its path in the bundle."""
+    files = dict(manifest.files)
+    for component in manifest.components.values():
+        files.update(component.files)
+    for engine in manifest.engines:
+        files[engine.file] = FileEntry(sha256=engine.sha256, bytes=engine.bytes)
+    return files
+
+
+def check_file(root: Path, name: str, size: int, *, hint: str = REMAKE_HINT) -> None:
+    """Check that ``root/name`` is a real file of ``size`` bytes, reached through no link."""
+    path = root / name
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing", hint)
+    if os.path.realpath(path) != os.path.join(os.path.realpath(root), name):  # noqa: PTH118
+        raise BundleError(f"{path}: is a link, or lies behind one", hint)
+    found = path.stat().st_size
+    if found != size:
+        raise BundleError(f"{path}: has {found} bytes, not {size}", hint)
+
+
+def hash_files(root: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """SHA-256 and size of files below ``root``, several at a time (hashlib releases the GIL)."""
+    ordered = list(names)
+    largest_first = sorted(ordered, key=lambda name: -_size(root / name))
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = dict(
+            zip(largest_first, pool.map(lambda n: _hash(root / n), largest_first), strict=True)
+        )
+    return {name: found[name] for name in ordered}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+
+
+def _hash(path: Path) -> FileEntry:
+    digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                digest.update(block[:count])
+                size += count
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+    return FileEntry(sha256=digest.hexdigest(), bytes=size)

@@ -1,0 +1,204 @@
+"""How a bundle comes to be: fsynced, manifest last, put in place by one rename."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import BundleError
+from sd_engines.files import check_file, listed_files, read_manifest
+from sd_engines.manifest import MANIFEST_NAME, PORTABLE_BACKENDS, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sd_engines.manifest import CertificateEntry, EngineEntry
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_DISK_HINT = "Make room on the disk and the folder writable, then run the same command again."
+
+
+def seal(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Turn ``staging`` into the bundle at ``target``; ``staging`` is gone afterwards.
+
+    ``staging`` must lie on the file system of ``target`` and hold exactly the files that
+    ``manifest`` lists. An older bundle at ``target`` is exchanged in one step and then removed;
+    anything else there is left alone and refused with `BundleError`.
+    """
+    target = Path(os.path.realpath(target))
+    text = manifest.to_json()
+    if target.exists() and not _is_replaceable(target):
+        raise BundleError(
+            f"{target}: exists and is no bundle, so it is not replaced",
+            "Name another --output, or remove it.",
+        )
+    files = listed_files(manifest)
+    for name, entry in files.items():
+        check_file(staging, name, entry.bytes)
+    strays = {p.relative_to(staging).as_posix() for p in staging.rglob("*") if not p.is_dir()}
+    if strays := strays - {*files, MANIFEST_NAME}:
+        raise BundleError(
+            f"{staging}: holds {', '.join(sorted(strays)[:3])}, which the manifest does not list",
+            "List it in the manifest, or remove it before sealing.",
+        )
+    with _disk_errors(target):
+        for name in files:
+            _fsync(staging / name)
+        _write_manifest(staging, text)
+        for folder in (*(p for p in staging.rglob("*") if p.is_dir()), staging):
+            _fsync(folder)
+        _put_in_place(staging, target)
+        _fsync(target.parent)
+
+
+def add_engines(
+    path: Path,
+    staging: Path,
+    *,
+    engines: Iterable[EngineEntry],
+    certificate: Iterable[CertificateEntry] = (),
+) -> Manifest:
+    """Add ``engines`` to the bundle at ``path``; their built files are moved from ``staging``.
+
+    An entry of the same component, backend, version, target and precision is replaced, and so are
+    certificate entries of the same component, backend and precision. At every moment the bundle
+    is complete: a file is replaced only while no manifest lists it. Callers take turns.
+    Returns the new manifest; `BundleError` as `seal`.
+    """
+    engines, certificate = tuple(engines), tuple(certificate)
+    built = [e for e in engines if e.backend not in PORTABLE_BACKENDS]
+    for engine in built:
+        check_file(staging, engine.file, engine.bytes)
+    with _disk_errors(path), _locked(path):
+        old = read_manifest(path)
+        new_files = {e.file for e in built}
+        new_engines = {_identity(e) for e in engines}
+        measured = {(c.component, c.backend, c.precision) for c in certificate}
+        kept = replace(
+            old,
+            engines=tuple(
+                e
+                for e in old.engines
+                if _identity(e) not in new_engines and e.file not in new_files
+            ),
+            certificate=tuple(
+                c for c in old.certificate if (c.component, c.backend, c.precision) not in measured
+            ),
+        )
+        new = replace(
+            kept,
+            engines=kept.engines + engines,
+            certificate=kept.certificate + certificate,
+        )
+        text = new.to_json()
+        gone = listed_files(old).keys() - listed_files(new).keys()
+        if gone or new_files & listed_files(old).keys():
+            _write_manifest(path, kept.to_json())
+        for name in new_files:
+            _fsync(staging / name)
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(path / name)
+            _fsync((path / name).parent)
+            _fsync((path / name).parent.parent)
+        _write_manifest(path, text)
+        for name in gone:
+            (path / name).unlink(missing_ok=True)
+            _remove_empty((path / name).parent)
+    return new
+
+
+def _identity(engine: EngineEntry) -> tuple[str, ...]:
+    return engine.component, engine.backend, engine.version, engine.target, engine.precision
+
+
+def _is_replaceable(target: Path) -> bool:
+    return target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
+
+
+def _write_manifest(folder: Path, text: str) -> None:
+    """Replace ``folder/bundle.json`` in one step."""
+    temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(folder)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Rename ``staging`` to ``target``; what was at ``target`` is removed after the exchange."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    if _exchange(staging, target):
+        shutil.rmtree(staging)
+        return
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one system call; False where the system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the folder itself, so that no lock file is left behind."""
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):  # not sealed anew meanwhile
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{path}: could not be written: {error}", _DISK_HINT) from error
