@@ -43,6 +43,8 @@ class Engine(Protocol):
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    entry: EngineEntry
+    """What the manifest says of it (backend, target, precision …), set by `open_engine`."""
 
     def bind(self, batch: int) -> Binding:
         """Buffers for ``batch`` rows (1 … `Profile.max_batch`), kept and reused per batch."""
@@ -161,6 +163,7 @@ def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
         max_batch=bundle.manifest.profile.max_batch(entry.component),
         threads=threads,
     )
+    engine.entry = entry
     return engine
 
 
