@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from sd_bench.scene import (
     BACKGROUNDS,
@@ -126,26 +127,11 @@ def _silhouette(shape: str) -> np.ndarray:
 
 
 def _largest_blob(mask: np.ndarray) -> np.ndarray:
-    """The largest 4-connected region of a mask [h, w]."""
-    labels = np.zeros(mask.shape, dtype=np.int32)
-    best, best_area, label = 0, 0, 0
-    for start in zip(*np.nonzero(mask), strict=True):
-        if labels[start]:
-            continue
-        label += 1
-        area, stack = 0, [start]
-        labels[start] = label
-        while stack:
-            y, x = stack.pop()
-            area += 1
-            for spot in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                inside = 0 <= spot[0] < mask.shape[0] and 0 <= spot[1] < mask.shape[1]
-                if inside and mask[spot] and not labels[spot]:
-                    labels[spot] = label
-                    stack.append(spot)
-        if area > best_area:
-            best, best_area = label, area
-    return (labels == best) & mask
+    """The largest 4-connected region of a mask [h, w]; empty where the mask is."""
+    labels, _ = ndimage.label(mask)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    return (labels == areas.argmax()) & mask
 
 
 def _thickness(segment: np.ndarray) -> float:
