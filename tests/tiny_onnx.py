@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
 from sd_engines.bundle import (
     Bundle,
     ComponentEntry,

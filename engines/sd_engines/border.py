@@ -83,9 +83,9 @@ def check_graph(
     kind: str, specs: Mapping[str, TensorSpec], found: Iterable[tuple[str, str, int]]
 ) -> None:
     """The graph's own (name, dtype, rank) must be what the manifest says; else `BundleError`."""
-    expected = {(s.name, s.dtype, len(s.shape)) for s in specs.values()}
-    if expected != set(found):
+    expected, actual = {(s.name, s.dtype, len(s.shape)) for s in specs.values()}, set(found)
+    if expected != actual:
         raise BundleError(
-            f"the graph's {kind} are {sorted(set(found))}, the manifest's {sorted(expected)}",
+            f"the graph's {kind} are {sorted(actual)}, the manifest's {sorted(expected)}",
             "Make the bundle again: sd-export --model MODEL --output BUNDLE",
         )
