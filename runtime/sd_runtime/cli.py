@@ -1,0 +1,115 @@
+"""``sd-run``: a bundle and a prompt in, picture files out.
+
+Paths (or one JSON object) on stdout, words for people on stderr. Everything heavy is imported
+when it is needed, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from sd_engines.errors import SdError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INTERRUPTED, TERMINATED = 130, 143
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("sd-run", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=_FILE)
+@click.argument("prompt", nargs=-1)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="Picture to write: .png, .jpg or .webp. May hold {index} and {seed}; several pictures "
+    "are numbered otherwise.",
+)
+@click.option("--prompts-file", type=_FILE, help="One prompt a line, or .jsonl with options.")
+@click.option("--from-image", type=_FILE, help="Draw a picture again from the recipe inside it.")
+@click.option("--negative-prompt", help="What the picture should not show.")
+@click.option("--seed", type=int, help="0 … 2⁶⁴−1; picture i takes seed + i. [default: random]")
+@click.option("--num-images", type=int, help="Pictures per prompt. [default: 1]")
+@click.option("--num-inference-steps", type=int, help="[default: 50]")
+@click.option("--guidance-scale", type=float, help="≤ 1 is none. [default: 7.5]")
+@click.option(
+    "--scheduler",
+    help="Such as ddim, euler_a, dpm++_2m_karras, unipc. [default: the checkpoint's own]",
+)
+@click.option("--eta", type=float, help="Noise of ddim and tcd, 0 … 1. [default: 0]")
+@click.option("--height", type=int, help="In pixels, as the bundle was built.")
+@click.option("--width", type=int, help="In pixels, as the bundle was built.")
+@click.option("--grid", is_flag=True, help="One file with all pictures side by side.")
+@click.option("--save-latents", type=_FILE, metavar="FILE.npy", help="Also write the latents.")
+@click.option("--backend", help="One of the bundle's. [default: the fastest that runs here]")
+@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors.")
+@click.version_option(package_name="sd-toolkit", message="%(version)s")
+def run(
+    *,
+    bundle: Path,
+    prompt: tuple[str, ...],
+    output: str,
+    prompts_file: Path | None,
+    from_image: Path | None,
+    num_images: int | None,
+    grid: bool,
+    save_latents: Path | None,
+    backend: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Draw PROMPT with the engines in BUNDLE, which sd-export made.
+
+    Example: sd-run bundle "a red circle" --output circle.png --seed 7
+    """
+    from sd_runtime.job import Job, draw
+
+    level = logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    options["num_images_per_prompt"] = num_images
+    job = Job(
+        bundle=bundle,
+        prompts=prompt,
+        prompts_file=prompts_file,
+        from_image=from_image,
+        options={name: value for name, value in options.items() if value is not None},
+        output=output,
+        grid=grid,
+        save_latents=save_latents,
+        backend=backend,
+        threads=threads,
+    )
+    draw(job, as_json=as_json, quiet=quiet)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (DESIGN: 0, 1 … 5, 130, 143)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run.main(arguments, prog_name="sd-run", standalone_mode=False) or 0
+    except SdError as error:
+        click.echo(f"Error: {error.message}\n{error.hint}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,50 @@
+"""Prompts to prompt_embeds: tokenizer, text encoder, and a memory of the last prompts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from sd_runtime.arrays import copy_into
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sd_engines.engine import Array, Engine
+    from sd_runtime.timing import Timings
+    from sd_runtime.tokenizer import Tokenizer
+
+
+class PromptEncoder:
+    """Encodes each text on its own row, so that its embedding never depends on its neighbours.
+
+    The last ``capacity`` embeddings are kept (77 × 768 float32 is 231 KiB): the negative prompt
+    of a service is encoded once, not once a request.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text_encoder: Engine, *, capacity: int = 64) -> None:
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        self._capacity = capacity
+        self._known: OrderedDict[str, Array] = OrderedDict()
+
+    def encode(self, texts: Sequence[str], *, timings: Timings) -> dict[str, Array]:
+        """Text → prompt_embeds float32 [tokens, d], on the engine's device."""
+        wanted = list(dict.fromkeys(texts))
+        missing = [text for text in wanted if text not in self._known]
+        embeds = {text: self._known[text] for text in wanted if text in self._known}
+        if missing:
+            with timings.measure("tokenize"):
+                input_ids = self._tokenizer.encode(missing)
+            binding = self._text_encoder.bind(1)
+            for text, ids in zip(missing, input_ids, strict=True):
+                with timings.measure("text_encoder"):
+                    copy_into(binding.inputs["input_ids"], ids[None])
+                    binding.run()
+                    embeds[text] = binding.outputs["prompt_embeds"][0].copy()
+        for text in wanted:
+            self._known[text] = embeds[text]
+            self._known.move_to_end(text)
+        while len(self._known) > self._capacity:
+            self._known.popitem(last=False)
+        return embeds

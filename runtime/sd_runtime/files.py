@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all, and what they are called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import ConfigError, SdError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write all files, then rename all into place: a failure or an interrupt leaves none of them.
+
+    Raises `SdError` that names the file where the disk is full or refuses.
+    """
+    staged: dict[Path, Path] = {}
+    target = Path()
+    try:
+        for target, data in contents.items():
+            staging = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+            staged[target] = staging
+            with staging.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for target, staging in staged.items():
+            staging.replace(target)
+    except OSError as error:
+        raise SdError(
+            f"cannot write {target}: {error.strerror}",
+            "Free some space or choose another place; nothing was kept.",
+        ) from error
+    finally:
+        for staging in staged.values():
+            with contextlib.suppress(OSError):
+                staging.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `ConfigError` now where ``path`` could not be written later."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", f"Make it: mkdir -p {folder}.")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder", f"Name a file in it: {path / 'picture.png'}.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} may not be written to", "Choose another folder.")
+
+
+def numbered_paths(path: Path, count: int) -> list[Path]:
+    """``path`` itself for one picture; else ``path`` with -0, -1, … (of one length) in the name."""
+    if count == 1:
+        return [path]
+    width = len(str(count - 1))
+    return [path.with_name(f"{path.stem}-{index:0{width}}{path.suffix}") for index in range(count)]
+
+
+def output_paths(template: str, seeds: Sequence[int]) -> list[Path]:
+    """One path per picture: ``{index}`` and ``{seed}`` filled in, or numbered without them.
+
+    Raises `ConfigError` for another placeholder, or where two pictures would share a name.
+    """
+    if "{" not in template:
+        return numbered_paths(Path(template), len(seeds))
+    hint = "Use {index} and {seed}, such as picture-{index:03}.png."
+    try:
+        paths = [Path(template.format(index=i, seed=seed)) for i, seed in enumerate(seeds)]
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ConfigError(f"--output {template!r} cannot be filled in: {error}", hint) from error
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"--output {template!r} names two pictures alike", hint)
+    return paths

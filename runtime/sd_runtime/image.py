@@ -1,0 +1,111 @@
+"""Pictures as files that carry their recipe: PNG, JPEG and WebP.
+
+PNG holds the text in a ``parameters`` chunk and the JSON in an ``sd-toolkit`` chunk; JPEG and
+WebP hold the text in EXIF's UserComment and the JSON in XMP. PNG and WebP keep every pixel.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+JSON_CHUNK = "sd-toolkit"
+_EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
+_XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
+    '22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:sd="urn:sd-toolkit" '
+    'sd:recipe="{}"/></rdf:RDF></x:xmpmeta>'
+)
+_XMP_RECIPE = re.compile(r'sd:recipe="([^"]*)"')
+
+
+def format_of(path: Path) -> str:
+    """Pillow's name of the format that ``path`` ends in; `ConfigError` for any other."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise ConfigError(
+            f"{path.name!r} ends in no known picture format",
+            f"Use one of {', '.join(FORMATS)}.",
+        ) from None
+
+
+def encode_image(
+    pixels: NDArray[np.uint8], format_: str, *, parameters: str = "", recipe: str = ""
+) -> bytes:
+    """The bytes of a picture file of ``pixels`` uint8 [H, W, 3].
+
+    ``parameters`` is text for people, ``recipe`` is ASCII JSON. Raises `ConfigError` where a JPEG
+    cannot hold them (64 KiB each).
+    """
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if format_ == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
+        chunks = PngInfo()
+        chunks.add_text("parameters", parameters)
+        chunks.add_itxt(JSON_CHUNK, recipe)
+        image.save(buffer, "PNG", pnginfo=chunks, compress_level=4)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + parameters.encode("utf-16-be")
+    xmp = _XMP.format(html.escape(recipe)).encode()
+    options: dict[str, Any] = (
+        {"quality": 95, "subsampling": 0} if format_ == "JPEG" else {"lossless": True, "quality": 0}
+    )
+    try:
+        image.save(buffer, format_, exif=exif.tobytes(), xmp=xmp, **options)
+    except ValueError as error:
+        raise ConfigError(
+            f"the recipe does not fit into a {format_} file: {error}", "Write a .png instead."
+        ) from error
+    return buffer.getvalue()
+
+
+def read_recipe_text(path: Path) -> str:
+    """The JSON that `encode_image` put into a picture; `ConfigError` where there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text, xmp = image.info.get(JSON_CHUNK), image.info.get("xmp")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the picture {path}: {error}", "Name a .png, .jpg or .webp file."
+        ) from error
+    if text is None and isinstance(xmp, bytes):
+        found = _XMP_RECIPE.search(xmp.decode("utf-8", errors="replace"))
+        text = html.unescape(found.group(1)) if found else None
+    if text is None:
+        raise ConfigError(
+            f"{path} carries no recipe",
+            "Only pictures that sd-run wrote, unedited, do; give the prompt yourself.",
+        )
+    return str(text)
+
+
+def grid_of(images: Sequence[NDArray[np.uint8]], *, columns: int) -> NDArray[np.uint8]:
+    """One picture of many of one size, row by row; the last row is filled up with white."""
+    height, width, channels = images[0].shape
+    rows = -(-len(images) // columns)
+    grid = np.full((rows, height, columns, width, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        grid[index // columns, :, index % columns] = image
+    return grid.reshape(rows * height, columns * width, channels)

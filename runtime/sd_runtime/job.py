@@ -1,0 +1,242 @@
+"""One run of `sd-run`: what was asked, checked before anything heavy, then drawn and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import secrets
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from sd_engines.bundle import open_bundle
+from sd_engines.errors import ConfigError
+from sd_runtime.files import check_writable, output_paths, write_files
+from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
+from sd_runtime.pipeline import Pipeline, plan
+from sd_runtime.prompts import prompts_from_text, requests_from_jsonl
+from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
+from sd_runtime.request import Request
+from sd_runtime.timing import Timings, clock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from sd_engines.manifest import Manifest
+    from sd_runtime.result import Result
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The command line, parsed. ``options`` are those of `Request` that were given."""
+
+    bundle: Path
+    prompts: tuple[str, ...]
+    prompts_file: Path | None
+    from_image: Path | None
+    options: Mapping[str, Any]
+    output: str
+    grid: bool
+    save_latents: Path | None
+    backend: str | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """The requests of a job, seeds filled in; ``columns`` of a grid, None for single files."""
+
+    requests: tuple[Request, ...]
+    columns: int | None
+    backend: str
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of every picture."""
+        return [image.seed for request in self.requests for image in request.images()]
+
+
+def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
+    """Draw ``job``, write its files and print their paths, or one JSON object.
+
+    Every option is checked before an engine is opened. Raises `SdError` and its kin.
+    """
+    start = clock()
+    manifest = open_bundle(job.bundle).manifest
+    order = _order(job, manifest)
+    seeds = order.seeds
+    paths = output_paths(job.output, seeds[:1] if order.columns else seeds)
+    for path in paths:
+        format_of(path)
+        check_writable(path)
+    if job.save_latents:
+        check_writable(job.save_latents)
+    plans = [plan(request, manifest) for request in order.requests]
+    batch_size = manifest.profile.batch_size
+    num_steps = sum(
+        table.num_rows * math.ceil(request.num_images / batch_size)
+        for request, (_, table) in zip(order.requests, plans, strict=True)
+    )
+    if "seed" not in job.options and not job.from_image and not quiet:
+        click.echo(f"Seed {seeds[0]}", err=True)
+
+    timings, results = Timings(), []
+    with timings.measure("load"):
+        pipeline = Pipeline.load(job.bundle, backend=order.backend, threads=job.threads)
+    with pipeline, _progress_bar(num_steps, quiet=quiet) as bar:
+        for request in order.requests:
+            for step in pipeline.stream(request):
+                if bar is not None:
+                    bar.update(1)
+                if step.result is not None:
+                    results.append(step.result)
+            if order.columns is None:
+                done = sum(len(result.pixels) for result in results)
+                files = paths[done - len(results[-1].pixels) : done]
+                _write(results[-1], files, echo=not as_json)
+    if order.columns is not None:
+        _write_grid(results, paths[0], columns=order.columns, timings=timings)
+        if not as_json:
+            click.echo(paths[0])
+    if job.save_latents:
+        _write_latents(results, job.save_latents)
+
+    for result in results:
+        timings.merge(result.timings)
+    if order.columns is not None:
+        paths *= len(seeds)
+    flags = [flag for r in results for flag in r.nsfw_content_detected or [None] * len(r.pixels)]
+    for path, flag in zip(paths, flags, strict=True):
+        if flag:
+            logger.warning("%s: the safety checker found it not safe and painted it black", path)
+    if as_json:
+        total_ms = round(1e3 * (clock() - start), 3)
+        click.echo(json.dumps(_report(job, results, paths, flags, timings, total_ms)))
+
+
+def _order(job: Job, manifest: Manifest) -> Order:
+    """The job's requests, from whichever source it names."""
+    options = {name: value for name, value in job.options.items() if name != "seed"}
+    columns, backend = None, job.backend or "auto"
+    given = [bool(job.prompts), job.prompts_file is not None, job.from_image is not None]
+    if sum(given) != 1:
+        raise ConfigError(
+            "no prompt" if not any(given) else "prompts from more than one source",
+            'Give a prompt ("a red circle"), or --prompts-file, or --from-image.',
+        )
+    if job.from_image is not None:
+        recipes, columns = recipes_from_text(read_recipe_text(job.from_image))
+        requests = [replace(recipe.request(), **options) for recipe in recipes]
+        if "seed" in job.options:
+            requests = [replace(request, seed=None) for request in requests]
+        columns = columns if len(recipes) > 1 else None
+        known = {engine.backend for engine in manifest.engines}
+        if job.backend is None and recipes[0].backend in known:
+            backend = recipes[0].backend
+        if any(recipe.fingerprint != fingerprint(manifest) for recipe in recipes):
+            logger.warning(
+                "%s was drawn with another bundle (%s): expect another picture",
+                job.from_image,
+                recipes[0].model,
+            )
+    elif job.prompts_file is not None and job.prompts_file.suffix == ".jsonl":
+        requests = requests_from_jsonl(job.prompts_file, options)
+    else:
+        prompts: Sequence[str] = job.prompts
+        if job.prompts_file is not None:
+            prompts = prompts_from_text(job.prompts_file)
+        # Requests no larger than the engine's batch: what is finished is written at once.
+        size = max(1, manifest.profile.batch_size // options.get("num_images_per_prompt", 1))
+        requests = [
+            Request(tuple(prompts[first : first + size]), **options)
+            for first in range(0, len(prompts), size)
+        ]
+    requests = _seeded(requests, job.options.get("seed"))
+    if job.grid and columns is None:
+        columns = math.ceil(math.sqrt(sum(request.num_images for request in requests)))
+    return Order(tuple(requests), columns, backend)
+
+
+def _seeded(requests: Sequence[Request], seed: int | None) -> list[Request]:
+    """Seeds for those without: one after the other from ``seed``, or from a random one."""
+    missing = sum(request.num_images for request in requests if request.seed is None)
+    next_seed = secrets.randbelow(2**32 - missing) if seed is None else seed
+    seeded = []
+    for request in requests:
+        if request.seed is None:
+            seeded.append(replace(request, seed=next_seed))
+            next_seed += request.num_images
+        else:
+            seeded.append(request)
+    return seeded
+
+
+def _progress_bar(length: int, *, quiet: bool) -> Any:
+    if quiet or not sys.stderr.isatty():
+        return nullcontext()
+    return click.progressbar(
+        length=length, label="Denoising", file=sys.stderr, show_pos=True, width=30
+    )
+
+
+def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:
+    write_files({path: result.encode(i, format_of(path)) for i, path in enumerate(paths)})
+    if echo:
+        click.echo("\n".join(map(str, paths)))
+
+
+def _write_grid(results: list[Result], path: Path, *, columns: int, timings: Timings) -> None:
+    recipes = [recipe for result in results for recipe in result.recipes]
+    pixels = grid_of([image for result in results for image in result.pixels], columns=columns)
+    format_ = format_of(path)
+    with timings.measure(format_.lower()):
+        data = encode_image(
+            pixels,
+            format_,
+            parameters=recipes[0].parameters(),
+            recipe=text_from_recipes(recipes, columns=columns),
+        )
+    write_files({path: data})
+
+
+def _write_latents(results: list[Result], path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([result.latents for result in results]))
+    write_files({path: buffer.getvalue()})
+
+
+def _report(
+    job: Job,
+    results: Sequence[Result],
+    paths: Sequence[Path],
+    flags: Sequence[bool | None],
+    timings: Timings,
+    total_ms: float,
+) -> dict[str, Any]:
+    recipes = [recipe for result in results for recipe in result.recipes]
+    return {
+        "bundle": str(job.bundle),
+        "backend": recipes[0].backend,
+        "precision": recipes[0].precision,
+        "images": [
+            {
+                "file": str(path),
+                "prompt": recipe.prompt,
+                "negative_prompt": recipe.negative_prompt,
+                "seed": recipe.seed,
+                "nsfw_content_detected": flag,
+            }
+            for path, recipe, flag in zip(paths, recipes, flags, strict=True)
+        ],
+        "latents": str(job.save_latents) if job.save_latents else None,
+        "timings_ms": {**timings.to_json(), "total": total_ms},
+    }

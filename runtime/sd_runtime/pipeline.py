@@ -1,0 +1,282 @@
+"""Prompts to pictures: opens a bundle's engines once, then answers requests."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from sd_engines.bundle import open_bundle
+from sd_engines.engine import open_engine
+from sd_engines.errors import BackendError, BundleError
+from sd_runtime.arrays import copy_into, to_host
+from sd_runtime.conditioning import PromptEncoder
+from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
+from sd_runtime.noise import NoiseStream
+from sd_runtime.recipe import Recipe, fingerprint
+from sd_runtime.result import Result, Step
+from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
+from sd_runtime.timing import Timings, clock
+from sd_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from sd_engines.bundle import Bundle
+    from sd_engines.engine import Array, Engine
+    from sd_engines.manifest import Manifest
+    from sd_engines.spec import Profile
+    from sd_runtime.denoise import Row
+    from sd_runtime.request import ImageRequest, Request
+
+REQUIRED = ("text_encoder", "unet", "vae_decoder")
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+PRECISION_HINT = (
+    "Nothing was kept. Try another --backend or a bundle of higher precision: "
+    "sd-export --model MODEL --precision fp32 --output BUNDLE."
+)
+
+
+def plan(request: Request, manifest: Manifest) -> tuple[str, SchedulerTable]:
+    """Check ``request`` against a bundle; its scheduler's name and table.
+
+    Raises `ConfigError` for a size, a scheduler or a number of steps that cannot be done.
+    """
+    request.check_profile(manifest.profile)
+    config = manifest.model.scheduler
+    name = scheduler_name(request.scheduler or config["_class_name"])
+    table = compile_table(
+        config,
+        scheduler=request.scheduler,
+        num_inference_steps=request.num_inference_steps,
+        eta=request.eta,
+    )
+    return name, table
+
+
+class Pipeline:
+    """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer) -> None:
+        self.bundle = bundle
+        self._engines = dict(engines)
+        self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
+        self.fingerprint = fingerprint(bundle.manifest)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None
+    ) -> Self:
+        """Open the bundle at ``path`` and every engine that text-to-image needs.
+
+        ``backend`` is one of the bundle's, or "auto" for the fastest that runs here; ``threads``
+        bounds a CPU backend's. Raises `BundleError`, `EngineMismatchError`, `BackendError`, or
+        `ConfigError` for an unknown backend.
+        """
+        bundle = open_bundle(path)
+        present = bundle.manifest.components
+        for component in REQUIRED:
+            if component not in present:
+                raise BundleError(
+                    f"the bundle {path} has no {component}",
+                    "Make it again: sd-export --model MODEL --output BUNDLE.",
+                )
+        names = [*REQUIRED, *(name for name in ("safety_checker",) if name in present)]
+        engines: dict[str, Engine] = {}
+        try:
+            with ThreadPoolExecutor(len(names)) as pool:
+                opening = {
+                    name: pool.submit(open_engine, bundle, name, backend=backend, threads=threads)
+                    for name in names
+                }
+            for name, future in opening.items():
+                if future.exception() is None:
+                    engines[name] = future.result()
+            for future in opening.values():
+                future.result()
+            tokenizer = Tokenizer.load(
+                bundle.verified_path(TOKENIZER_FILE),
+                max_tokens=bundle.manifest.model.max_prompt_tokens,
+            )
+        except BaseException:
+            for engine in engines.values():
+                engine.close()
+            raise
+        return cls(bundle, engines, tokenizer)
+
+    def generate(self, request: Request) -> Result:
+        """Draw all pictures of ``request``.
+
+        Raises `ConfigError` for what the bundle cannot do, `BackendError` where an engine fails
+        or its output is no picture.
+        """
+        for step in self.stream(request):
+            if step.result is not None:
+                return step.result
+        raise AssertionError("the last step holds the result")
+
+    def stream(self, request: Request) -> Iterator[Step]:
+        """The same, step by step: for progress, previews, and cancelling by ``close()``."""
+        name, table = plan(request, self.bundle.manifest)
+        return self._stream(request.seeded(), name, table)
+
+    def _stream(self, request: Request, scheduler: str, table: SchedulerTable) -> Iterator[Step]:
+        start, timings = clock(), Timings()
+        images = request.images()
+        texts = [image.prompt for image in images]
+        if request.guided:
+            texts += [image.negative_prompt for image in images]
+        embeds = self._prompts.encode(texts, timings=timings)
+        size = self.profile.batch_size
+        num_steps = table.num_rows * -(-len(images) // size)
+        latents, pixels, flags = [], [], []
+        for first in range(0, len(images), size):
+            batch = images[first : first + size]
+            for row in self._denoise(batch, request, table, embeds, timings):
+                result = None
+                if row.index + 1 == table.num_rows:
+                    batch_pixels, batch_flags = self._draw(row.latents, timings)
+                    latents.append(to_host(row.latents).copy())
+                    pixels.append(batch_pixels)
+                    flags += batch_flags
+                    if first + len(batch) == len(images):
+                        timings.add("total", clock() - start)
+                        result = Result(
+                            request=request,
+                            pixels=np.concatenate(pixels),
+                            latents=np.concatenate(latents),
+                            nsfw_content_detected=tuple(flags) if self._checker else None,
+                            recipes=tuple(self._recipe(i, request, scheduler) for i in images),
+                            timings=timings,
+                        )
+                yield Step(
+                    index=(first // size) * table.num_rows + row.index,
+                    num_steps=num_steps,
+                    timestep=row.timestep,
+                    first_image=first,
+                    latents=row.latents,
+                    decode_preview=partial(self._preview, row),
+                    result=result,
+                )
+
+    def _denoise(
+        self,
+        batch: Sequence[ImageRequest],
+        request: Request,
+        table: SchedulerTable,
+        embeds: Mapping[str, Array],
+        timings: Timings,
+    ) -> Iterator[Row]:
+        with timings.measure("noise"):
+            noise = [NoiseStream(image.seed) for image in batch]
+            latents = initial_latents(noise, self.latents_shape, table)
+        negative = [embeds[image.negative_prompt] for image in batch] if request.guided else None
+        return denoise(
+            self._engines["unet"],
+            latents,
+            prompt_embeds=[embeds[image.prompt] for image in batch],
+            negative_prompt_embeds=negative,
+            guidance_scale=float(request.guidance_scale),
+            table=table,
+            noise=noise,
+            timings=timings,
+        )
+
+    def _decode(self, latents: Array) -> NDArray[np.float32]:
+        """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
+        decoder = self._engines["vae_decoder"].bind(len(latents))
+        decoder.inputs["latents"][...] = latents
+        decoder.run()
+        return to_host(decoder.outputs["images"])
+
+    def _draw(self, latents: Array, timings: Timings) -> tuple[NDArray[np.uint8], list[bool]]:
+        """Pictures uint8 [n, H, W, 3] and the safety checker's word on each."""
+        with timings.measure("vae_decoder"):
+            images = self._decode(latents)
+        # Checked only now: on a GPU, looking at the latents earlier would wait for them twice.
+        _check_finite("the UNet", to_host(latents))
+        _check_finite("the VAE decoder", images)
+        pixels = _pixels_from(images)
+        if (pixels.max(axis=(1, 2, 3)) == pixels.min(axis=(1, 2, 3))).any():
+            raise BackendError(
+                "the VAE decoder returned a picture of one single colour", PRECISION_HINT
+            )
+        if self._checker is None:
+            return pixels, []
+        with timings.measure("safety_checker"):
+            checker = self._checker.bind(len(pixels))
+            copy_into(checker.inputs["images"], pixels.astype(np.float32) / 255)
+            checker.run()
+            flags = to_host(checker.outputs["nsfw_content_detected"])
+        pixels[flags] = 0
+        return pixels, flags.tolist()
+
+    def _preview(self, row: Row) -> NDArray[np.uint8]:
+        prediction = self.bundle.manifest.model.prediction_type
+        return _pixels_from(self._decode(predicted_original_sample(row, prediction)))
+
+    def _recipe(self, image: ImageRequest, request: Request, scheduler: str) -> Recipe:
+        model, profile = self.bundle.manifest.model, self.profile
+        return Recipe(
+            prompt=image.prompt,
+            negative_prompt=image.negative_prompt,
+            seed=image.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=float(request.guidance_scale),
+            scheduler=scheduler,
+            eta=float(request.eta),
+            height=profile.height,
+            width=profile.width,
+            backend=self._engines["unet"].entry.backend,
+            precision=self._engines["unet"].entry.precision,
+            model=model.source,
+            revision=model.revision,
+            fingerprint=self.fingerprint,
+        )
+
+    @property
+    def profile(self) -> Profile:
+        """The shapes that the bundle was built for."""
+        return self.bundle.manifest.profile
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """One picture's latents: channels, height, width."""
+        channels = self.bundle.manifest.model.latent_channels
+        return channels, self.profile.latent_height, self.profile.latent_width
+
+    @property
+    def _checker(self) -> Engine | None:
+        return self._engines.get("safety_checker")
+
+    def close(self) -> None:
+        """Free all engines; the pipeline is of no use after it."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """0 … 1 to 0 … 255, rounded as diffusers rounds."""
+    return (images * 255).round().astype(np.uint8)
+
+
+def _check_finite(source: str, array: NDArray[np.float32]) -> None:
+    if not np.isfinite(array).all():
+        raise BackendError(f"{source} returned values that are not finite (NaN)", PRECISION_HINT)

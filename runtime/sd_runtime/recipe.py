@@ -1,0 +1,140 @@
+"""The recipe of a picture: all that is needed to draw it again, and how it is written down.
+
+A picture file carries it twice: as JSON for `sd-run --from-image`, and as the one text that other
+tools of the field show ("Steps: 20, Sampler: ddim, …").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
+
+from sd_engines.errors import ConfigError
+from sd_runtime.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sd_engines.manifest import Manifest
+
+FORMAT_VERSION = 1
+GENERATOR = "sd-toolkit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One picture's complete request, and the bundle that drew it.
+
+    ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    eta: float
+    height: int
+    width: int
+    backend: str
+    precision: str
+    model: str
+    revision: str | None
+    fingerprint: str
+
+    def request(self) -> Request:
+        """The request that draws this one picture again."""
+        return Request(
+            self.prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+            eta=self.eta,
+            height=self.height,
+            width=self.width,
+        )
+
+    def parameters(self) -> str:
+        """The text in the form that AUTOMATIC1111's web UI writes and other tools read."""
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        values = {
+            "Steps": self.num_inference_steps,
+            "Sampler": self.scheduler,
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model hash": self.fingerprint[:10],
+            "Model": self.model.replace(",", " "),
+            "Version": GENERATOR,
+        }
+        if self.eta:
+            values["Eta"] = f"{self.eta:g}"
+        lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
+        return "\n".join(lines)
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Read what ``asdict`` gave; `ConfigError` where a field is missing or of a wrong type."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            found = set(values) if isinstance(values, dict) else set()
+            raise _unreadable(f"fields differ: {', '.join(sorted(found ^ names))}")
+        texts = ("backend", "precision", "model", "fingerprint", "scheduler")
+        if not all(isinstance(values[name], str) for name in texts):
+            raise _unreadable(f"{', '.join(texts)} must be text")
+        if not isinstance(values["revision"], str | None):
+            raise _unreadable("revision must be text")
+        recipe = cls(**values)
+        recipe.request()
+        return recipe
+
+
+def text_from_recipes(recipes: Sequence[Recipe], *, columns: int) -> str:
+    """The JSON that a picture file carries: one recipe, or those of a grid, row by row."""
+    data = {
+        "format_version": FORMAT_VERSION,
+        "columns": columns,
+        "recipes": [asdict(recipe) for recipe in recipes],
+    }
+    return json.dumps(data, allow_nan=False)
+
+
+def recipes_from_text(text: str) -> tuple[list[Recipe], int]:
+    """Recipes and columns from `text_from_recipes`; `ConfigError` where it is something else."""
+    try:
+        data: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(str(error)) from error
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        raise _unreadable(f"it is not of format_version {FORMAT_VERSION}")
+    recipes, columns = data.get("recipes"), data.get("columns")
+    if not isinstance(recipes, list) or not recipes:
+        raise _unreadable("it lists no recipes")
+    if type(columns) is not int or not 1 <= columns <= len(recipes):
+        raise _unreadable(f"columns is {columns!r}")
+    return [Recipe.from_json(values) for values in recipes], columns
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """SHA-256 over what decides a bundle's pictures: the hashes of all graphs and the tokenizer.
+
+    Engines added later, certificates and dates leave it as it is.
+    """
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+    for component in manifest.components.values():
+        hashes.update({name: entry.sha256 for name, entry in component.files.items()})
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _unreadable(why: str) -> ConfigError:
+    return ConfigError(
+        f"the recipe cannot be read: {why}",
+        "Name a picture that sd-run wrote, unedited, or give the prompt and options yourself.",
+    )

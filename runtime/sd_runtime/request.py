@@ -1,0 +1,162 @@
+"""What is asked of a pipeline, checked where it enters so that the loop needs no checks."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sd_engines.spec import Profile
+
+MAX_SEED = 2**64 - 1
+
+
+class ImageRequest(NamedTuple):
+    """One picture of a request: what is drawn, what is not, and from which seed."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides a result, in diffusers' words; None means the bundle's default.
+
+    Pictures are ordered by prompt, then by number; picture i is drawn from ``seed + i``, whatever
+    the batch it runs in. ``guidance_scale`` ≤ 1 runs without the unconditional half. ``eta`` is
+    the noise of DDIM and TCD, 0 … 1. Raises `ConfigError` for values that no bundle can do.
+    """
+
+    prompt: str | tuple[str, ...]
+    _: KW_ONLY
+    negative_prompt: str | tuple[str, ...] = ""
+    seed: int | None = None
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            _check_texts(name, getattr(self, name))
+        if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(
+            self.prompts
+        ):
+            raise ConfigError(
+                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts",
+                "Give one negative prompt for all, or as many as there are prompts.",
+            )
+        _check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
+        _check_whole("num_inference_steps", self.num_inference_steps, 1, None)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1, None)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, MAX_SEED)
+            _check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
+        _check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
+        _check_real("eta", self.eta, 0.0, 1.0)
+        if self.scheduler is not None and not isinstance(self.scheduler, str):
+            raise ConfigError(
+                f"scheduler is {self.scheduler!r}, not a name",
+                "Leave it out for the checkpoint's own, or name one, such as 'euler'.",
+            )
+
+    @classmethod
+    def from_mapping(cls, options: dict[str, Any]) -> Self:
+        """A request from parsed JSON; an unknown key is a `ConfigError` that names the nearest."""
+        from sd_engines.errors import nearest
+
+        known = {field.name for field in fields(cls) if field.init}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}", nearest(name, known))
+        if "prompt" not in options:
+            raise ConfigError("no prompt", 'Give one: {"prompt": "a red circle"}.')
+        return cls(**options)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts, always as a tuple."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def num_images(self) -> int:
+        """Pictures in all."""
+        return len(self.prompts) * self.num_images_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet sees the negative prompt at all."""
+        return self.guidance_scale > 1
+
+    def seeded(self) -> Self:
+        """The same request with a seed: its own, or a random one of 32 bits."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbelow(2**32 - self.num_images))
+
+    def images(self) -> tuple[ImageRequest, ...]:
+        """The pictures one by one. The request must be `seeded`."""
+        if self.seed is None:
+            raise ValueError("the request has no seed yet")
+        negatives = self.negative_prompt
+        if isinstance(negatives, str):
+            negatives = (negatives,) * len(self.prompts)
+        texts = [
+            pair
+            for pair in zip(self.prompts, negatives, strict=True)
+            for _ in range(self.num_images_per_prompt)
+        ]
+        return tuple(
+            ImageRequest(prompt, negative, self.seed + index)
+            for index, (prompt, negative) in enumerate(texts)
+        )
+
+    def check_profile(self, profile: Profile) -> None:
+        """Raise `ConfigError` when the bundle was not built for the size that is asked for."""
+        height = self.height or profile.height
+        width = self.width or profile.width
+        if (height, width) != (profile.height, profile.width):
+            raise ConfigError(
+                f"the bundle draws {profile.height}×{profile.width} (height × width), "
+                f"not {height}×{width}",
+                "Leave the size out, or export another bundle: "
+                f"sd-export --model MODEL --height {height} --width {width} --output BUNDLE.",
+            )
+
+
+def _check_texts(name: str, value: object) -> None:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{name} is {value!r}, not text", "Give a string, or several.")
+    if not texts:
+        raise ConfigError(f"{name} is an empty list", "Give at least one; it may be empty text.")
+
+
+def _check_whole(name: str, value: object, low: int, high: int | None) -> None:
+    limits = f"{low} or more" if high is None else f"{low} to {high}"
+    if type(value) is not int or value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} is {value!r}", f"Give a whole number, {limits}.")
+
+
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise ConfigError(f"{name} is {value!r}", f"Give a finite number{limits}.")

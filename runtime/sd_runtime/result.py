@@ -1,0 +1,95 @@
+"""What comes out of a pipeline: the steps on the way, and the pictures at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_runtime.files import numbered_paths, write_files
+from sd_runtime.image import encode_image, format_of
+from sd_runtime.recipe import text_from_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from sd_engines.engine import Array
+    from sd_runtime.recipe import Recipe
+    from sd_runtime.request import Request
+    from sd_runtime.timing import Timings
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures of one request, in its order.
+
+    ``pixels`` uint8 [n, H, W, 3]; ``latents`` float32 [n, c, h, w], as the decoder got them;
+    ``nsfw_content_detected`` is one bool per picture, None without a safety checker; what it
+    finds is painted black. ``request`` is the one that ran, its seed filled in.
+    """
+
+    request: Request
+    pixels: NDArray[np.uint8]
+    latents: NDArray[np.float32]
+    nsfw_content_detected: tuple[bool, ...] | None
+    recipes: tuple[Recipe, ...]
+    timings: Timings
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures for Pillow. Its own ``save`` writes no recipe; `save` does."""
+        from PIL import Image
+
+        return [Image.fromarray(pixels) for pixels in self.pixels]
+
+    def encode(self, index: int, format_: str) -> bytes:
+        """Picture ``index`` as the bytes of a PNG, JPEG or WEBP file with its recipe."""
+        recipe = self.recipes[index]
+        with self.timings.measure(format_.lower()):
+            return encode_image(
+                self.pixels[index],
+                format_,
+                parameters=recipe.parameters(),
+                recipe=text_from_recipes([recipe], columns=1),
+            )
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write all pictures with their recipes; several get ``-0``, ``-1``, … before the suffix.
+
+        All are written or none. Raises `ConfigError` for an unknown suffix, `SdError` where the
+        disk refuses.
+        """
+        path = Path(path)
+        format_ = format_of(path)
+        paths = numbered_paths(path, len(self.pixels))
+        write_files({file: self.encode(index, format_) for index, file in enumerate(paths)})
+        return paths
+
+
+@dataclass(frozen=True)
+class Step:
+    """One UNet call of a request; the last one holds the `Result`.
+
+    ``index`` counts 0 … num_steps − 1 over the whole request, whose pictures run in batches:
+    ``first_image`` is the first of this batch. ``latents`` float32 [n, c, h, w] in the
+    variance-preserving scale are the loop's own: copy what must outlive the step.
+    """
+
+    index: int
+    num_steps: int
+    timestep: float
+    first_image: int
+    latents: Array
+    decode_preview: Callable[[], NDArray[np.uint8]]
+    result: Result | None = None
+
+    def preview(self) -> NDArray[np.uint8]:
+        """What the pictures would be now, uint8 [n, H, W, 3]: one run of the decoder.
+
+        Only while this step is the newest.
+        """
+        return self.decode_preview()

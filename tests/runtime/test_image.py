@@ -1,0 +1,144 @@
+"""Picture files: pixels, the recipe inside them, and that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_engines.errors import ConfigError, SdError
+from sd_runtime.files import check_writable, output_paths, write_files
+from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
+
+RECIPE = '{"prompt": "a \\"<red>\\" & \\u00e9 \\ud83e\\udd8a ]]>"}'
+PARAMETERS = 'a "<red>" & é 🦊\nNegative prompt: b\nSteps: 2'
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
+def test_a_picture_carries_its_recipe(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
+    path = tmp_path / f"picture{suffix}"
+    format_ = format_of(path)
+    path.write_bytes(encode_image(pixels, format_, parameters=PARAMETERS, recipe=RECIPE))
+    assert read_recipe_text(path) == RECIPE
+    with Image.open(path) as image:
+        assert image.format == format_
+        assert image.size == (24, 16)
+        if format_ == "PNG":
+            assert image.info["parameters"] == PARAMETERS
+        else:
+            comment = image.getexif().get_ifd(0x8769)[0x9286]
+            assert comment[:8] == b"UNICODE\0"
+            assert comment[8:].decode("utf-16-be") == PARAMETERS
+        if format_ != "JPEG":
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pixels)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "WEBP", "PNG"])
+def test_a_recipe_of_ten_thousand_characters(
+    tmp_path: Path, pixels: np.ndarray, format_: str
+) -> None:
+    recipe, path = '"' + "\\ud83e" * 10_000 + '"', tmp_path / "picture"
+    path.write_bytes(encode_image(pixels, format_, parameters="é" * 10_000, recipe=recipe))
+    assert read_recipe_text(path) == recipe
+
+
+def test_what_jpeg_cannot_hold_is_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match=r"\.png"):
+        encode_image(pixels, "JPEG", parameters="x" * 40_000, recipe="")
+    with pytest.raises(ConfigError, match=r"\.png"):
+        encode_image(pixels, "JPEG", parameters="", recipe="x" * 70_000)
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(ConfigError, match="webp"):
+        format_of(Path("picture.gif"))
+
+
+def test_no_recipe(tmp_path: Path, pixels: np.ndarray) -> None:
+    plain, text = tmp_path / "plain.png", tmp_path / "text.png"
+    Image.fromarray(pixels).save(plain)
+    text.write_text("hello")
+    with pytest.raises(ConfigError, match="carries no recipe"):
+        read_recipe_text(plain)
+    for path in (text, tmp_path / "missing.png", tmp_path):
+        with pytest.raises(ConfigError, match="cannot read the picture"):
+            read_recipe_text(path)
+    whole = encode_image(pixels, "PNG", recipe=RECIPE)
+    plain.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cannot read the picture"):
+        read_recipe_text(plain)
+
+
+def test_grid(pixels: np.ndarray) -> None:
+    grid = grid_of([pixels, pixels // 2, pixels // 3], columns=2)
+    assert grid.shape == (32, 48, 3)
+    np.testing.assert_array_equal(grid[:16, :24], pixels)
+    np.testing.assert_array_equal(grid[:16, 24:], pixels // 2)
+    np.testing.assert_array_equal(grid[16:, :24], pixels // 3)
+    assert (grid[16:, 24:] == 255).all()
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    write_files({tmp_path / "a": b"1", tmp_path / "b": b"2"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
+    with pytest.raises(SdError, match="cannot write"):
+        write_files({tmp_path / "a": b"3", tmp_path / "missing" / "b": b"4"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the disk: the same write, the same kind of refusal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(SdError, match=r"cannot write .*b\.png: .*\n.*nothing was kept"):
+            write_files({tmp_path / "a.png": b"1", tmp_path / "b.png": b"2" * 2000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    class Interrupting(dict[Path, bytes]):
+        def items(self):
+            yield tmp_path / "a", b"1"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_files(Interrupting())
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new.png")
+    with pytest.raises(ConfigError, match="mkdir"):
+        check_writable(tmp_path / "missing" / "new.png")
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_writable(tmp_path)
+
+
+def test_names_of_several_pictures() -> None:
+    assert output_paths("a.png", [7]) == [Path("a.png")]
+    assert output_paths("d/a.b.png", [7, 8]) == [Path("d/a.b-0.png"), Path("d/a.b-1.png")]
+    assert output_paths("a.png", range(11))[10] == Path("a-10.png")
+    assert output_paths("a.png", range(11))[2] == Path("a-02.png")
+    assert output_paths("{seed}-{index:03}.png", [7]) == [Path("7-000.png")]
+    with pytest.raises(ConfigError, match="names two pictures alike"):
+        output_paths("{seed}.png", [7, 7])
+    for template in ("{number}.png", "{.png", "{}.png", "{index.x}.png", "{index:q}.png"):
+        with pytest.raises(ConfigError, match="cannot be filled in"):
+            output_paths(template, [7])
+
+
+def test_png_is_a_plain_png(pixels: np.ndarray) -> None:
+    with Image.open(io.BytesIO(encode_image(pixels, "PNG"))) as image:
+        image.verify()

@@ -1,0 +1,105 @@
+"""Recipes: written, read back, and refused when they are something else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from sd_engines.bundle import portable_entry
+from sd_engines.errors import ConfigError
+from sd_runtime import Recipe
+from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
+from tiny_onnx import make_bundle
+
+RECIPE = Recipe(
+    prompt="a red circle 🦊",
+    negative_prompt="blue",
+    seed=2**64 - 1,
+    num_inference_steps=20,
+    guidance_scale=7.5,
+    scheduler="ddim",
+    eta=0.5,
+    height=64,
+    width=128,
+    backend="onnxruntime",
+    precision="fp32",
+    model="tiny/model",
+    revision=None,
+    fingerprint="0123456789abcdef",
+)
+
+
+def test_round_trip() -> None:
+    text = text_from_recipes([RECIPE, replace(RECIPE, seed=3)], columns=2)
+    assert text.isascii()
+    assert recipes_from_text(text) == ([RECIPE, replace(RECIPE, seed=3)], 2)
+
+
+def test_request_of_a_recipe() -> None:
+    request = RECIPE.request()
+    for name in ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"):
+        assert getattr(request, name) == getattr(RECIPE, name)
+    for name in ("scheduler", "eta", "height", "width"):
+        assert getattr(request, name) == getattr(RECIPE, name)
+
+
+def test_parameters_as_other_tools_read_them() -> None:
+    assert RECIPE.parameters() == (
+        "a red circle 🦊\nNegative prompt: blue\nSteps: 20, Sampler: ddim, CFG scale: 7.5, "
+        "Seed: 18446744073709551615, Size: 128x64, Model hash: 0123456789, Model: tiny/model, "
+        "Version: sd-toolkit, Eta: 0.5"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": -1},
+        {"seed": 2**64},
+        {"seed": "7"},
+        {"num_inference_steps": 0},
+        {"guidance_scale": None},
+        {"prompt": 7},
+        {"scheduler": None},
+        {"revision": 7},
+        {"backend": 7},
+        {"more": 1},
+    ],
+)
+def test_wrong_values_are_refused(change: dict[str, object]) -> None:
+    data = json.loads(text_from_recipes([RECIPE], columns=1))
+    data["recipes"][0] = {**asdict(RECIPE), **change}
+    with pytest.raises(ConfigError):
+        recipes_from_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"format_version": 2}',
+        '{"format_version": 1, "columns": 1, "recipes": []}',
+        '{"format_version": 1, "columns": 1, "recipes": [7]}',
+        '{"format_version": 1, "columns": 2, "recipes": [{}]}',
+    ],
+)
+def test_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="recipe cannot be read"):
+        recipes_from_text(text)
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_engines(tmp_path) -> None:
+    manifest = make_bundle(tmp_path / "a").manifest
+    entry = manifest.components["unet"]
+    engine = portable_entry(
+        "unet", entry, manifest.profile, "openvino", version="1", target="cpu", precision="fp32"
+    )
+    more = replace(manifest, engines=(*manifest.engines, engine), versions={"torch": "9"})
+    assert fingerprint(more) == fingerprint(manifest)
+    other = make_bundle(tmp_path / "b", seed=1).manifest
+    assert fingerprint(other) != fingerprint(manifest)
