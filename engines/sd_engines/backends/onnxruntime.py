@@ -124,6 +124,8 @@ def load(
 def _package(target: str) -> Any:
     if target not in _PROVIDERS:
         raise ConfigError(f"unknown target {target!r}", nearest(target, _PROVIDERS))
+    # Before the import, which else writes an identifier into ~/.cache and sends events.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     package = import_package("onnxruntime", extra=target)
     if _PROVIDERS[target] not in package.get_available_providers():
         raise BackendError(
