@@ -1,0 +1,272 @@
+"""Scheduler names, and what a checkpoint's config means to each: diffusers' ``from_config``.
+
+A class takes from the checkpoint's config the keys that it knows and its own defaults for the rest;
+a short name is a class with a few keys set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COMMON: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+}
+_SIGMAS: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+_ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": False}
+_THRESHOLDING: dict[str, Any] = {"thresholding": False}
+# diffusers' own default is True; StableDiffusionPipeline turns it off, for latents are not pixels.
+_CLIP: dict[str, Any] = {"clip_sample": False}
+_FLOW: dict[str, Any] = {"use_flow_sigmas": False}
+_K_DIFFUSION = _COMMON | _SIGMAS | {"beta_start": 0.00085, "beta_end": 0.012}
+_DPM_SOLVER: dict[str, Any] = (
+    _COMMON
+    | _SIGMAS
+    | _THRESHOLDING
+    | _FLOW
+    | {
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+        "lambda_min_clipped": -float("inf"),
+        "variance_type": None,
+    }
+)
+_DISTILLED: dict[str, Any] = (
+    _COMMON
+    | _THRESHOLDING
+    | _CLIP
+    | _ZERO_SNR
+    | {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "original_inference_steps": 50,
+        "set_alpha_to_one": True,
+        "timestep_scaling": 10.0,
+    }
+)
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": _COMMON
+    | _THRESHOLDING
+    | _CLIP
+    | _ZERO_SNR
+    | {"timestep_spacing": "leading", "set_alpha_to_one": True},
+    "DDPMScheduler": _COMMON
+    | _THRESHOLDING
+    | _CLIP
+    | _ZERO_SNR
+    | {"timestep_spacing": "leading", "variance_type": "fixed_small"},
+    "PNDMScheduler": _COMMON
+    | {"timestep_spacing": "leading", "set_alpha_to_one": False, "skip_prk_steps": False},
+    "EulerDiscreteScheduler": _COMMON
+    | _SIGMAS
+    | _ZERO_SNR
+    | {
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "final_sigmas_type": "zero",
+    },
+    "EulerAncestralDiscreteScheduler": _COMMON | _ZERO_SNR,
+    "HeunDiscreteScheduler": _K_DIFFUSION | _CLIP,
+    "KDPM2DiscreteScheduler": _K_DIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": _K_DIFFUSION,
+    "LMSDiscreteScheduler": _COMMON | _SIGMAS,
+    "DPMSolverMultistepScheduler": _DPM_SOLVER
+    | _ZERO_SNR
+    | {"euler_at_final": False, "use_lu_lambdas": False},
+    "DPMSolverSinglestepScheduler": {
+        key: value
+        for key, value in (_DPM_SOLVER | {"lower_order_final": False}).items()
+        if key not in ("timestep_spacing", "steps_offset")
+    },
+    "UniPCMultistepScheduler": _COMMON
+    | _SIGMAS
+    | _THRESHOLDING
+    | _FLOW
+    | _ZERO_SNR
+    | {
+        "solver_order": 2,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "final_sigmas_type": "zero",
+    },
+    "DEISMultistepScheduler": _COMMON
+    | _SIGMAS
+    | _THRESHOLDING
+    | _FLOW
+    | {"solver_order": 2, "lower_order_final": True},
+    "SASolverScheduler": _COMMON
+    | _SIGMAS
+    | _THRESHOLDING
+    | _FLOW
+    | {
+        "predictor_order": 2,
+        "corrector_order": 2,
+        "tau_func": None,
+        "algorithm_type": "data_prediction",
+        "lower_order_final": True,
+        "lambda_min_clipped": -float("inf"),
+        "variance_type": None,
+    },
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+}
+"""Per class the config keys it knows, with its defaults."""
+
+REFUSED: dict[str, str] = {
+    "DPMSolverSDEScheduler": "it draws its noise from a Brownian tree, not from the seed's stream",
+    "EDMEulerScheduler": "it scales the UNet's input and output as EDM models want, not as v1 does",
+    "EDMDPMSolverMultistepScheduler": "it scales the UNet's input and output as EDM models want",
+    "CosineDPMSolverMultistepScheduler": "it scales the UNet's input and output as EDM models want",
+    "FlowMatchEulerDiscreteScheduler": "it is for flow-matching models",
+    "FlowMatchHeunDiscreteScheduler": "it is for flow-matching models",
+    "FlowMatchLCMScheduler": "it is for flow-matching models",
+    "IPNDMScheduler": "it has its own noise schedule, which no v1 model was trained on",
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler class, and the config keys that a short name sets on top of the checkpoint's."""
+
+    class_name: str
+    overrides: Mapping[str, Any]
+
+
+def _names() -> dict[str, Sampler]:
+    multistep, singlestep = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+    sde = {"algorithm_type": "sde-dpmsolver++"}
+    ode = {"algorithm_type": "dpmsolver++"}
+    spaced = {  # these take sigma spacings too
+        "euler": Sampler("EulerDiscreteScheduler", {}),
+        "heun": Sampler("HeunDiscreteScheduler", {}),
+        "dpm2": Sampler("KDPM2DiscreteScheduler", {}),
+        "dpm2_a": Sampler("KDPM2AncestralDiscreteScheduler", {}),
+        "lms": Sampler("LMSDiscreteScheduler", {}),
+        "dpm++_2m": Sampler(multistep, ode | {"solver_order": 2}),
+        "dpm++_3m": Sampler(multistep, ode | {"solver_order": 3}),
+        "dpm++_2m_sde": Sampler(multistep, sde | {"solver_order": 2}),
+        "dpm++_3m_sde": Sampler(multistep, sde | {"solver_order": 3}),
+        "dpm++_1s": Sampler(singlestep, ode | {"solver_order": 1}),
+        "dpm++_2s": Sampler(singlestep, ode | {"solver_order": 2}),
+        "dpm++_3s": Sampler(singlestep, ode | {"solver_order": 3}),
+        "unipc": Sampler("UniPCMultistepScheduler", {}),
+        "deis": Sampler("DEISMultistepScheduler", {}),
+        "sa": Sampler("SASolverScheduler", {}),
+    }
+    spacings = ("karras", "exponential", "beta")
+    variants = {
+        f"{name}_{spacing}": Sampler(
+            sampler.class_name,
+            {**sampler.overrides, **{f"use_{other}_sigmas": other == spacing for other in spacings}},
+        )
+        for name, sampler in spaced.items()
+        for spacing in spacings
+    }
+    return {
+        "ddim": Sampler("DDIMScheduler", {}),
+        "ddpm": Sampler("DDPMScheduler", {}),
+        "pndm": Sampler("PNDMScheduler", {}),
+        "plms": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
+        "euler_a": Sampler("EulerAncestralDiscreteScheduler", {}),
+        "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler", {}),
+        "lcm": Sampler("LCMScheduler", {}),
+        "tcd": Sampler("TCDScheduler", {}),
+        **spaced,
+        **variants,
+        **{class_name: Sampler(class_name, {}) for class_name in DEFAULTS},
+    }
+
+
+SCHEDULERS: Mapping[str, Sampler] = _names()
+"""Every scheduler by name: diffusers' class names and the usual short ones."""
+
+
+def scheduler_name(name: str) -> str:
+    """The key of `SCHEDULERS` that ``name`` means, whatever its case, spaces or hyphens.
+
+    ConfigError for an unknown name, naming the nearest, and for those that no table can hold.
+    """
+    known = {_folded(key): key for key in SCHEDULERS}
+    refused = {_folded(key): key for key in REFUSED} | {"dpm++_sde": "DPMSolverSDEScheduler"}
+    folded = _folded(name)
+    if folded in known:
+        return known[folded]
+    if folded.removesuffix("_karras") in refused:
+        class_name = refused[folded.removesuffix("_karras")]
+        raise ConfigError(
+            f"scheduler {name!r} is not supported: {REFUSED[class_name]}",
+            f"Use another; known: {', '.join(sorted(SCHEDULERS))}.",
+        )
+    raise ConfigError(f"unknown scheduler {name!r}", nearest(folded, SCHEDULERS))
+
+
+def effective_config(scheduler_config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config that diffusers' class of ``name`` would have, from the checkpoint's.
+
+    As ``Class.from_config(scheduler_config, **overrides)``. ``_class_name`` is the class's. A
+    checkpoint's sigma_min and sigma_max are kept, for diffusers reads them whatever the class.
+    ConfigError for a class or setting that is no linear sampler.
+    """
+    sampler = SCHEDULERS[scheduler_name(name)]
+    known = DEFAULTS[sampler.class_name]
+    bounds = {key: scheduler_config.get(key) for key in ("sigma_min", "sigma_max")}
+    carried = {key: value for key, value in scheduler_config.items() if key in known}
+    config = {**known, **bounds, **carried, **sampler.overrides, "_class_name": sampler.class_name}
+    _refuse_nonlinear(config)
+    return config
+
+
+def _refuse_nonlinear(config: Mapping[str, Any]) -> None:
+    for key in ("thresholding", "clip_sample"):
+        if config.get(key):
+            raise ConfigError(
+                f"the scheduler config sets {key}, which clips what the model predicts",
+                f"Set {key} to false in the checkpoint's scheduler_config.json: latents are not "
+                "pixels, and Stable Diffusion is sampled without it.",
+            )
+    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        raise ConfigError(
+            "the scheduler config is for a flow-matching or EDM model",
+            "Only models trained on noise with alphas_cumprod can be sampled.",
+        )
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ConfigError(
+            f"variance_type {config['variance_type']!r} needs a UNet that predicts the variance",
+            "Set it to 'fixed_small', or choose another scheduler.",
+        )
+    for key in ("solver_p", "tau_func"):
+        if config.get(key) is not None:
+            raise ConfigError(f"the scheduler config sets {key}", f"Remove {key}: it is code.")
+    if sum(bool(config.get(key)) for key in _SIGMAS) > 1:
+        raise ConfigError(
+            "the scheduler config sets more than one of " + ", ".join(_SIGMAS),
+            "Keep one of them.",
+        )
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")

@@ -1,0 +1,138 @@
+"""A sampler as a table: a few numbers per UNet call, run by one five-line loop.
+
+    h_i     = p·sample + q·model_output
+    sample' = a·sample + Σ_k b[k]·h_{i-k} + Σ_m c[m]·noise
+
+The sample is kept in the variance-preserving scale, so the UNet's input is the sample itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sd_engines.errors import ConfigError
+
+from sd_runtime.linear_form import DEPTH
+from sd_runtime.noise_schedule import noise_schedule
+from sd_runtime.samplers import SMALLEST_ALPHA_CUMPROD, plan
+from sd_runtime.scheduler_config import SCHEDULERS, effective_config, scheduler_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from sd_runtime.samplers import Rows
+
+__all__ = ["SCHEDULERS", "SchedulerTable", "compile_table", "scheduler_name"]
+
+
+@dataclass(frozen=True)
+class SchedulerTable:
+    """R rows, one per UNet call, with K model outputs of history; all float64.
+
+    A text-to-image sample starts as ``init_noise_scale · noise``, an image-to-image one as
+    ``alpha[0] · x₀ + sigma[0] · noise``. After the last row it is what diffusers' scheduler returns.
+    """
+
+    timesteps: NDArray[np.float64]
+    """[R] what the UNet is told; whole numbers for most samplers."""
+    pred_sample: NDArray[np.float64]
+    """[R] p."""
+    pred_output: NDArray[np.float64]
+    """[R] q."""
+    coef_sample: NDArray[np.float64]
+    """[R] a."""
+    coef_history: NDArray[np.float64]
+    """[R, K] b, newest first; 1 ≤ K ≤ 5, and 13 with PNDM's Runge-Kutta warm-up."""
+    coef_noise: NDArray[np.float64]
+    """[R, M] c; M = 0 for ODE samplers, 1 for stochastic ones."""
+    draws_noise: NDArray[np.bool_]
+    """[R] whether diffusers draws noise after this row's UNet call, be its coefficient 0 or not."""
+    alpha: NDArray[np.float64]
+    """[R + 1] signal level before each row, and after the last."""
+    sigma: NDArray[np.float64]
+    """[R + 1] noise level before each row, and after the last."""
+    init_noise_scale: float
+    """diffusers' init_noise_sigma in this scale: 1, or sigma[0] for k-diffusion's samplers."""
+    guidance_scale: NDArray[np.float64] | None = None
+    """[R] guidance per row, or None: the request's throughout."""
+
+    @property
+    def num_rows(self) -> int:
+        """R, the number of UNet calls."""
+        return len(self.timesteps)
+
+
+def compile_table(
+    scheduler_config: Mapping[str, Any],
+    *,
+    scheduler: str | None = None,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    strength: float = 1.0,
+) -> SchedulerTable:
+    """Compile a sampler to the rows that reproduce diffusers' scheduler.
+
+    Args:
+        scheduler_config: the checkpoint's ``scheduler_config.json``.
+        scheduler: a name of `SCHEDULERS`; None is the checkpoint's own ``_class_name``.
+        num_inference_steps: 1 … num_train_timesteps.
+        eta: 0 … 1, the noise of DDIM and TCD; the others have no such setting.
+        strength: 0 … 1, the share of the steps that image-to-image runs, as its pipeline counts.
+
+    Raises:
+        ConfigError: a value out of range, an unknown name, or a sampler that is not linear.
+    """
+    name = scheduler_name(scheduler or scheduler_config.get("_class_name", "PNDMScheduler"))
+    config = effective_config(scheduler_config, name)
+    num_train_timesteps = int(config["num_train_timesteps"])
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ConfigError(
+            f"num_inference_steps {num_inference_steps} is out of range",
+            f"Take 1 to {num_train_timesteps} steps.",
+        )
+    for word, value in (("eta", eta), ("strength", strength)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{word} {value} is out of range", f"Give {word} from 0 to 1.")
+    begin = num_inference_steps - int(num_inference_steps * strength)
+    if begin == num_inference_steps:
+        raise ConfigError(
+            f"strength {strength} of {num_inference_steps} steps leaves none to run",
+            "Raise strength or num_inference_steps.",
+        )
+    with np.errstate(all="ignore"):  # λ is ∞ without noise; every formula has its limit there
+        schedule = noise_schedule(
+            config, min_alpha_cumprod=SMALLEST_ALPHA_CUMPROD.get(config["_class_name"], 0.0)
+        )
+        rows = plan(config, schedule, num_inference_steps, eta=eta, begin=begin)
+        table = _table(rows, str(config["prediction_type"]))
+    for column in (table.pred_sample, table.coef_sample, table.coef_history, table.coef_noise):
+        if not np.isfinite(column).all():
+            raise ConfigError(
+                f"{name} divides by zero with these settings, as it does in diffusers",
+                "With rescale_betas_zero_snr the model must not predict epsilon and "
+                "timestep_spacing be 'trailing'; else try final_sigmas_type or lower_order_final.",
+            )
+    return table
+
+
+def _table(rows: Rows, prediction_type: str) -> SchedulerTable:
+    updates = np.array(rows.updates)
+    history = updates[:, 1 : 1 + DEPTH]
+    depth = int(np.max(np.nonzero(history.any(axis=0))[0], initial=0)) + 1
+    converted = np.array([rows.conversion(prediction_type, level) for level in rows.levels[:-1]])
+    return SchedulerTable(
+        timesteps=np.asarray(rows.timesteps, np.float64),
+        pred_sample=converted[:, 0],
+        pred_output=converted[:, 1],
+        coef_sample=updates[:, 0],
+        coef_history=history[:, :depth],
+        coef_noise=updates[:, -2:-1] if any(rows.draws_noise) else updates[:, :0],
+        draws_noise=np.asarray(rows.draws_noise, np.bool_),
+        alpha=np.array([level.alpha for level in rows.levels]),
+        sigma=np.array([level.sigma for level in rows.levels]),
+        init_noise_scale=rows.init_noise_scale,
+    )
