@@ -131,9 +131,9 @@ def open_engine(
         and precision in (None, entry.precision)
     ]
     if not entries:
-        what = " ".join(filter(None, (precision, None if backend == "auto" else backend)))
+        asked = (precision, None if backend == "auto" else backend, "engine of", component)
         raise BundleError(
-            f"{bundle.path}: has no {what} engine of {component}",
+            f"{bundle.path}: has no {' '.join(filter(None, asked))}",
             f"sd-export build {bundle.path} --backend "
             f"{'onnxruntime' if backend == 'auto' else backend}",
         )

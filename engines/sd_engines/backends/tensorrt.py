@@ -67,9 +67,9 @@ def build(
 
     ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
     ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
-    largest, tuned for the largest. ``timing_cache`` is read and written back, so that the next
-    build measures less. `ConfigError` for a precision the graph has not or a target the package
-    does not know; `BackendError` with the parser's or builder's own words where it fails.
+    largest, tuned for the largest. ``timing_cache`` is read and written back, so that TensorRT's
+    next build measures less. `ConfigError` for a precision the graph has not or a target the
+    package does not know; `BackendError` with the parser's or builder's own words where it fails.
     """
     module = _package(backend)
     if precision not in (None, entry.precision):
@@ -101,9 +101,10 @@ def build(
             shapes.set_shape(spec.name, shape_at(spec, 1), largest, largest)
     if config.add_optimization_profile(shapes) < 0:
         raise _failure(f"{backend} refuses the profile of {component}", log)
-    cache_bytes = timing_cache.read_bytes() if timing_cache and timing_cache.is_file() else b""
-    timings = config.create_timing_cache(cache_bytes) if timing_cache else None
-    if timings is not None:
+    timings = None
+    if timing_cache is not None and backend == "tensorrt":  # TensorRT-RTX measures nothing
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        timings = config.create_timing_cache(known)
         config.set_timing_cache(timings, False)
     config.progress_monitor = monitor = _monitor(module, progress)
     plan = builder.build_serialized_network(network, config)

@@ -1,0 +1,214 @@
+"""Opening a bundle: what is missing, altered or linked elsewhere is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sd_engines import open_bundle
+from sd_engines.bundle import EngineEntry, engine_key, hash_files
+from sd_engines.errors import BundleError, EngineMismatchError
+from tiny_onnx import PROFILE, make_bundle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines import Bundle
+
+LISTED = ["unet/model.onnx", "unet/model.onnx_data", "tokenizer/tokenizer.json"]
+
+
+def test_open_and_verify(tiny_bundle: Bundle) -> None:
+    tiny_bundle.verify()
+    assert tiny_bundle.verified_path("unet") == tiny_bundle.path / "unet/model.onnx"
+    tokenizer = tiny_bundle.verified_path("tokenizer/tokenizer.json")
+    assert tokenizer.read_text() == "{}"
+    assert open_bundle(str(tiny_bundle.path)) == tiny_bundle
+
+
+def test_opened_through_a_link_to_the_folder(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tiny_bundle.path)
+    open_bundle(link).verify()
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_one_changed_bit(tiny_bundle: Bundle, name: str) -> None:
+    path = tiny_bundle.path / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    opened = open_bundle(tiny_bundle.path)  # sizes agree; only the hash knows
+    with pytest.raises(BundleError, match=f"{name}: altered") as caught:
+        opened.verify()
+    assert "sd-export" in caught.value.hint
+    assert caught.value.exit_code == 3
+    with pytest.raises(BundleError, match="altered"):
+        opened.verified_path("unet" if name.startswith("unet") else name)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_truncated(tiny_bundle: Bundle, name: str) -> None:
+    path = tiny_bundle.path / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=rf"{name}: has \d+ bytes, not \d+"):
+        open_bundle(tiny_bundle.path)
+    with pytest.raises(BundleError, match="bytes, not"):
+        tiny_bundle.verify()
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_missing(tiny_bundle: Bundle, name: str) -> None:
+    (tiny_bundle.path / name).unlink()
+    with pytest.raises(BundleError, match=f"{name}: is missing"):
+        open_bundle(tiny_bundle.path)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is no folder"):
+        open_bundle(tmp_path / "none")
+    with pytest.raises(BundleError, match=r"has no bundle\.json"):
+        open_bundle(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="is no folder"):
+        open_bundle(tmp_path / "file")
+
+
+def test_file_behind_a_link(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    name = "tokenizer/tokenizer.json"
+    secret = tmp_path / "secret"
+    secret.write_text("{}")  # the very bytes that the manifest lists
+    (tiny_bundle.path / name).unlink()
+    (tiny_bundle.path / name).symlink_to(secret)
+    with pytest.raises(BundleError, match="is a link, or lies behind one"):
+        open_bundle(tiny_bundle.path)
+
+
+def test_folder_behind_a_link(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tiny_bundle.path / "tokenizer").rename(tmp_path / "elsewhere")
+    (tiny_bundle.path / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link, or lies behind one"):
+        open_bundle(tiny_bundle.path)
+
+
+def test_manifest_behind_a_link(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tiny_bundle.path / "bundle.json").rename(tmp_path / "bundle.json")
+    (tiny_bundle.path / "bundle.json").symlink_to(tmp_path / "bundle.json")
+    with pytest.raises(BundleError):
+        open_bundle(tiny_bundle.path)
+
+
+def test_file_that_is_a_folder(tiny_bundle: Bundle) -> None:
+    (tiny_bundle.path / "tokenizer/tokenizer.json").unlink()
+    (tiny_bundle.path / "tokenizer/tokenizer.json").mkdir()
+    with pytest.raises(BundleError, match="is missing"):
+        open_bundle(tiny_bundle.path)
+
+
+def test_unknown_name(tiny_bundle: Bundle) -> None:
+    for name in ("vae", "bundle.json", "../x", "unet/model.onnx_data"):
+        with pytest.raises(BundleError, match="has no"):
+            tiny_bundle.verified_path(name)
+
+
+def test_hash_files_is_sha256(tmp_path: Path) -> None:
+    data = {"empty": b"", "small": b"abc", "large": bytes(range(256)) * (3 << 12)}  # 3 MiB
+    for name, content in data.items():
+        (tmp_path / name).write_bytes(content)
+    found = hash_files(tmp_path, data)
+    assert list(found) == list(data)
+    for name, content in data.items():
+        assert found[name].sha256 == hashlib.sha256(content).hexdigest()
+        assert found[name].bytes == len(content)
+    with pytest.raises(BundleError, match="none"):
+        hash_files(tmp_path, ["none"])
+
+
+def test_key_depends_on_everything() -> None:
+    def key(onnx: tuple[str, ...] = ("a", "b"), **changed: object) -> str:
+        parts: dict[str, object] = {
+            "profile": PROFILE,
+            "precision": "fp32",
+            "backend": "tensorrt",
+            "version": "11.4",
+            "target": "sm89",
+            "flags": {"tf32": "off"},
+        }
+        return engine_key(onnx, **(parts | changed))  # type: ignore[arg-type]
+
+    assert key() == key(onnx=("b", "a"))
+    others = [
+        key(onnx=("a", "c")),
+        key(profile=replace(PROFILE, batch_size=3)),
+        key(precision="fp16"),
+        key(backend="tensorrt-rtx"),
+        key(version="11.5"),
+        key(target="sm90"),
+        key(flags={"tf32": "on"}),
+        key(flags={}),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+
+
+def test_stale_engine(tmp_path: Path) -> None:
+    """A plan built from other weights than those in the bundle is never loaded."""
+    bundle = make_bundle(tmp_path / "bundle")
+    file = "engines/tensorrt-11.4-sm89/unet.engine"
+    (bundle.path / file).parent.mkdir(parents=True)
+    (bundle.path / file).write_bytes(b"plan")
+    built = hash_files(bundle.path, [file])[file]
+    engine = EngineEntry(
+        component="unet",
+        backend="tensorrt",
+        version="11.4",
+        target="sm89",
+        precision="fp32",
+        file=file,
+        sha256=built.sha256,
+        bytes=built.bytes,
+        flags={},
+        key="0" * 64,
+    )
+    with pytest.raises(EngineMismatchError, match="built from another unet") as caught:
+        bundle.verified_engine(engine)
+    assert caught.value.hint == f"sd-export build {bundle.path} --backend tensorrt"
+
+    unet = bundle.manifest.components["unet"]
+    key = engine_key(
+        (entry.sha256 for entry in unet.files.values()),
+        profile=PROFILE,
+        precision="fp32",
+        backend="tensorrt",
+        version="11.4",
+        target="sm89",
+        flags={},
+    )
+    fresh = replace(engine, key=key)
+    assert bundle.verified_engine(fresh) == bundle.path / file
+    (bundle.path / file).write_bytes(b"plam")
+    with pytest.raises(BundleError, match="altered") as caught_altered:
+        bundle.verified_engine(fresh)
+    assert "sd-export build" in caught_altered.value.hint
+
+
+def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
+    data = json.loads((tiny_bundle.path / "bundle.json").read_text())
+    assert list(data) == [
+        "format_version",
+        "model",
+        "profile",
+        "components",
+        "engines",
+        "certificate",
+        "files",
+        "versions",
+    ]
+    assert data["components"]["unet"]["inputs"][0] == {
+        "name": "sample",
+        "dtype": "float32",
+        "shape": ["batch", 4, 8, 8],
+    }

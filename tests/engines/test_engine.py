@@ -1,0 +1,122 @@
+"""open_engine: which of a bundle's engines is taken, and what is said where none can be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sd_engines import open_engine
+from sd_engines.bundle import Bundle, EngineEntry
+from sd_engines.cores import usable_cores
+from sd_engines.engine import build_engine
+from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError
+from tiny_onnx import PROFILE, unet_arrays
+
+if TYPE_CHECKING:
+    from sd_engines import Engine
+
+
+def _name(engine: Engine) -> str:
+    return type(engine).__name__
+
+
+def test_auto_takes_the_fastest_that_is_installed(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    with open_engine(tiny_bundle, "unet") as engine:
+        assert _name(engine) == "OpenVinoEngine"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with open_engine(tiny_bundle, "unet") as engine:
+        assert _name(engine) == "OnnxRuntimeEngine"
+        engine(**unet_arrays(1))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="no engine of unet opens here") as caught:
+        open_engine(tiny_bundle, "unet")
+    assert "openvino" in caught.value.message
+    assert "onnxruntime" in caught.value.message
+    assert caught.value.hint == 'pip install "sd-toolkit[cpu]"'
+
+
+def test_auto_says_why_it_passes_over_a_stale_plan(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    stale = EngineEntry(
+        component="unet",
+        backend="tensorrt-rtx",
+        version="1.0.0",
+        target="any",
+        precision="fp32",
+        file="engines/tensorrt-rtx-1.0.0-any/unet.engine",
+        sha256="0" * 64,
+        bytes=1,
+        flags={},
+        key="0" * 64,
+    )
+    manifest = replace(tiny_bundle.manifest, engines=(*tiny_bundle.manifest.engines, stale))
+    bundle = Bundle(tiny_bundle.path, manifest)
+    with (
+        caplog.at_level(logging.WARNING, logger="sd_engines"),
+        open_engine(bundle, "unet") as engine,
+    ):
+        assert _name(engine) != "TensorRtEngine"
+    assert "built by tensorrt-rtx 1.0.0" in caplog.text
+    with pytest.raises(EngineMismatchError, match="is installed") as caught:
+        open_engine(bundle, "unet", backend="tensorrt-rtx")
+    assert caught.value.hint == f"sd-export build {bundle.path} --backend tensorrt-rtx"
+    assert caught.value.exit_code == 3
+
+
+def test_unknown_backend(tiny_bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match="unknown backend 'opnvino'") as caught:
+        open_engine(tiny_bundle, "unet", backend="opnvino")
+    assert "Did you mean 'openvino'" in caught.value.hint
+    unet = tiny_bundle.manifest.components["unet"]
+    with pytest.raises(ConfigError, match="unknown backend 'auto'"):
+        build_engine(
+            "auto",
+            tiny_bundle.path / unet.file,
+            output_dir=tiny_bundle.path,
+            component="unet",
+            entry=unet,
+            profile=PROFILE,
+        )
+
+
+def test_what_the_bundle_lacks(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="has no component 'vae'"):
+        open_engine(tiny_bundle, "vae")
+    with pytest.raises(BundleError, match="has no tensorrt engine of unet") as caught:
+        open_engine(tiny_bundle, "unet", backend="tensorrt")
+    assert caught.value.hint == f"sd-export build {tiny_bundle.path} --backend tensorrt"
+    with pytest.raises(BundleError, match="has no fp16 engine of unet"):
+        open_engine(tiny_bundle, "unet", precision="fp16")
+    empty = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, engines=()))
+    with pytest.raises(BundleError, match="has no engine of unet") as caught:
+        open_engine(empty, "unet")
+    assert "--backend onnxruntime" in caught.value.hint
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads(tiny_bundle: Bundle, threads: int) -> None:
+    with pytest.raises(ConfigError, match=f"threads is {threads}"):
+        open_engine(tiny_bundle, "unet", threads=threads)
+
+
+def test_usable_cores_obeys_the_affinity() -> None:
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+    first = min(os.sched_getaffinity(0))
+    code = (
+        f"import os; os.sched_setaffinity(0, [{first}])\n"
+        "from sd_engines.cores import usable_cores; print(usable_cores())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout == b"1\n"

@@ -1,0 +1,151 @@
+"""A manifest is read back as it was written; a hostile one is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sd_engines.errors import BundleError
+from sd_engines.manifest import CertificateEntry, Manifest
+from tiny_onnx import make_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+HASH = "0" * 64
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return make_manifest(tmp_path)
+
+
+def test_round_trip(manifest: Manifest) -> None:
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert Manifest.from_json(manifest.to_json().encode()) == manifest
+
+
+def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
+    *folders, last, value = path
+
+    def change(data: dict[str, Any]) -> None:
+        node: Any = data
+        for key in folders:
+            node = node[key]
+        node[last] = value
+
+    return change
+
+
+def _drop(*path: Any) -> Callable[[dict[str, Any]], None]:
+    *folders, last = path
+
+    def change(data: dict[str, Any]) -> None:
+        node: Any = data
+        for key in folders:
+            node = node[key]
+        del node[last]
+
+    return change
+
+
+def _file(name: str) -> Callable[[dict[str, Any]], None]:
+    return _set("files", name, {"sha256": HASH, "bytes": 1})
+
+
+HOSTILE = {
+    "no version": (_drop("format_version"), "format_version: is missing"),
+    "newer version": (_set("format_version", 2), "format_version 2 is unknown"),
+    "version as text": (_set("format_version", "1"), "format_version: must be a whole number"),
+    "version as bool": (_set("format_version", True), "format_version: must be a whole number"),
+    "unknown field": (_set("run_this", "rm"), "run_this: is unknown"),
+    "unknown nested field": (_set("profile", "depth", 3), "profile.depth: is unknown"),
+    "missing profile": (_drop("profile"), "profile: is missing"),
+    "profile as list": (_set("profile", []), "profile: must be an object"),
+    "engines as object": (_set("engines", {}), "engines: must be an array"),
+    "engine as text": (_set("engines", ["x"]), r"engines\[0\]: must be an object"),
+    "batch 0": (_set("profile", "batch_size", 0), "profile.batch_size: must be a whole number"),
+    "huge height": (_set("profile", "height", 10**9), "profile.height"),
+    "odd height": (_set("profile", "height", 65), "multiples of vae_scale_factor"),
+    "scale as text": (_set("model", "vae_scaling_factor", "1"), "must be a finite number"),
+    "source null": (_set("model", "source", None), "model.source: must be a text"),
+    "parent path": (_file("../outside"), "no path of a file inside the bundle"),
+    "hidden parent": (_file("a/../../outside"), "no path of a file inside the bundle"),
+    "absolute path": (_file("/etc/passwd"), "no path of a file inside the bundle"),
+    "windows path": (_file("C:/secret"), "no path of a file inside the bundle"),
+    "backslash": (_file("..\\outside"), "no path of a file inside the bundle"),
+    "double slash": (_file("a//b"), "no path of a file inside the bundle"),
+    "dot": (_file("./a"), "no path of a file inside the bundle"),
+    "empty": (_file(""), "no path of a file inside the bundle"),
+    "nul": (_file("a\0b"), "no path of a file inside the bundle"),
+    "long": (_file("a/" * 600 + "b"), "no path of a file inside the bundle"),
+    "manifest itself": (_file("bundle.json"), "no path of a file inside the bundle"),
+    "negative size": (_set("files", "tokenizer/tokenizer.json", "bytes", -1), "bytes: must be"),
+    "short hash": (_set("files", "tokenizer/tokenizer.json", "sha256", "ab"), "64 lower-case"),
+    "component path": (_set("components", "unet", "file", "../m.onnx"), "no path of a file"),
+    "component name": (_set("components", "../x", {}), "no name of a component"),
+    "file not listed": (_set("components", "unet", "file", "unet/b.onnx"), "does not list"),
+    "precision": (_set("components", "unet", "precision", "int3"), "'int3' is none of fp32"),
+    "dtype": (_set("components", "unet", "inputs", 0, "dtype", "object"), "'object' is none of"),
+    "shape": (_set("components", "unet", "inputs", 0, "shape", ["batch", 0]), "axis 1 is 0"),
+    "symbolic": (_set("components", "unet", "inputs", 0, "shape", [4, "batch"]), "axis 1 is 'b"),
+    "twin inputs": (_set("components", "unet", "inputs", 0, "name", "timestep"), "different names"),
+    "backend": (_set("engines", 0, "backend", "pickle"), "'pickle' is none of tensorrt"),
+    "engine path": (_set("engines", 0, "file", "/tmp/x.engine"), "no path of a file"),  # noqa: S108
+    "engine file": (_set("engines", 0, "file", "unet/model.onnx_data"), "is not the ONNX of"),
+    "engine component": (_set("engines", 0, "component", "vae"), "'vae' is not in the bundle"),
+    "twice listed": (_file("unet/model.onnx"), "one file is listed twice"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(manifest: Manifest, name: str) -> None:
+    change, message = HOSTILE[name]
+    data = json.loads(manifest.to_json())
+    change(data)
+    with pytest.raises(BundleError, match=message) as caught:
+        Manifest.from_json(json.dumps(data))
+    assert "sd-export" in caught.value.hint
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        b"\xff\xfe\x00",
+        "[" * 100_000,
+        '{"format_version": 1, "format_version": 1}',
+        '{"format_version": NaN}',
+        '{"format_version": ' + "9" * 10_000 + "}",
+        " " * (17 << 20),
+    ],
+    ids=lambda text: f"{text[:12]!r}",
+)
+def test_no_manifest_at_all(text: str | bytes) -> None:
+    with pytest.raises(BundleError):
+        Manifest.from_json(text)
+
+
+def test_not_written_what_would_not_be_read(manifest: Manifest) -> None:
+    from dataclasses import replace
+
+    bad = CertificateEntry(
+        component="unet",
+        backend="onnxruntime",
+        precision="fp32",
+        reference="numpy",
+        metric="relative_l2",
+        figure=float("nan"),
+        tolerance=1e-4,
+        measured_at="2026-11-20T00:00:00Z",
+    )
+    with pytest.raises(BundleError):
+        replace(manifest, certificate=(bad,)).to_json()
+    assert replace(manifest, certificate=(replace(bad, figure=0.0),)).to_json()

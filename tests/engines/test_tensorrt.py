@@ -1,0 +1,157 @@
+"""TensorRT-RTX: plans are built with no GPU; without one, running them is refused in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from sd_engines import open_bundle, open_engine
+from sd_engines.bundle import add_engines
+from sd_engines.engine import build_engine
+from sd_engines.errors import BackendError, ConfigError
+from tiny_onnx import PROFILE, unet_arrays, unet_entry, unet_reference
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines import Bundle
+    from sd_engines.spec import Precision
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+from sd_engines.backends import tensorrt
+
+
+def _has_gpu() -> bool:
+    try:
+        tensorrt._compute_capability()
+    except BackendError:
+        return False
+    return True
+
+
+def _build(folder: Path, entry: Any, **changed: Any) -> Any:
+    return build_engine(
+        "tensorrt-rtx",
+        folder / entry.file,
+        output_dir=folder,
+        component="unet",
+        entry=entry,
+        profile=PROFILE,
+        **changed,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("float16", "fp16")])
+@pytest.mark.parametrize("opset", [20, 23])
+def test_build(tmp_path: Path, opset: int, dtype: str, precision: Precision) -> None:
+    unet = unet_entry(tmp_path, opset=opset, dtype=dtype, precision=precision)
+    steps: list[tuple[str, int, int]] = []
+    entry = _build(tmp_path, unet, progress=lambda *step: steps.append(step))
+    assert entry.precision == precision
+    assert entry.target == "any"
+    assert entry.file == f"engines/tensorrt-rtx-{entry.version}-any/unet.engine"
+    assert (tmp_path / entry.file).stat().st_size == entry.bytes > 0
+    assert entry.flags["tf32"] == "off"
+    assert ("Building engine", 0, steps[0][2]) == steps[0]
+    assert all(0 <= done <= total for _, done, total in steps)
+    again = _build(tmp_path, unet)
+    assert again.key == entry.key
+
+
+def test_target(tmp_path: Path) -> None:
+    unet = unet_entry(tmp_path)
+    entries = [_build(tmp_path, unet, target=target) for target in (None, "sm120", "sm86+sm89")]
+    assert len({entry.file for entry in entries}) == 3
+    assert len({entry.key for entry in entries}) == 3
+    with pytest.raises(ConfigError, match="does not build for 'sm12'"):
+        _build(tmp_path, unet, target="sm12")
+    with pytest.raises(ConfigError, match="in the precision of the graph, fp32, not fp16"):
+        _build(tmp_path, unet, precision="fp16")
+
+
+def test_builder_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"cannot build unet.*Turing"):
+        _build(tmp_path, unet_entry(tmp_path), target="sm75")  # fp32 matrix products
+    assert not (tmp_path / "engines").exists()
+
+
+def test_parser_says_what_it_cannot_read(tmp_path: Path) -> None:
+    unet = unet_entry(tmp_path)
+    (tmp_path / unet.file).write_bytes(b"nonsense")
+    with pytest.raises(BackendError, match=r"cannot parse .*Failed to parse the ONNX model"):
+        _build(tmp_path, unet)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BackendError("enough", "stop")])
+def test_progress_stops_the_build(tmp_path: Path, error: Any) -> None:
+    unet = unet_entry(tmp_path)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        _build(tmp_path, unet, progress=stop)
+    assert not (tmp_path / "engines").exists()
+    _build(tmp_path, unet)  # and the next one works
+
+
+def test_workspace_limit(tmp_path: Path) -> None:
+    unet = unet_entry(tmp_path)
+    entry = tensorrt.build(
+        tmp_path / unet.file,
+        output_dir=tmp_path,
+        backend="tensorrt-rtx",
+        component="unet",
+        entry=unet,
+        profile=PROFILE,
+        workspace_bytes=1 << 30,
+    )
+    assert entry.flags["workspace_bytes"] == str(1 << 30)
+    assert entry.key != _build(tmp_path, unet).key
+
+
+def _with_plan(bundle: Bundle, tmp_path: Path) -> Bundle:
+    unet = bundle.manifest.components["unet"]
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    entry = build_engine(
+        "tensorrt-rtx",
+        bundle.path / unet.file,
+        output_dir=staging,
+        component="unet",
+        entry=unet,
+        profile=PROFILE,
+    )
+    add_engines(bundle.path, staging, engines=[entry])
+    return open_bundle(bundle.path)
+
+
+@pytest.mark.skipif(_has_gpu(), reason="this machine has a GPU")
+def test_no_gpu(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = _with_plan(tiny_bundle, tmp_path)
+    bundle.verify()
+    with pytest.raises(BackendError, match=r"no NVIDIA driver|finds no GPU") as caught:
+        open_engine(bundle, "unet", backend="tensorrt-rtx")
+    assert "nvidia-smi" in caught.value.hint
+    open_engine(bundle, "unet").close()  # "auto" goes on to the next
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _has_gpu(), reason="this machine has no GPU")
+def test_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    cupy = pytest.importorskip("cupy")
+    bundle = _with_plan(tiny_bundle, tmp_path)
+    with open_engine(bundle, "unet", backend="tensorrt-rtx") as engine:
+        for batch in (1, 2, 4):
+            arrays = unet_arrays(batch)
+            reference = unet_reference(**arrays)
+            binding = engine.bind(batch)
+            for name, array in arrays.items():
+                binding.inputs[name][...] = cupy.asarray(array)
+            binding.run()
+            for found in (binding.outputs, engine(**arrays)):
+                result = cupy.asnumpy(found["noise_pred"])
+                np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,132 @@
+"""The house of DESIGN: imports run one way, and heavy ones run late."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = {  # in the one order in which imports may run: each may import those before it
+    "sd_engines": ROOT / "engines/sd_engines",
+    "sd_runtime": ROOT / "runtime/sd_runtime",
+    "sd_export": ROOT / "export/sd_export",
+    "sd_bench": ROOT / "benchmarks/sd_bench",
+}
+ORDER = list(SOURCES)
+IMPORT_NAMES = {
+    "pillow": ["PIL"],
+    "huggingface-hub": ["huggingface_hub"],
+    "onnxruntime-gpu": ["onnxruntime"],
+    "cupy-cuda13x": ["cupy"],
+    "tensorrt-rtx": ["tensorrt_rtx"],
+    "onnxscript": ["onnxscript", "onnx_ir"],
+}
+BACKEND_EXTRAS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+MODEL_LIBRARIES = {"diffusers", "transformers"}
+HEAVY = {
+    *("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+    *("huggingface_hub", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cupy"),
+    *("polygraphy", "sympy", "scipy"),
+}
+
+
+def _declared(*extras: str) -> set[str]:
+    """Import names of the distribution's dependencies and those of ``extras``."""
+    lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][e] for e in extras)]
+    names = {re.split(r"[^A-Za-z0-9._-]", text)[0].lower() for part in lists for text in part}
+    return {name for n in names for name in IMPORT_NAMES.get(n, [n.replace("-", "_")])}
+
+
+MAY_IMPORT = {
+    "sd_engines": {"numpy"} | _declared(*BACKEND_EXTRAS) - _declared(),
+    "sd_runtime": _declared() | {"cupy"},
+    "sd_export": _declared("export"),
+    "sd_bench": _declared(*PROJECT["optional-dependencies"]),
+}
+
+
+def _modules(package: str) -> list[Path]:
+    return sorted(SOURCES[package].rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """First names of everything ``path`` imports, late, for types only, or by name included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            assert node.module is not None
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            target = node.args[0]
+            if name in ("import_module", "import_package", "__import__") and isinstance(
+                target, ast.Constant
+            ):
+                found.add(str(target.value))
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package: str) -> None:
+    known = set(sys.stdlib_module_names) | set(ORDER[: ORDER.index(package) + 1])
+    modules = _modules(package)
+    assert modules
+    for path in modules:
+        strangers = _imports(path) - known - MAY_IMPORT[package]
+        assert not strangers, f"{path.relative_to(ROOT)} imports {sorted(strangers)}"
+
+
+def test_only_load_knows_the_model_classes() -> None:
+    knowing = {
+        path.relative_to(ROOT).as_posix()
+        for package in ORDER[:3]
+        for path in _modules(package)
+        if _imports(path) & MODEL_LIBRARIES
+    }
+    assert knowing <= {"export/sd_export/load.py"}
+
+
+def test_no_drawers_for_everything() -> None:
+    names = [path for package in ORDER for path in _modules(package)]
+    assert not [p for p in names if re.match(r"utils?|common|helpers?|misc|base_", p.stem)]
+
+
+def _loaded_by(code: str) -> set[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in result.stdout.split()}
+
+
+def _dotted(package: str, path: Path) -> str:
+    parts = path.relative_to(SOURCES[package].parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("package", ["sd_engines", "sd_runtime"])
+def test_no_module_imports_heavy_packages(package: str) -> None:
+    names = [_dotted(package, path) for path in _modules(package) if path.stem != "__main__"]
+    loaded = _loaded_by("import " + ", ".join(names))
+    assert not loaded & HEAVY
+    assert package == "sd_runtime" or not loaded & {"click", "PIL", "tokenizers"}
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_package_and_command_import_nothing_heavy(package: str) -> None:
+    cli = SOURCES[package] / "cli.py"
+    loaded = _loaded_by(f"import {package}" + (f", {package}.cli" if cli.exists() else ""))
+    assert not loaded & HEAVY
+    assert package != "sd_engines" or "numpy" not in loaded
