@@ -54,7 +54,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def save_tokenizer(folder: Path, *, form: Literal["tokenizer.json", "vocab.json"]) -> int:
-    """Write a small CLIP tokenizer in one of the two forms found on the Hub; its vocabulary size."""
+    """Write a small CLIP tokenizer in one of the two forms on the Hub; its vocabulary size."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary()

@@ -1,0 +1,256 @@
+"""Builds engines from a bundle's ONNX, with the checkpoint at hand or without.
+
+TensorRT computes in the graph's own types, so a half-precision engine of an fp32 graph is built
+from a converted copy, which is checked in ONNX Runtime and then dropped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.bundle import (
+    PORTABLE_BACKENDS,
+    CertificateEntry,
+    ComponentEntry,
+    EngineEntry,
+    add_engines,
+    hash_files,
+    open_bundle,
+)
+from sd_engines.engine import build_engine
+from sd_engines.errors import BackendError, EngineMismatchError
+from sd_export.precision import check_request, engine_precision
+from sd_export.progress import StageLog, silent
+from sd_export.work import work_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sd_engines.manifest import Manifest
+    from sd_engines.spec import Precision, Profile
+    from sd_export.progress import Progress
+    from sd_export.verify import Proof
+
+_HALF_FOLDER = "half"
+
+
+def build(
+    bundle_path: str | Path,
+    *,
+    backends: Sequence[str],
+    precision: Precision | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Add engines of ``backends`` to a bundle, from the ONNX inside; its new manifest.
+
+    The reference of their certificate is the bundle's own ONNX in ONNX Runtime. Raises
+    `ConfigError`, `BundleError`, `BackendError`, or `ExportError` where an engine misses its
+    tolerance; the bundle is then as it was.
+    """
+    check_request(backends, precision)
+    path = Path(bundle_path).resolve()
+    open_bundle(path)  # says why where it is none, before a work folder is made beside it
+    log = StageLog(progress)
+    with work_folder(path, waiting=lambda: log.skipped("bundle", "wait")) as work:
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
+        engines: list[EngineEntry] = []
+        certificate: list[CertificateEntry] = []
+        for component, entry in manifest.components.items():
+            with log.stage(component, "check") as result:
+                onnx_path = bundle.verified_path(component)
+                result.bytes = sum(file.bytes for file in entry.files.values())
+            proofs: list[Proof] = []
+
+            def proof(
+                component: str = component,
+                entry: ComponentEntry = entry,
+                onnx_path: Path = onnx_path,
+                proofs: list[Proof] = proofs,
+            ) -> Proof:
+                if not proofs:
+                    proofs.append(_bundle_proof(path, component, entry, onnx_path, manifest))
+                return proofs[0]
+
+            for backend in backends:
+                wanted = engine_precision(
+                    component, backend, graph=entry.precision, precision=precision
+                )
+                engine, measured = make_engine(
+                    backend,
+                    onnx_path,
+                    output_dir=work.bundle,
+                    component=component,
+                    entry=entry,
+                    profile=manifest.profile,
+                    precision=wanted,
+                    proof=proof,
+                    log=log,
+                )
+                engines.append(engine)
+                certificate += measured
+        with log.stage("bundle", "seal"):
+            return add_engines(path, work.bundle, engines=engines, certificate=certificate)
+
+
+def make_engine(
+    backend: str,
+    onnx_path: Path,
+    *,
+    output_dir: Path,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    precision: Precision | None,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> tuple[EngineEntry, list[CertificateEntry]]:
+    """Build one engine and compare it with ``proof``; its entry, and what was measured.
+
+    Built files go below ``output_dir``. A built engine that this machine cannot run is not
+    measured; the converted graph it was built from is.
+    """
+    from sd_export.verify import verify_engine
+
+    certificate: list[CertificateEntry] = []
+    half = backend not in PORTABLE_BACKENDS and precision not in (None, entry.precision)
+    with _graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
+        if half and precision == "fp16":
+            converted = _converted_entry(graph, entry)
+            certificate.append(
+                verify_graph(
+                    graph,
+                    component=component,
+                    entry=converted,
+                    profile=profile,
+                    proof=proof,
+                    log=log,
+                )
+            )
+        with log.stage(component, f"build {backend}") as result:
+            engine = build_engine(
+                backend,
+                graph,
+                output_dir=output_dir,
+                component=component,
+                entry=entry,
+                profile=profile,
+                precision=precision,
+            )
+            result.detail = f"{engine.version} {engine.target} {engine.precision}"
+            result.bytes = engine.bytes
+    portable = backend in PORTABLE_BACKENDS
+    engine_path = onnx_path if portable else output_dir / engine.file
+    try:
+        with log.stage(component, f"verify {backend}") as result:
+            measured = verify_engine(
+                engine_path, engine, component=entry, profile=profile, proof=proof()
+            )
+            result.detail = words_of(measured)
+        certificate.append(measured)
+    except (BackendError, EngineMismatchError) as error:
+        if portable:
+            raise
+        log.skipped(component, f"verify {backend}", detail=f"cannot run here: {error.message}")
+    return engine, certificate
+
+
+def verify_graph(
+    graph: Path,
+    *,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> CertificateEntry:
+    """Compare the ONNX at ``graph`` with ``proof`` in ONNX Runtime on the CPU."""
+    from sd_export.verify import verify_engine
+
+    with log.stage(component, "verify onnx") as result:
+        engine = _onnxruntime_engine(graph, component, entry, profile)
+        measured = verify_engine(graph, engine, component=entry, profile=profile, proof=proof())
+        result.detail = words_of(measured)
+    return measured
+
+
+def words_of(entry: CertificateEntry) -> str:
+    """A certificate's entry for people."""
+    return f"{entry.metric} {entry.figure:.2g} (tolerance {entry.tolerance:g}, {entry.precision})"
+
+
+@contextmanager
+def _graph(
+    onnx_path: Path,
+    output_dir: Path,
+    component: str,
+    half: Precision | None,
+    log: StageLog,
+) -> Iterator[Path]:
+    """``onnx_path``, or a copy of it converted to ``half`` that exists while the block runs."""
+    if half is None or half == "fp32":
+        yield onnx_path
+        return
+    import onnx_ir as ir
+
+    from sd_export.onnx_export import save
+    from sd_export.onnx_passes import to_half
+
+    folder = output_dir.parent / _HALF_FOLDER / component
+    try:
+        with log.stage(component, f"convert to {half}") as result:
+            result.bytes = save(to_half(ir.load(onnx_path), half), folder)
+        yield folder / onnx_path.name
+    finally:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _converted_entry(graph: Path, entry: ComponentEntry) -> ComponentEntry:
+    root = graph.parent.parent
+    names = [p.relative_to(root).as_posix() for p in sorted(graph.parent.iterdir())]
+    return replace(
+        entry,
+        file=graph.relative_to(root).as_posix(),
+        files=hash_files(root, names),
+        precision="fp16",
+    )
+
+
+def _onnxruntime_engine(
+    graph: Path, component: str, entry: ComponentEntry, profile: Profile
+) -> EngineEntry:
+    return build_engine(
+        "onnxruntime",
+        graph,
+        output_dir=graph.parent,
+        component=component,
+        entry=entry,
+        profile=profile,
+    )
+
+
+def _bundle_proof(
+    path: Path, component: str, entry: ComponentEntry, onnx_path: Path, manifest: Manifest
+) -> Proof:
+    """The bundle's own ONNX in ONNX Runtime as the reference of another engine."""
+    from tokenizers import Tokenizer
+
+    from sd_export.verify import Proof, probe_inputs, run_engine
+
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer/tokenizer.json"))
+    inputs = probe_inputs(
+        component,
+        entry.inputs,
+        profile=manifest.profile,
+        vocab_size=tokenizer.get_vocab_size(),
+    )
+    engine = _onnxruntime_engine(onnx_path, component, entry, manifest.profile)
+    outputs = run_engine(
+        onnx_path, engine, component=entry, profile=manifest.profile, inputs=inputs
+    )
+    name = f"the bundle's ONNX, {entry.precision}, onnxruntime {engine.version}"
+    return Proof(inputs=inputs, reference=outputs, reference_name=name)

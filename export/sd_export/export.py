@@ -1,0 +1,131 @@
+"""From a checkpoint to a sealed bundle: `export`, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
+from sd_engines.errors import BundleError, ConfigError
+from sd_engines.spec import Profile
+from sd_export.job import RECORD_FILE, Job
+from sd_export.license import license_words
+from sd_export.precision import check_request
+from sd_export.progress import StageLog, peak_bytes, silent
+from sd_export.source import Checkpoint, find_checkpoint
+from sd_export.work import work_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sd_engines.spec import Precision
+    from sd_export.progress import Progress, StageEvent
+
+_MAX_PIXELS = 8192
+_MAX_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made. ``stages`` are in their order; ``peak_bytes`` is of the process."""
+
+    path: Path
+    manifest: Manifest
+    license: str
+    stages: tuple[StageEvent, ...]
+    peak_bytes: int
+    was_done: bool
+
+
+def export(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    backends: Sequence[str] = ("onnxruntime",),
+    precision: Precision | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    revision: str | None = None,
+    variant: str | None = None,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
+
+    ``height`` and ``width`` in pixels; None means the checkpoint's own sample size. Raises
+    `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
+    broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
+    left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
+    next export of the same goes on from there.
+    """
+    backends = tuple(dict.fromkeys(backends))
+    check_request(backends, precision)
+    target = Path(os.path.realpath(output))
+    log = StageLog(progress)
+    with work_folder(target, waiting=lambda: log.skipped("bundle", "wait")) as work:
+        with log.stage("checkpoint", "find"):
+            checkpoint = find_checkpoint(os.fspath(source), revision=revision, variant=variant)
+        job = Job(
+            checkpoint,
+            _profile(checkpoint, height=height, width=width, batch_size=batch_size),
+            backends,
+            precision,
+            work=work,
+            log=log,
+        )
+        manifest = _already_made(target, job.key)
+        was_done = manifest is not None
+        if manifest is None:
+            job.check_room()
+            manifest = job.run()
+            with log.stage("bundle", "seal"):
+                seal(work.bundle, target, manifest)
+        else:
+            log.skipped("bundle", "all", detail="already made, and unchanged")
+    return ExportReport(
+        path=target,
+        manifest=manifest,
+        license=license_words(checkpoint),
+        stages=tuple(log.ended),
+        peak_bytes=peak_bytes(),
+        was_done=was_done,
+    )
+
+
+def _profile(
+    checkpoint: Checkpoint, *, height: int | None, width: int | None, batch_size: int
+) -> Profile:
+    """The shapes asked for; the checkpoint's own sample size where nothing is."""
+    factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
+    sample = checkpoint.configs["unet"].get("sample_size") or 64
+    rows, columns = (sample, sample) if isinstance(sample, int) else sample
+    height = rows * factor if height is None else height
+    width = columns * factor if width is None else width
+    for name, pixels in (("height", height), ("width", width)):
+        if not factor <= pixels <= _MAX_PIXELS or pixels % factor:
+            near = min(max(round(pixels / factor), 1) * factor, _MAX_PIXELS)
+            raise ConfigError(
+                f"--{name} {pixels} is not possible",
+                f"Take a multiple of {factor} up to {_MAX_PIXELS}; the nearest is {near}.",
+            )
+    if not 1 <= batch_size <= _MAX_BATCH:
+        raise ConfigError(f"--batch-size {batch_size} is not possible", f"Take 1 to {_MAX_BATCH}.")
+    return Profile(batch_size=batch_size, height=height, width=width, vae_scale_factor=factor)
+
+
+def _already_made(target: Path, key: str) -> Manifest | None:
+    """The manifest of the bundle at ``target`` if it is whole and made of the same, else None."""
+    if not (target / MANIFEST_NAME).is_file():
+        return None
+    try:
+        bundle = open_bundle(target)
+        record = json.loads(bundle.verified_path(RECORD_FILE).read_text("utf-8"))
+        if record.get("key") != key:
+            return None
+        bundle.verify()
+    except (BundleError, ValueError):
+        return None
+    return bundle.manifest

@@ -1,0 +1,125 @@
+"""Fetches from the Hugging Face Hub what an export reads, and nothing else.
+
+huggingface_hub's own conventions hold: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
+HF_HUB_OFFLINE; files land in its cache and are shared with everything else that uses it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import ExportError
+from sd_export.source import WEIGHT_STEMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_SMALL_FILES = (
+    "model_index.json",
+    "README.md",
+    "LICENSE*",
+    "License*",
+    "license*",
+    "*/config.json",
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    "feature_extractor/preprocessor_config.json",
+)
+
+
+def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Path, str]:
+    """Bring a snapshot's needed files onto this disk; its folder and its commit.
+
+    Raises `ExportError` that says whether the model, the revision, the permission or the network
+    is what is missing.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def failed(message: str, hint: str) -> ExportError:
+        return ExportError(message, hint, component=model, stage="fetch")
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=list(_SMALL_FILES)
+            )
+        )
+        commit = folder.name
+        patterns = _weight_patterns(_files(model, commit, folder), variant)
+        huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
+    except errors.GatedRepoError as error:
+        raise failed(
+            "access is granted on the Hub only after its conditions are accepted",
+            f"Accept them at {constants.ENDPOINT}/{model}, then log in: hf auth login "
+            "(or set HF_TOKEN).",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise failed(
+            "no such model on the Hub, or it is private",
+            "Check the spelling (owner/name); for a private one log in: hf auth login "
+            "(or set HF_TOKEN).",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise failed(
+            f"the model has no revision {revision!r}",
+            f"See its branches and tags at {constants.ENDPOINT}/{model}/tree/main.",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        offline = constants.HF_HUB_OFFLINE
+        raise failed(
+            "not in the cache, and HF_HUB_OFFLINE is set"
+            if offline
+            else f"not in the cache, and the Hub at {constants.ENDPOINT} cannot be reached",
+            "Unset HF_HUB_OFFLINE, or name a folder on this disk."
+            if offline
+            else "Check the network, or name a folder on this disk.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise failed("not a valid id on the Hub", "Write owner/name.") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise failed(
+                f"the Hub refused access ({status})", "Log in: hf auth login (or set HF_TOKEN)."
+            ) from error
+        raise failed(f"the Hub answered {status}", "Try again in a while.") from error
+    except OSError as error:
+        raise failed(
+            f"cannot be downloaded: {error}",
+            "Check the network and the room on the disk of HF_HOME; what has arrived is kept.",
+        ) from error
+    return folder, commit
+
+
+def _files(model: str, commit: str, folder: Path) -> list[str]:
+    """All files of the snapshot, as listed by the first download, or as found in the cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(model, revision=commit)
+    except errors.CachedRepoTreeNotFoundError:
+        return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return [file.path for file in tree]
+
+
+def _weight_patterns(files: Iterable[str], variant: str | None) -> list[str]:
+    """For each model the one kind of file to read: safetensors where there is one, else pickles."""
+    present = set(files)
+    middle = f".{variant}" if variant else ""
+    patterns = list(_SMALL_FILES)
+    for component, stem in WEIGHT_STEMS.items():
+        pickle_stem = "pytorch_model" if stem == "model" else stem
+        for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+            name = f"{component}/{start}{middle}.{suffix}"
+            sharded = f"{component}/{start}{middle}-"
+            if name in present:
+                patterns.append(name)
+                break
+            if any(file.startswith(sharded) and file.endswith(suffix) for file in present):
+                patterns += [f"{sharded}*.{suffix}", f"{component}/{start}*.index*.json"]
+                break
+    return patterns

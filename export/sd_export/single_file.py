@@ -1,0 +1,241 @@
+"""Reads checkpoints of one file in the original CompVis layout, from the file alone.
+
+Three models lie in one file under three prefixes, and the EMA copy of the UNet under a fourth,
+with its dots removed. Names map one to one onto diffusers' names; shapes say how many levels and
+channels there are; what neither says (heads, group sizes, scaling) is the same for all of
+Stable Diffusion v1 and ships in `configs/v1.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.errors import ExportError
+
+if TYPE_CHECKING:
+    from sd_export.weights import Weights
+
+UNET_PREFIX = "model.diffusion_model."
+EMA_PREFIX = "model_ema."
+VAE_PREFIX = "first_stage_model."
+TEXT_ENCODER_PREFIX = "cond_stage_model.transformer."
+_HEAD_SIZE = 64
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
+_OTHER_FAMILIES = {
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "double_blocks.": "Flux",
+}
+
+
+def single_file_configs(weights: Weights) -> dict[str, dict[str, Any]]:
+    """Configs of ``unet``, ``vae``, ``text_encoder`` and ``scheduler``, in diffusers' words.
+
+    Raises `ExportError` where the file is another family's or lacks a part.
+    """
+    for prefix, family in _OTHER_FAMILIES.items():
+        if any(name.startswith(prefix) for name in weights):
+            raise _error(
+                f"this is a {family} checkpoint",
+                "sd-export takes Stable Diffusion v1 in the original layout (v1-1 to v1-5 and "
+                "checkpoints derived from them).",
+            )
+    for part, prefix in (
+        ("UNet", UNET_PREFIX),
+        ("VAE", VAE_PREFIX),
+        ("text encoder", TEXT_ENCODER_PREFIX),
+    ):
+        if not any(name.startswith(prefix) for name in weights):
+            raise _error(
+                f"no {part} in the file (no name starts with {prefix!r})",
+                "Name a complete Stable Diffusion v1 checkpoint; a LoRA, a VAE or a UNet alone "
+                "is not one.",
+            )
+    text = resources.files("sd_export").joinpath("configs/v1.json").read_text()
+    configs: dict[str, dict[str, Any]] = json.loads(text)
+    try:
+        configs["unet"] |= _unet_shapes(weights)
+        configs["vae"] |= _vae_shapes(weights)
+        configs["text_encoder"] |= _text_encoder_shapes(weights)
+    except (KeyError, IndexError, StopIteration) as error:
+        raise _error(
+            f"the file lacks a weight that Stable Diffusion v1 has: {error}",
+            "Download the checkpoint again, or name one in the original v1 layout.",
+        ) from error
+    return configs
+
+
+def single_file_names(weights: Weights, component: str) -> dict[str, str]:
+    """Where each of the component's weights lies: diffusers' name → name in the file.
+
+    ``component`` is ``unet`` (its EMA copy where the file has one), ``vae`` or ``text_encoder``.
+    """
+    if component == "text_encoder":
+        return {
+            n.removeprefix(TEXT_ENCODER_PREFIX): n for n in _under(weights, TEXT_ENCODER_PREFIX)
+        }
+    if component == "vae":
+        levels = _count(weights, VAE_PREFIX + "decoder.up.")
+        return {
+            _vae_name(n.removeprefix(VAE_PREFIX), levels=levels): n
+            for n in _under(weights, VAE_PREFIX)
+            if not n.startswith(VAE_PREFIX + "loss.")
+        }
+    layers = _unet_layers(weights)
+    ema = has_ema(weights)
+    return {
+        _unet_name(n.removeprefix(UNET_PREFIX), layers=layers): _ema_name(n) if ema else n
+        for n in _under(weights, UNET_PREFIX)
+    }
+
+
+def has_ema(weights: Weights) -> bool:
+    """Whether the file has the averaged copy of every weight of its UNet."""
+    return all(_ema_name(name) in weights for name in _under(weights, UNET_PREFIX))
+
+
+def _ema_name(name: str) -> str:
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
+
+
+def _under(weights: Weights, prefix: str) -> list[str]:
+    return [name for name in weights if name.startswith(prefix)]
+
+
+def _count(weights: Weights, prefix: str) -> int:
+    """How many consecutive numbers follow ``prefix``."""
+    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in _under(weights, prefix))
+
+
+def _unet_levels(weights: Weights) -> int:
+    return 1 + sum(name.endswith(".0.op.weight") for name in _under(weights, UNET_PREFIX))
+
+
+def _unet_layers(weights: Weights) -> int:
+    return _count(weights, UNET_PREFIX + "input_blocks.") // _unet_levels(weights) - 1
+
+
+def _unet_name(name: str, *, layers: int) -> str:
+    for old, new in _UNET_ENDS.items():
+        if name.startswith(old + "."):
+            return new + name.removeprefix(old)
+    side, number, rest = name.split(".", 2)
+    block = int(number)
+    if side == "middle_block":  # resnet, attention, resnet
+        kind = "attentions.0" if block == 1 else f"resnets.{block // 2}"
+        return f"mid_block.{kind}.{_resnet_name(rest)}"
+    part, rest = rest.split(".", 1)
+    level, layer = divmod(block - (side == "input_blocks"), layers + 1)
+    home = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
+    if rest.startswith("op."):
+        return f"{home}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    if rest.startswith("conv."):
+        return f"{home}.upsamplers.0.{rest}"
+    return f"{home}.{'resnets' if part == '0' else 'attentions'}.{layer}.{_resnet_name(rest)}"
+
+
+def _resnet_name(name: str) -> str:
+    for old, new in _RESNET.items():
+        if name.startswith(old + "."):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _vae_name(name: str, *, levels: int) -> str:
+    name = name.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
+    name = re.sub(r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", name)
+    name = re.sub(
+        r"\.mid\.attn_1\.(\w+)", lambda m: f".mid_block.attentions.0.{_VAE_ATTENTION[m[1]]}", name
+    )
+    name = re.sub(r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets.", name)
+    name = re.sub(r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0.", name)
+    return re.sub(
+        r"\.up\.(\d)\.(block|upsample)\.",  # CompVis counts the decoder's levels from the output
+        lambda m: (
+            f".up_blocks.{levels - 1 - int(m[1])}."
+            + ("resnets." if m[2] == "block" else "upsamplers.0.")
+        ),
+        name,
+    )
+
+
+def _unet_shapes(weights: Weights) -> dict[str, Any]:
+    levels, layers = _unet_levels(weights), _unet_layers(weights)
+    firsts = [f"{UNET_PREFIX}input_blocks.{1 + level * (layers + 1)}" for level in range(levels)]
+    attends = [f"{first}.1.norm.weight" in weights for first in firsts]
+    cross = next(n for n in _under(weights, UNET_PREFIX) if n.endswith(".attn2.to_k.weight"))
+    return {
+        "in_channels": weights.shape(f"{UNET_PREFIX}input_blocks.0.0.weight")[1],
+        "out_channels": weights.shape(f"{UNET_PREFIX}out.2.weight")[0],
+        "layers_per_block": layers,
+        "block_out_channels": [
+            weights.shape(f"{first}.0.out_layers.3.weight")[0] for first in firsts
+        ],
+        "down_block_types": [
+            "CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends
+        ],
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)
+        ],
+        "cross_attention_dim": weights.shape(cross)[1],
+    }
+
+
+def _vae_shapes(weights: Weights) -> dict[str, Any]:
+    levels = _count(weights, VAE_PREFIX + "encoder.down.")
+    return {
+        "latent_channels": weights.shape(f"{VAE_PREFIX}post_quant_conv.weight")[0],
+        "layers_per_block": _count(weights, f"{VAE_PREFIX}encoder.down.0.block."),
+        "block_out_channels": [
+            weights.shape(f"{VAE_PREFIX}encoder.down.{level}.block.0.conv1.weight")[0]
+            for level in range(levels)
+        ],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def _text_encoder_shapes(weights: Weights) -> dict[str, Any]:
+    prefix = TEXT_ENCODER_PREFIX + "text_model."
+    vocab_size, hidden_size = weights.shape(f"{prefix}embeddings.token_embedding.weight")
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_attention_heads": hidden_size // _HEAD_SIZE,
+        "intermediate_size": weights.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": _count(weights, f"{prefix}encoder.layers."),
+        "max_position_embeddings": weights.shape(f"{prefix}embeddings.position_embedding.weight")[
+            0
+        ],
+    }
+
+
+def _error(message: str, hint: str) -> ExportError:
+    return ExportError(message, hint, component="checkpoint", stage="load")

@@ -1,0 +1,289 @@
+"""Proves a bundle against the original: per component, then from prompt to picture.
+
+The reference is the unmodified model of diffusers or transformers in float32. Its outputs on fixed
+inputs are stored while the model is in memory, so that engine and model never are together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sd_engines.bundle import CertificateEntry
+from sd_engines.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.spec import Precision, Profile, TensorSpec
+    from sd_export.source import Checkpoint
+
+    Arrays = Mapping[str, np.ndarray]
+
+RELATIVE_L2 = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
+"""Largest ‖engine − reference‖ ÷ ‖reference‖ of a component, per precision."""
+PIXELS_WITHIN_1 = 0.999
+"""Least share of a picture's values within 1/255 of the reference, end to end in fp32."""
+END_TO_END_L2 = {"fp16": 5e-2, "bf16": 2e-1}
+"""Largest relative L2 of the final latents, end to end in half precision."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Inputs of a component, what the reference gives for them, and what the reference is."""
+
+    inputs: Arrays
+    reference: Arrays
+    reference_name: str
+
+
+_SEED = 20_220_822
+_PROMPT = "a red circle on a white background"
+_STEPS = 3
+_GUIDANCE_SCALE = 7.5
+_TIMESTEPS = (981.0, 21.0)
+
+
+def probe_inputs(
+    component: str, inputs: Sequence[TensorSpec], *, profile: Profile, vocab_size: int
+) -> dict[str, np.ndarray]:
+    """Fixed inputs for a component: rows that differ, of the size it meets in use."""
+    rng = np.random.default_rng(_SEED)
+    rows = 4 if component == "safety_checker" else min(2, profile.max_batch(component))
+    arrays: dict[str, np.ndarray] = {}
+    for spec in inputs:
+        shape = [rows, *(int(size) for size in spec.shape[1:])]
+        if spec.name == "input_ids":
+            ids = rng.integers(0, vocab_size - 2, shape)
+            ids[:, 0] = vocab_size - 2
+            for row in range(rows):
+                ids[row, 8 * (row + 1) :] = vocab_size - 1
+            arrays[spec.name] = ids
+        elif spec.name == "timestep":
+            arrays[spec.name] = np.array(_TIMESTEPS[:rows], dtype=np.float32)
+        elif spec.name == "images":
+            arrays[spec.name] = _pictures(rng, shape)
+        else:
+            arrays[spec.name] = rng.standard_normal(shape, dtype=np.float32)
+    return arrays
+
+
+def reference_outputs(
+    module: torch.nn.Module,
+    component: str,
+    inputs: Arrays,
+    outputs: Sequence[TensorSpec],
+    *,
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+) -> dict[str, np.ndarray]:
+    """What the original gives for ``inputs``; `ExportError` where it is not finite.
+
+    ``module`` is the wrapper around ``model``. The safety checker's reference is not the wrapper
+    but diffusers' own path through Pillow.
+    """
+    import torch
+
+    from sd_export.load import nsfw_content_detected
+
+    if component == "safety_checker":
+        return {outputs[0].name: nsfw_content_detected(checkpoint, model, inputs["images"])}
+    with torch.inference_mode():
+        results = module(*(torch.from_numpy(array) for array in inputs.values()))
+    arrays = [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
+    for spec, array in zip(outputs, arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"the original model itself gives {spec.name} that are not finite",
+                "The weights are broken; use another revision or file of the checkpoint.",
+                component=component,
+                stage="verify",
+            )
+    return {spec.name: array for spec, array in zip(outputs, arrays, strict=True)}
+
+
+def verify_engine(
+    path: Path,
+    engine: EngineEntry,
+    *,
+    component: ComponentEntry,
+    profile: Profile,
+    proof: Proof,
+) -> CertificateEntry:
+    """Run the engine at ``path`` on the proof's inputs; `ExportError` where its figure is too bad.
+
+    `BackendError` and `EngineMismatchError` pass through where it cannot run on this machine.
+    """
+    outputs = run_engine(path, engine, component=component, profile=profile, inputs=proof.inputs)
+    reference = proof.reference
+    if next(iter(reference.values())).dtype == bool:
+        figure = min(float((outputs[n] == reference[n]).mean()) for n in reference)
+        metric, tolerance, passed = "rows_equal", 1.0, figure == 1.0
+    else:
+        figure = max(relative_l2(outputs[n], reference[n]) for n in reference)
+        metric, tolerance = "relative_l2", RELATIVE_L2[engine.precision]
+        passed = figure <= tolerance
+    return certified(
+        engine.component,
+        engine.backend,
+        engine.precision,
+        reference=proof.reference_name,
+        metric=metric,
+        figure=figure,
+        tolerance=tolerance,
+        passed=passed,
+    )
+
+
+def run_engine(
+    path: Path,
+    engine: EngineEntry,
+    *,
+    component: ComponentEntry,
+    profile: Profile,
+    inputs: Arrays,
+) -> dict[str, np.ndarray]:
+    """The engine at ``path`` on all rows of ``inputs``, in batches that the profile allows."""
+    backend = "tensorrt" if engine.backend.startswith("tensorrt") else engine.backend
+    module = import_module(f"sd_engines.backends.{backend}")
+    batch = profile.max_batch(engine.component)
+    rows = len(next(iter(inputs.values())))
+    module.check(engine, bundle_path=path.parent)
+    parts = []
+    with module.load(path, component=component, engine=engine, max_batch=batch) as opened:
+        for first in range(0, rows, batch):
+            results = opened(**{n: a[first : first + batch] for n, a in inputs.items()})
+            parts.append({name: _on_host(array) for name, array in results.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def reference_picture(checkpoint: Checkpoint, profile: Profile) -> dict[str, np.ndarray]:
+    """Latents float32 and pixels uint8 of the unmodified diffusers pipeline, a few steps."""
+    import torch
+
+    from sd_export.load import load_pipeline
+
+    pipeline = load_pipeline(checkpoint)
+    with torch.inference_mode():
+        latents = pipeline(
+            _PROMPT,
+            height=profile.height,
+            width=profile.width,
+            num_inference_steps=_STEPS,
+            guidance_scale=_GUIDANCE_SCALE,
+            generator=torch.Generator("cpu").manual_seed(_SEED),
+            output_type="latent",
+        ).images
+        images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pixels = pipeline.image_processor.postprocess(images, output_type="np")
+    return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
+
+
+def verify_end_to_end(
+    staging: Path,
+    *,
+    backend: str,
+    precision: Precision,
+    reference: Arrays,
+    reference_name: str,
+) -> CertificateEntry:
+    """Draw the reference's picture through the runtime; `ExportError` where it differs.
+
+    ``staging`` holds a complete bundle. ``precision`` is that of its UNet.
+    """
+    from sd_runtime import Pipeline, Request
+
+    request = Request(
+        prompt=_PROMPT,
+        seed=_SEED,
+        num_inference_steps=_STEPS,
+        guidance_scale=_GUIDANCE_SCALE,
+    )
+    with Pipeline.load(staging, backend=backend) as pipeline:
+        result = pipeline.generate(request)
+    if precision == "fp32":
+        flagged = result.nsfw_content_detected is not None and any(result.nsfw_content_detected)
+        pixels = np.zeros_like(reference["pixels"]) if flagged else reference["pixels"]
+        difference = np.abs(result.pixels.astype(np.int16) - pixels.astype(np.int16))
+        figure = float((difference <= 1).mean())
+        metric, tolerance = "pixels_within_1", PIXELS_WITHIN_1
+        passed = figure >= tolerance
+    else:
+        figure = relative_l2(result.latents, reference["latents"])
+        metric, tolerance = "relative_l2", END_TO_END_L2[precision]
+        passed = figure <= tolerance
+    return certified(
+        "end_to_end",
+        backend,
+        precision,
+        reference=f"{reference_name}, {_STEPS} steps",
+        metric=metric,
+        figure=figure,
+        tolerance=tolerance,
+        passed=passed,
+    )
+
+
+def certified(
+    component: str,
+    backend: str,
+    precision: Precision,
+    *,
+    reference: str,
+    metric: str,
+    figure: float,
+    tolerance: float,
+    passed: bool,
+) -> CertificateEntry:
+    """The certificate's entry, or `ExportError` where the figure did not pass."""
+    if not passed:
+        raise ExportError(
+            f"{metric} is {figure:.3g} against {reference}, tolerance {tolerance:.3g} "
+            f"({backend}, {precision})",
+            "No bundle was made. Try --precision fp32 or another --backend.",
+            component=component,
+            stage="verify",
+        )
+    return CertificateEntry(
+        component=component,
+        backend=backend,
+        precision=precision,
+        reference=reference,
+        metric=metric,
+        figure=figure,
+        tolerance=tolerance,
+        measured_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def relative_l2(found: np.ndarray, reference: np.ndarray) -> float:
+    """‖found − reference‖ ÷ ‖reference‖ in float64; infinite where ``found`` is not finite."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    wanted = reference.astype(np.float64)
+    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
+
+
+def _pictures(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Smooth random pictures with a little grain, float32 in [0, 1]."""
+    rows, height, width, channels = shape
+    y, x = (
+        np.arange(height)[:, None, None] * 8 // height,
+        np.arange(width)[None, :, None] * 8 // width,
+    )
+    coarse = rng.random((rows, 8, 8, channels), dtype=np.float32)
+    grain = rng.random((rows, height, width, channels), dtype=np.float32)
+    pictures: np.ndarray = 0.9 * coarse[:, y, x, np.arange(channels)] + 0.1 * grain
+    return pictures
+
+
+def _on_host(array: Any) -> np.ndarray:
+    return np.asarray(array.get() if hasattr(array, "get") else array)

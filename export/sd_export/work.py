@@ -1,0 +1,175 @@
+"""The work folder beside a bundle-to-be: one export at a time, and stages that outlive it.
+
+``.NAME.export/`` holds the bundle as it grows and a record of the stages that are done, each with
+a key over all that it depends on. An interrupted export leaves it; the next one goes on from
+there. Success and errors remove it. The folder itself is the lock, so no lock file is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.bundle import MANIFEST_NAME, hash_files
+from sd_engines.errors import BundleError, ConfigError, ExportError, SdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+_RECORDS = "stages.json"
+_DISK_HINT = "Make room on the disk, or name an --output on another one; nothing was left behind."
+
+
+class WorkFolder:
+    """Stages done so far, and the folder ``bundle`` that will become the bundle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bundle = path / "bundle"
+        self.bundle.mkdir(exist_ok=True)
+        self._records: dict[str, Any] = _read_records(path / _RECORDS)
+
+    def finished(self, stage: str, key: str) -> dict[str, Any] | None:
+        """What `finish` was given for ``stage``, if ``key`` and every byte are the same today."""
+        record = self._records.get(stage)
+        if record is None or record["key"] != key:
+            return None
+        try:
+            found = hash_files(self.path, record["files"])
+        except BundleError:
+            return None
+        if {name: asdict(entry) for name, entry in found.items()} != record["files"]:
+            return None
+        data: dict[str, Any] = record["data"]
+        return data
+
+    def finish(self, stage: str, key: str, *, files: Sequence[str], data: dict[str, Any]) -> None:
+        """Record that ``stage`` is done; ``files`` are below the work folder."""
+        found = hash_files(self.path, files)
+        self._records[stage] = {
+            "key": key,
+            "files": {name: asdict(entry) for name, entry in found.items()},
+            "data": data,
+        }
+        temporary = self.path / f"{_RECORDS}.new"
+        temporary.write_text(json.dumps(self._records))
+        temporary.replace(self.path / _RECORDS)
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a later run would find anything done."""
+        return bool(self._records)
+
+    def remove_strays(self, listed: set[str]) -> None:
+        """Remove from the growing bundle what earlier, different runs left in it."""
+        for path in sorted(self.bundle.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.bundle).as_posix() not in listed:
+                path.unlink()
+
+
+@contextmanager
+def work_folder(target: Path, *, waiting: Callable[[], None]) -> Iterator[WorkFolder]:
+    """Hold the work folder of ``target``; ``waiting`` is called once if another export holds it.
+
+    Raises `ConfigError` where ``target`` exists and is no bundle, and `ExportError` where the disk
+    is full or not writable.
+    """
+    if target.exists() and not (
+        target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
+    ):
+        raise ConfigError(
+            f"{target} exists and is no bundle, so it is not replaced",
+            "Name another --output, or remove it.",
+        )
+    path = target.with_name(f".{target.name}.export")
+    with _disk_errors(target):
+        made = _make_parents(target.parent)
+        try:
+            descriptor = _lock(path, waiting)
+        except BaseException:
+            _remove_parents(made)
+            raise
+        keep = False
+        try:
+            work = WorkFolder(path)
+            try:
+                yield work
+            except (SdError, OSError, MemoryError):
+                raise
+            except BaseException:  # interrupted, or a bug: either way the stages are sound
+                keep = work.is_worth_keeping
+                raise
+        finally:
+            if not keep:
+                shutil.rmtree(path, ignore_errors=True)
+                _remove_parents(made)
+            os.close(descriptor)
+
+
+def _lock(path: Path, waiting: Callable[[], None]) -> int:
+    """An open descriptor of the folder ``path``, locked; the folder is made where it is not."""
+    told = False
+    while True:
+        path.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # its holder finished in between
+            continue
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    waiting()
+                    told = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed while we waited
+
+
+def _read_records(path: Path) -> dict[str, Any]:
+    try:
+        records = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return records if isinstance(records, dict) else {}
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_parents(made: list[Path]) -> None:
+    for folder in made:  # deepest first; one that holds something now is someone's
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be written: {error.strerror or error}",
+            _DISK_HINT,
+            component="bundle",
+            stage="save",
+        ) from error

@@ -1,0 +1,219 @@
+"""The torch modules that are traced: each gives its graph the border of DESIGN §4.
+
+Whatever belongs to a component and is the same in every program goes into its graph: the VAE's
+scaling, pictures as [batch, H, W, 3] in [0, 1], the safety checker's own resizing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from sd_engines.spec import BATCH, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sd_engines.spec import Profile
+    from sd_export.source import Checkpoint
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")
+"""Components of a bundle, in the order in which they are made."""
+MODEL_OF = {"vae_decoder": "vae", "vae_encoder": "vae"}
+"""The checkpoint's model that holds a component, where its name differs."""
+
+
+class TextEncoder(nn.Module):
+    """input_ids int64 [batch, 77] → prompt_embeds [batch, 77, d], the last layer, normalised."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Encode."""
+        prompt_embeds: torch.Tensor = self.text_encoder(input_ids).last_hidden_state
+        return prompt_embeds
+
+
+class Unet(nn.Module):
+    """sample [batch, c, h, w], timestep [batch], encoder_hidden_states → noise_pred."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict."""
+        noise_pred: torch.Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, return_dict=False
+        )[0]
+        return noise_pred
+
+
+class VaeDecoder(nn.Module):
+    """latents [batch, c, h, w], scaled → images [batch, H, W, 3] in [0, 1]."""
+
+    def __init__(self, vae: nn.Module, *, scaling_factor: float) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.scaling_factor = scaling_factor
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode."""
+        images: torch.Tensor = self.vae.decode(latents / self.scaling_factor, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+class VaeEncoder(nn.Module):
+    """images [batch, H, W, 3] in [0, 1] → latents, latents_std [batch, c, h, w], both scaled."""
+
+    def __init__(self, vae: nn.Module, *, scaling_factor: float) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.scaling_factor = scaling_factor
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode."""
+        posterior = self.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1, return_dict=False)[0]
+        return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
+
+
+class SafetyChecker(nn.Module):
+    """images [batch, H, W, 3] in [0, 1] → nsfw_content_detected bool [batch].
+
+    Pictures are resized as Pillow does it, which is what the checker was made with: to 8 bits, one
+    pass over each axis with its bicubic weights, 8 bits again after each.
+    """
+
+    def __init__(
+        self, checker: nn.Module, *, processor: Mapping[str, Any], height: int, width: int
+    ) -> None:
+        super().__init__()
+        self.checker: Any = checker
+        crop = _height_width(processor["crop_size"])
+        resized = _resized(height, width, processor["size"])
+        resample = int(processor.get("resample", 3))
+        self.rows: torch.Tensor
+        self.columns: torch.Tensor
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("rows", _resize_weights(height, resized[0], crop[0], resample))
+        self.register_buffer("columns", _resize_weights(width, resized[1], crop[1], resample).T)
+        self.register_buffer("mean", torch.tensor(processor["image_mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(processor["image_std"])[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Check."""
+        pixels = _to_8_bits(images.permute(0, 3, 1, 2) * 255)
+        pixels = _to_8_bits(pixels @ self.columns)
+        pixels = _to_8_bits(self.rows @ pixels)
+        pixels = (pixels / 255 - self.mean) / self.std
+        checker = self.checker
+        embeds = checker.visual_projection(checker.vision_model(pixels)[1])  # [batch, d]
+        special = _cosine(embeds, checker.special_care_embeds)  # [batch, 3]
+        concepts = _cosine(embeds, checker.concept_embeds)  # [batch, 17]
+        # diffusers rounds scores to three digits; one special hit lowers every threshold by 0.01
+        special_hit = _over(special, checker.special_care_embeds_weights).any(dim=1, keepdim=True)
+        adjusted = concepts + 0.01 * special_hit.to(concepts.dtype)
+        return _over(adjusted, checker.concept_embeds_weights).any(dim=1)
+
+
+def wrap(
+    component: str, model: nn.Module, *, checkpoint: Checkpoint, profile: Profile
+) -> nn.Module:
+    """The module to trace for ``component``, around ``model`` (that of `MODEL_OF`)."""
+    scaling_factor = vae_scaling_factor(checkpoint)
+    wrapper: nn.Module
+    if component == "text_encoder":
+        wrapper = TextEncoder(model)
+    elif component == "unet":
+        wrapper = Unet(model)
+    elif component == "vae_decoder":
+        wrapper = VaeDecoder(model, scaling_factor=scaling_factor)
+    elif component == "vae_encoder":
+        wrapper = VaeEncoder(model, scaling_factor=scaling_factor)
+    else:
+        wrapper = SafetyChecker(
+            model,
+            processor=checkpoint.configs["feature_extractor"],
+            height=profile.height,
+            width=profile.width,
+        )
+    return wrapper.eval()
+
+
+def vae_scaling_factor(checkpoint: Checkpoint) -> float:
+    """What the VAE's latents are multiplied by; diffusers' default where the config is silent."""
+    return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
+
+
+def borders(
+    component: str, *, checkpoint: Checkpoint, profile: Profile
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of ``component`` for ``profile``."""
+    text, unet = checkpoint.configs["text_encoder"], checkpoint.configs["unet"]
+    tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
+    channels = int(unet.get("in_channels", 4))
+    latent_shape = (BATCH, channels, profile.latent_height, profile.latent_width)
+    embeds_shape = (BATCH, tokens, width)
+    latents = TensorSpec("latents", "float32", latent_shape)
+    images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
+    if component == "text_encoder":
+        ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
+        return (ids,), (TensorSpec("prompt_embeds", "float32", embeds_shape),)
+    if component == "unet":
+        return (
+            TensorSpec("sample", "float32", latent_shape),
+            TensorSpec("timestep", "float32", (BATCH,)),
+            TensorSpec("encoder_hidden_states", "float32", embeds_shape),
+        ), (TensorSpec("noise_pred", "float32", latent_shape),)
+    if component == "vae_decoder":
+        return (latents,), (images,)
+    if component == "vae_encoder":
+        return (images,), (latents, TensorSpec("latents_std", "float32", latent_shape))
+    return (images,), (TensorSpec("nsfw_content_detected", "bool", (BATCH,)),)
+
+
+def _cosine(embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    normalize = nn.functional.normalize
+    return normalize(embeds) @ normalize(concepts).T
+
+
+def _over(cosines: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    return torch.round((cosines - thresholds) * 1000) > 0
+
+
+def _to_8_bits(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.floor(pixels + 0.5).clamp(0, 255)
+
+
+def _height_width(size: int | Mapping[str, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+
+
+def _resized(height: int, width: int, size: int | Mapping[str, int]) -> tuple[int, int]:
+    """The size before the crop, as transformers computes it: the shortest edge, the aspect kept."""
+    if not isinstance(size, int) and "height" in size:
+        return _height_width(size)
+    edge = size if isinstance(size, int) else size["shortest_edge"]
+    if height <= width:
+        return edge, int(edge * width / height)
+    return int(edge * height / width), edge
+
+
+def _resize_weights(size: int, resized: int, crop: int, resample: int) -> torch.Tensor:
+    """Pillow's weights from ``size`` pixels of one axis to the middle ``crop`` of ``resized``.
+
+    float32 [crop, size]; a resize of the identity reads them off.
+    """
+    identity = Image.fromarray(np.eye(size, dtype=np.float32))
+    weights = identity.resize((size, resized), resample=Image.Resampling(resample))
+    top = (resized - crop) // 2
+    return torch.from_numpy(np.array(weights)[top : top + crop])
