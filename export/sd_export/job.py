@@ -13,10 +13,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from sd_engines.bundle import (
     MANIFEST_NAME,
@@ -37,7 +35,6 @@ from sd_export.precision import engine_precision, graph_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from sd_engines.spec import Precision, Profile
     from sd_export.progress import StageLog
@@ -81,6 +78,7 @@ class Job:
             self._weights = _weight_hashes(checkpoint)
             result.bytes = _stored_bytes(checkpoint)
         self._made_of = {
+            "code": _folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
             "profile": asdict(profile),
             "versions": self.versions,
@@ -202,6 +200,9 @@ class Job:
 
     def _trace(self, component: str, precision: Precision) -> dict[str, Any]:
         """Load, run for reference, trace and save; the border. The model is gone afterwards."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
         from sd_export import verify, wrappers
         from sd_export.load import load_model
         from sd_export.onnx_export import OPSET, save, trace
@@ -298,6 +299,8 @@ class Job:
         return engines, certificate
 
     def _proof(self, component: str) -> Proof:
+        from safetensors.numpy import load_file
+
         from sd_export.verify import Proof
 
         arrays = load_file(self.work.path / "reference" / f"{component}.safetensors")

@@ -1,0 +1,214 @@
+"""``sd-export``: a checkpoint in, a bundle out; and ``sd-export build``: engines into a bundle.
+
+The bundle's path (or one JSON object) on stdout, progress and words for people on stderr.
+Everything heavy is imported when it is needed, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from sd_engines.errors import BackendError, ConfigError, SdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sd_engines.manifest import Manifest
+    from sd_export.progress import Progress, StageEvent
+
+INTERRUPTED, TERMINATED = 130, 143
+_FILE = click.Path(path_type=Path)
+_BACKENDS = "onnxruntime, openvino, tensorrt, tensorrt-rtx"
+_CLEAR_LINE = "\r\x1b[K"
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of both commands."""
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors."),
+        click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON."),
+        click.option("--precision", help="fp32, fp16 or bf16. [default: what suits the backends]"),
+        click.option(
+            "--backend", "backends", multiple=True, metavar="NAME", help=f"{_BACKENDS}; repeatable."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(
+    "sd-export",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("-m", "--model", help="Hub id, diffusers folder, or .safetensors or .ckpt file.")
+@click.option("-o", "--output", type=_FILE, metavar="BUNDLE", help="Folder to make.")
+@_shared
+@click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per call.")
+@click.option("--revision", help="Branch, tag or commit on the Hub. [default: main]")
+@click.option("--variant", help="Such as fp16: takes *.fp16.safetensors.")
+@click.version_option(package_name="sd-toolkit", message="%(version)s")
+@click.pass_context
+def export_command(
+    context: click.Context,
+    *,
+    model: str | None,
+    output: Path | None,
+    backends: tuple[str, ...],
+    precision: Any,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+    revision: str | None,
+    variant: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn a Stable Diffusion checkpoint into a bundle that sd-run draws from.
+
+    Example: sd-export --model CompVis/stable-diffusion-v1-4 --output bundle
+    """
+    if context.invoked_subcommand is not None:
+        if model is not None or output is not None:
+            raise ConfigError(
+                "--model and --output belong to sd-export itself, not to build",
+                "sd-export build BUNDLE --backend NAME",
+            )
+        return
+    if model is None or output is None:
+        missing = "--model" if model is None else "--output"
+        raise ConfigError(f"{missing} is missing", "sd-export --model MODEL --output BUNDLE")
+    from sd_export import export
+
+    report = export(
+        model,
+        output,
+        backends=backends or ("onnxruntime",),
+        precision=precision,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        revision=revision,
+        variant=variant,
+        progress=_progress(quiet),
+    )
+    if not quiet:
+        _show_certificate(report.manifest)
+        click.echo(f"Peak memory: {_size(report.peak_bytes)}.", err=True)
+        click.echo(report.license, err=True)
+    if as_json:
+        made = {
+            "bundle": str(report.path),
+            "was_done": report.was_done,
+            "peak_bytes": report.peak_bytes,
+            "license": report.license,
+            "stages": [asdict(event) for event in report.stages],
+            **_described(report.manifest),
+        }
+        click.echo(json.dumps(made, indent=2))
+    else:
+        click.echo(output)
+
+
+@export_command.command("build")
+@click.argument("bundle", type=_FILE)
+@_shared
+def build_command(
+    *, bundle: Path, backends: tuple[str, ...], precision: Any, as_json: bool, quiet: bool
+) -> None:
+    """Add engines to BUNDLE from the ONNX inside it; the checkpoint is not needed.
+
+    Example: sd-export build bundle --backend tensorrt
+    """
+    from sd_export import build
+
+    manifest = build(bundle, backends=backends, precision=precision, progress=_progress(quiet))
+    if not quiet:
+        _show_certificate(manifest)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), **_described(manifest)}, indent=2))
+    else:
+        click.echo(bundle)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (DESIGN: 0, 1 … 5, 130, 143)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return export_command.main(arguments, prog_name="sd-export", standalone_mode=False) or 0
+    except SdError as error:
+        click.echo(f"Error: {error.message}\n{error.hint}", err=True)
+        return error.exit_code
+    except MemoryError:
+        click.echo("Error: out of memory\nClose other programs, or use a larger machine.", err=True)
+        return BackendError.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _progress(quiet: bool) -> Progress:
+    """Prints a line per stage that ended, and on a terminal the one that runs."""
+    terminal = sys.stderr.isatty()
+
+    def show(event: StageEvent) -> None:
+        name = f"{event.component:<14} {event.stage:<20}"
+        if event.state == "started":
+            if terminal:
+                click.echo(f"{_CLEAR_LINE}{name} …", err=True, nl=False)
+            return
+        start = _CLEAR_LINE if terminal else ""
+        words = "skipped" if event.state == "skipped" else f"{event.seconds:6.1f} s"
+        if event.stage == "wait":
+            words = "another export to this bundle is running; waiting for it"
+        size = _size(event.bytes) if event.bytes else ""
+        click.echo(f"{start}{name} {words:>8}  {size:>9}  {event.detail}".rstrip(), err=True)
+
+    return (lambda _event: None) if quiet else show
+
+
+def _show_certificate(manifest: Manifest) -> None:
+    click.echo("Certificate:", err=True)
+    for entry in manifest.certificate:
+        click.echo(
+            f"  {entry.component:<14} {entry.backend:<12} {entry.precision:<5} "
+            f"{entry.metric} {entry.figure:.3g} (tolerance {entry.tolerance:g}) "
+            f"against {entry.reference}",
+            err=True,
+        )
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "profile": asdict(manifest.profile),
+        "engines": [asdict(engine) for engine in manifest.engines],
+        "certificate": [asdict(entry) for entry in manifest.certificate],
+    }
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.2f} GB"
