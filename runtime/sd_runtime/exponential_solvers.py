@@ -64,14 +64,16 @@ def interval(algorithm: Algorithm, source: Level, target: Level) -> Interval:
 
 def first_order(step: Interval, d0: Form) -> Form:
     """Update with the model output held at ``d0``. DDIM, in exact arithmetic."""
-    return step.decay * SAMPLE - step.scale * np.expm1(step.u) * d0 + step.std * NOISE
+    update: Form = step.decay * SAMPLE - step.scale * np.expm1(step.u) * d0 + step.std * NOISE
+    return update
 
 
 def slope_term(step: Interval, d1: Form, solver_type: str) -> Form:
-    """What the output's slope ``d1`` adds: "midpoint" approximates the integral, "heun" solves it."""
-    if solver_type == "midpoint":
-        return -0.5 * step.scale * np.expm1(step.u) * d1
-    return step.scale * (1 - np.expm1(step.u) / step.u) * d1
+    """What the output's slope ``d1`` adds: "midpoint" takes it halfway, "heun" integrates it."""
+    growth = np.expm1(step.u)
+    weight = -growth / 2 if solver_type == "midpoint" else 1 - growth / step.u
+    term: Form = step.scale * weight * d1
+    return term
 
 
 def curvature_term(step: Interval, d2: Form, algorithm: Algorithm) -> Form:
@@ -80,7 +82,8 @@ def curvature_term(step: Interval, d2: Form, algorithm: Algorithm) -> Form:
     The constant's sign is diffusers': for the SDE it is not the paper's.
     """
     half = -0.5 if algorithm == "sde-dpmsolver++" else 0.5
-    return step.scale * (half - (np.expm1(step.u) - step.u) / step.u**2) * d2
+    term: Form = step.scale * (half - (np.expm1(step.u) - step.u) / step.u**2) * d2
+    return term
 
 
 def dpm_solver_multistep(
@@ -138,10 +141,10 @@ def dpm_solver_singlestep(
     *,
     begin: int,
     orders: Sequence[int],
-    algorithm: Literal["dpmsolver", "dpmsolver++"],
+    algorithm: Algorithm,
     solver_type: str,
 ) -> Iterator[Form]:
-    """Lu et al. 2022 (arXiv:2206.00927), algorithms 1 and 2; on x₀ ("++") or ε.
+    """Lu et al. 2022 (arXiv:2206.00927), algorithms 1 and 2; on x₀ ("++") or ε, the ODE only.
 
     A step of order n starts again from the sample of n − 1 rows ago.
     """
@@ -221,7 +224,9 @@ def uni_pc(
         yield substitute(predictor, sample)
 
 
-def _uni_pc_weights(nodes: Sequence[np.float64], u: np.float64, b_h: np.float64) -> list[np.float64]:
+def _uni_pc_weights(
+    nodes: Sequence[np.float64], u: np.float64, b_h: np.float64
+) -> list[np.float64]:
     """Solve R(nodes)·ρ = φ(u) / B(h), theorem 3.1 there; ½ for one node, as the paper advises."""
     if len(nodes) == 1:
         return [np.float64(0.5)]
@@ -290,7 +295,8 @@ def sa_solver(
             std = tau * target.sigma * np.sqrt(np.expm1(2 * h))
         gradient = weighted_sum(weights, map(history, range(order)))
         noise = LAST_NOISE if corrected else NOISE
-        return decay * SAMPLE + factor * gradient + std * noise
+        result: Form = decay * SAMPLE + factor * gradient + std * noise
+        return result
 
     predictor, last_order = SAMPLE, 0
     for i in range(begin, num_steps):

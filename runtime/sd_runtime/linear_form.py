@@ -31,8 +31,8 @@ LAST_NOISE: Form = _SYMBOLS[-1]
 
 
 def history(age: int) -> Form:
-    """h of ``age`` rows ago; 0 is the model output of this row."""
-    return _SYMBOLS[1 : 1 + DEPTH][age]
+    """The converted model output of ``age`` rows ago; 0 is this row's."""
+    return np.asarray(_SYMBOLS[1 : 1 + DEPTH][age])
 
 
 def weighted_sum(weights: Sequence[float] | NDArray[np.float64], forms: Iterable[Form]) -> Form:
@@ -42,7 +42,7 @@ def weighted_sum(weights: Sequence[float] | NDArray[np.float64], forms: Iterable
 
 def substitute(update: Form, start: Form) -> Form:
     """``update`` with ``start`` in place of its sample."""
-    return update + update[0] * (start - SAMPLE)
+    return np.asarray(update + update[0] * (start - SAMPLE))
 
 
 def rewind(update: Form) -> Form:

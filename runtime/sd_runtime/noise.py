@@ -65,8 +65,7 @@ class NoiseStream:
             return value
         words = [int(word) for word in self._words.randint(0, 2**32, size=4, dtype=np.uint32)]
         angle, radius = (
-            ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
-            for high, low in (words[:2], words[2:])
+            ((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in (words[:2], words[2:])
         )
         radius = math.sqrt(-2.0 * math.log1p(-radius))
         angle *= 2.0 * math.pi

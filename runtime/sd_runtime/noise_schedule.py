@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
 from sd_engines.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Level(NamedTuple):
 
     @property
     def noise_to_signal(self) -> np.float64:
-        """sigma / alpha, the sigma of Karras et al. and of diffusers' ``sigmas``."""
+        """The sigma of Karras et al. and of diffusers' ``sigmas``: sigma / alpha."""
         return self.sigma / self.alpha
 
 
@@ -51,7 +52,8 @@ class NoiseSchedule:
     @property
     def sigmas(self) -> NDArray[np.float32]:
         """Noise-to-signal ratio of every training timestep, float32, ascending."""
-        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        sigmas: NDArray[np.float32] = np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        return sigmas
 
     def level_at(self, timestep: int) -> Level:
         """The level of a training timestep; below 0 the final one. ConfigError past the last."""
@@ -116,7 +118,7 @@ def _cosine_betas(num_train_timesteps: int) -> NDArray[np.float32]:
     """Nichol & Dhariwal 2021 (arXiv:2102.09672), equation 17, capped at 0.999."""
     time = np.arange(num_train_timesteps + 1) / num_train_timesteps
     alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999).astype(np.float32)
+    return np.asarray(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999), np.float32)
 
 
 def _linspace(start: float, end: float, num: int) -> NDArray[np.float32]:
@@ -125,7 +127,7 @@ def _linspace(start: float, end: float, num: int) -> NDArray[np.float32]:
     step = np.float64((last - first) / np.float32(max(num - 1, 1)))
     index = np.arange(num)
     upward, downward = first + step * index, last - step * (num - 1 - index)
-    return np.where(index < num // 2, upward, downward).astype(np.float32)
+    return np.asarray(np.where(index < num // 2, upward, downward), np.float32)
 
 
 def _cumulative_product(alphas: NDArray[np.float32]) -> NDArray[np.float32]:

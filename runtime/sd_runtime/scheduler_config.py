@@ -181,7 +181,10 @@ def _names() -> dict[str, Sampler]:
     variants = {
         f"{name}_{spacing}": Sampler(
             sampler.class_name,
-            {**sampler.overrides, **{f"use_{other}_sigmas": other == spacing for other in spacings}},
+            {
+                **sampler.overrides,
+                **{f"use_{other}_sigmas": other == spacing for other in spacings},
+            },
         )
         for name, sampler in spaced.items()
         for spacing in spacings

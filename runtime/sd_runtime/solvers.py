@@ -63,9 +63,7 @@ def ddpm(steps: Iterable[tuple[Level, Level]], *, fixed_large: bool) -> Iterator
         yield target.alpha * beta / source.sigma**2 * x0 + scale * kept * SAMPLE + std * NOISE
 
 
-def lcm(
-    steps: Sequence[tuple[float, Level]], *, timestep_scaling: float
-) -> Iterator[Form]:
+def lcm(steps: Iterable[tuple[float, Level]], *, timestep_scaling: float) -> Iterator[Form]:
     """Luo et al. 2023 (latent consistency models, arXiv:2310.04378), algorithm 3, on x₀.
 
     ``steps`` are (timestep, target level); the last target is (1, 0).
@@ -111,15 +109,11 @@ class MidpointStep(NamedTuple):
 
 
 def midpoint_step(source: Level, target: Level, *, ancestral: bool) -> MidpointStep:
-    """Stages of k-diffusion's ``sample_dpm_2`` and ``_ancestral``: the middle is so in log sigma."""
-    down, std = target, np.float64(0)
-    if ancestral:  # in float32 as diffusers does: few steps leave little of sigma_down but rounding
-        start, end = np.float32(source.noise_to_signal), np.float32(target.noise_to_signal)
-        up = np.sqrt(end**2 * (start**2 - end**2) / start**2)
-        std = target.alpha * np.float64(up)
-        down = Level(target.alpha, target.alpha * np.float64(np.sqrt(end**2 - up**2)))
-    ratio = np.sqrt(source.noise_to_signal * down.noise_to_signal)
-    return MidpointStep(source, level_from_sigma(ratio), down, std)
+    """Stages of k-diffusion's ``sample_dpm_2`` and ``_ancestral``: middle in log sigma."""
+    std = ancestral_sigma(source, target) if ancestral else np.float64(0)
+    down = Level(target.alpha, np.sqrt(target.sigma**2 - std**2))
+    middle = level_from_sigma(np.sqrt(source.noise_to_signal * down.noise_to_signal))
+    return MidpointStep(source, middle, down, std)
 
 
 def dpm2(steps: Iterable[MidpointStep]) -> Iterator[Form]:
@@ -218,9 +212,10 @@ def adams_weights(
         for other in (*nodes[:k], *nodes[k + 1 :]):
             lagrange = lagrange * (u - other) / (node - other)
         integrals.append(lagrange @ measure)
-    return np.array(integrals)
+    return np.array(integrals, np.float64)
 
 
 @cache
 def _gauss_legendre() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.polynomial.legendre.leggauss(24)
+    points, weights = np.polynomial.legendre.leggauss(24)
+    return points, weights

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sd_engines.errors import ConfigError
 
+from sd_engines.errors import ConfigError
 from sd_runtime.linear_form import DEPTH
-from sd_runtime.noise_schedule import noise_schedule
-from sd_runtime.samplers import SMALLEST_ALPHA_CUMPROD, plan
+from sd_runtime.samplers import sampler_rows
 from sd_runtime.scheduler_config import SCHEDULERS, effective_config, scheduler_name
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ class SchedulerTable:
     """R rows, one per UNet call, with K model outputs of history; all float64.
 
     A text-to-image sample starts as ``init_noise_scale · noise``, an image-to-image one as
-    ``alpha[0] · x₀ + sigma[0] · noise``. After the last row it is what diffusers' scheduler returns.
+    ``alpha[0] · x₀ + sigma[0] · noise``. After the last row it is what diffusers' scheduler
+    returns.
     """
 
     timesteps: NDArray[np.float64]
@@ -85,6 +85,7 @@ def compile_table(
 
     Raises:
         ConfigError: a value out of range, an unknown name, or a sampler that is not linear.
+
     """
     name = scheduler_name(scheduler or scheduler_config.get("_class_name", "PNDMScheduler"))
     config = effective_config(scheduler_config, name)
@@ -104,10 +105,7 @@ def compile_table(
             "Raise strength or num_inference_steps.",
         )
     with np.errstate(all="ignore"):  # λ is ∞ without noise; every formula has its limit there
-        schedule = noise_schedule(
-            config, min_alpha_cumprod=SMALLEST_ALPHA_CUMPROD.get(config["_class_name"], 0.0)
-        )
-        rows = plan(config, schedule, num_inference_steps, eta=eta, begin=begin)
+        rows = sampler_rows(config, num_inference_steps, eta=eta, begin=begin)
         table = _table(rows, str(config["prediction_type"]))
     for column in (table.pred_sample, table.coef_sample, table.coef_history, table.coef_noise):
         if not np.isfinite(column).all():

@@ -1,110 +1,135 @@
-"""Which timesteps a sampler visits, and the noise level it has there.
+"""Which timesteps a sampler visits and the noise levels between them, from a scheduler's config.
 
-Spacings by timestep (Lin et al. 2023, arXiv:2305.08891, table 2) and by noise level (Karras et al.
-2022, arXiv:2206.00364, equation 5, and others), descending.
+Four kinds of grid serve all classes. Sigmas (noise-to-signal ratios) are rounded to float32, where
+diffusers rounds them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sd_engines.errors import ConfigError, nearest
+
+from sd_runtime.noise_schedule import Level, NoiseSchedule, level_from_sigma
+from sd_runtime.timestep_spacing import (
+    beta_sigmas,
+    distilled_timesteps,
+    exponential_sigmas,
+    karras_sigmas,
+    spaced_timesteps,
+    timesteps_from_sigmas,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
-    Array = NDArray[np.float64]
+
+@dataclass(frozen=True)
+class Grid:
+    """N timesteps, float64 and descending, and the N + 1 levels before, between and after them."""
+
+    timesteps: NDArray[np.float64]
+    levels: list[Level]
 
 
-def spaced_timesteps(
-    spacing: str, num_steps: int, *, points: int, num_train_timesteps: int, steps_offset: int
-) -> Array:
-    """The first ``num_steps`` of ``points`` timesteps, descending, not rounded.
+def trained_grid(config: Mapping[str, Any], num_steps: int) -> list[int]:
+    """Whole training timesteps, descending: DDIM, DDPM and PNDM look their levels up by them."""
+    return [int(t) for t in _spaced(config, num_steps, points=num_steps).round()]
 
-    ``points`` is num_steps + 1 for solvers whose grid ends at timestep 0 without a step there.
-    ConfigError for an unknown spacing.
+
+def distilled_grid(config: Mapping[str, Any], num_steps: int) -> list[int]:
+    """Whole timesteps out of those that LCM and TCD models were distilled on, descending."""
+    timesteps = distilled_timesteps(
+        num_steps,
+        original_inference_steps=config["original_inference_steps"],
+        num_train_timesteps=config["num_train_timesteps"],
+    )
+    return [int(t) for t in timesteps]
+
+
+def k_diffusion_grid(config: Mapping[str, Any], schedule: NoiseSchedule, num_steps: int) -> Grid:
+    """Fractional timesteps and sigmas down to 0: Euler, Heun, KDPM2 and LMS.
+
+    diffusers keeps these samples in the scale where the signal is 1; ours rejoins it at the end,
+    so the last level is (1, last sigma).
     """
-    match spacing:
-        case "linspace":
-            return np.linspace(0, num_train_timesteps - 1, points)[::-1][:num_steps]
-        case "leading":
-            stride = num_train_timesteps // points
-            return np.arange(points, dtype=np.float64)[::-1][:num_steps] * stride + steps_offset
-        case "trailing":
-            return np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps).round() - 1
-        case unknown:
-            raise ConfigError(
-                f"timestep_spacing {unknown!r} is not supported",
-                nearest(str(unknown), ("linspace", "leading", "trailing")),
-            )
+    train_sigmas = schedule.sigmas
+    timesteps = _spaced(config, num_steps, points=num_steps)
+    sigmas = np.interp(timesteps, np.arange(len(train_sigmas)), train_sigmas)
+    if config.get("interpolation_type") == "log_linear":
+        first, last = np.log(train_sigmas[[-1, 0]])
+        sigmas = np.exp(np.linspace(first, last, num_steps + 1))
+    respaced = _respaced(config, sigmas, num_steps)
+    if respaced is not None:
+        sigmas, timesteps = respaced, timesteps_from_sigmas(respaced, train_sigmas)
+        if config["use_karras_sigmas"] and config["_class_name"].startswith("KDPM2"):
+            timesteps = timesteps.round()
+    final = train_sigmas[0] if config.get("final_sigmas_type") == "sigma_min" else 0.0
+    sigmas = _rounded(np.append(sigmas, final)[: num_steps + 1])
+    levels = [level_from_sigma(sigma) for sigma in sigmas[:-1]]
+    return Grid(timesteps, [*levels, Level(np.float64(1), sigmas[-1])])
 
 
-def distilled_timesteps(
-    num_steps: int, *, original_inference_steps: int, num_train_timesteps: int
-) -> Array:
-    """Evenly skipped timesteps of the distillation grid. Luo et al. 2023 (arXiv:2310.04378)."""
-    if original_inference_steps > num_train_timesteps:
-        raise ConfigError(
-            f"original_inference_steps {original_inference_steps} exceeds num_train_timesteps "
-            f"{num_train_timesteps}",
-            "Correct the scheduler config.",
-        )
-    if num_steps > original_inference_steps:
-        raise ConfigError(
-            f"{num_steps} steps are more than the {original_inference_steps} of the distillation",
-            f"Take 1 to {original_inference_steps} steps; distilled models want about 4.",
-        )
-    stride = num_train_timesteps // original_inference_steps
-    original = np.arange(original_inference_steps, 0, -1, dtype=np.float64) * stride - 1
-    kept = np.linspace(0, len(original), num_steps, endpoint=False).astype(np.int64)
-    return original[kept]
+def exponential_grid(config: Mapping[str, Any], schedule: NoiseSchedule, num_steps: int) -> Grid:
+    """Whole timesteps, one more than steps, the last unused: DPM-Solver and its kin."""
+    train_sigmas = schedule.sigmas
+    name, karras = config["_class_name"], config["use_karras_sigmas"]
+    half_log_snr = -np.log(train_sigmas[::-1])
+    clipped = int(np.searchsorted(half_log_snr, config.get("lambda_min_clipped", -np.inf)))
+    trained = {**config, "num_train_timesteps": config["num_train_timesteps"] - clipped}
+    timesteps = _spaced(trained, num_steps, points=num_steps + 1).round()
+    final = train_sigmas[0]
+    respaced = _respaced(config, train_sigmas[::-1], num_steps)
+    lu = config.get("use_lu_lambdas", False) and not karras
+    if lu:  # Lu et al. 2022: evenly in log sigma, like the exponential ones
+        first, last = np.log(train_sigmas[[-1, 0]])
+        respaced = np.exp(np.linspace(first, last, num_steps))
+    if respaced is None:
+        sigmas = np.interp(timesteps, np.arange(len(train_sigmas)), train_sigmas)
+    else:
+        sigmas, timesteps = respaced, timesteps_from_sigmas(respaced, train_sigmas)
+        cosine = config["beta_schedule"] == "squaredcos_cap_v2"
+        if (karras or lu) and not (cosine and name == "DPMSolverMultistepScheduler"):
+            timesteps = timesteps.round()
+        if not name.startswith("DPMSolver"):
+            final = sigmas[-1]
+    if config.get("final_sigmas_type") == "zero":
+        final = 0.0
+    levels = [level_from_sigma(sigma) for sigma in _rounded(np.append(sigmas, final))]
+    return Grid(np.trunc(timesteps), levels)
 
 
-def karras_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> Array:
-    """Karras et al. 2022 (arXiv:2206.00364), equation 5, rho = 7."""
-    ramp = np.linspace(0, 1, num_steps)
-    first, last = sigma_max ** (1 / 7.0), sigma_min ** (1 / 7.0)
-    return np.asarray((first + ramp * (last - first)) ** 7.0)
+def _spaced(config: Mapping[str, Any], num_steps: int, *, points: int) -> NDArray[np.float64]:
+    return spaced_timesteps(
+        config.get("timestep_spacing", "linspace"),
+        num_steps,
+        points=points,
+        num_train_timesteps=config["num_train_timesteps"],
+        steps_offset=config.get("steps_offset", 0),
+    )
 
 
-def exponential_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> Array:
-    """Evenly spaced in log sigma. Lu et al. 2022 (arXiv:2206.00927), section 3.3."""
-    return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), num_steps))
+def _respaced(
+    config: Mapping[str, Any], sigmas: NDArray[Any], num_steps: int
+) -> NDArray[np.float64] | None:
+    """Sigmas from the first to the last of ``sigmas`` as the config spaces them; None: it does not.
 
-
-def beta_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> Array:
-    """Quantiles of Beta(0.6, 0.6). Lee et al. 2024 (arXiv:2407.12173)."""
-    quantiles = beta_quantile(1 - np.linspace(0, 1, num_steps), 0.6)
-    return sigma_min + quantiles * (sigma_max - sigma_min)
-
-
-def beta_quantile(probability: Array, shape: float) -> Array:
-    """Inverse of the distribution function of Beta(shape, shape), elementwise.
-
-    The lower half from the power series of the incomplete beta function (Abramowitz & Stegun
-    26.5.4), which converges there like 2**-n, by Newton's method; the upper half by symmetry.
+    diffusers takes sigma_max and sigma_min from the config of any class, where they are given.
     """
-    lower = np.minimum(probability, 1 - probability)
-    n = np.arange(1, 60)
-    series = np.concatenate([[1.0], np.cumprod((n - shape) / n)]) / (shape + np.arange(60))
-    total = 2 * 0.5**shape * np.polynomial.polynomial.polyval(0.5, series)  # B(shape, shape)
-    root = (lower * total * shape) ** (1 / shape)  # from the first term; never below the answer
-    for _ in range(8):
-        root = np.clip(root, 1e-300, 0.5)
-        excess = root**shape * np.polynomial.polynomial.polyval(root, series) - lower * total
-        root -= excess * (root * (1 - root)) ** (1 - shape)
-    root = np.where(lower > 0, root, 0.0)
-    return np.where(probability < 0.5, root, 1 - root)
+    first, last = config["sigma_max"], config["sigma_min"]
+    sigma_max = float(sigmas[0] if first is None else first)
+    sigma_min = float(sigmas[-1] if last is None else last)
+    if config.get("use_karras_sigmas"):
+        return karras_sigmas(sigma_min, sigma_max, num_steps)
+    if config.get("use_exponential_sigmas"):
+        return exponential_sigmas(sigma_min, sigma_max, num_steps)
+    if config.get("use_beta_sigmas"):
+        return beta_sigmas(sigma_min, sigma_max, num_steps)
+    return None
 
 
-def timesteps_from_sigmas(sigmas: Array, train_sigmas: NDArray[np.float32]) -> Array:
-    """The fractional training timestep of each sigma, linear in log sigma, as diffusers rounds it.
-
-    ``train_sigmas`` float32 [num_train_timesteps], ascending; its logarithm stays float32 because
-    callers truncate the result to whole timesteps.
-    """
-    log_sigmas, train = np.log(np.maximum(sigmas, 1e-10)), np.log(train_sigmas)
-    low = np.clip(np.searchsorted(train, log_sigmas, side="right") - 1, 0, len(train) - 2)
-    weight = np.clip((train[low] - log_sigmas) / (train[low] - train[low + 1]), 0, 1)
-    return np.asarray((1 - weight) * low + weight * (low + 1), np.float64)
+def _rounded(sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
+    return sigmas.astype(np.float32).astype(np.float64)
