@@ -7,8 +7,8 @@ there, be of its type and within its range; no field may be unknown; no path may
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -32,7 +32,7 @@ _DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 MAX_MANIFEST_BYTES = 16 << 20
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Manifest:
                 ensure_ascii=False,
                 indent=2,
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_NAME}: {error}", REMAKE_HINT) from error
         self.from_json(text)
         return text + "\n"
@@ -169,6 +169,8 @@ class _Node:
         value = self._take(key)
         if not isinstance(value, str) or not value:
             raise _wrong(self._at(key), "must be a text that is not empty")
+        if _UNPRINTABLE.search(value):
+            raise _wrong(self._at(key), "holds control characters")
         if one_of is not None and value not in one_of:
             raise _wrong(self._at(key), f"{value!r} is none of {', '.join(one_of)}")
         return value
@@ -191,9 +193,9 @@ class _Node:
 
     def number(self, key: str) -> float:
         value = self._take(key)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise _wrong(self._at(key), "must be a finite number")
-        return float(value)
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+        raise _wrong(self._at(key), "must be a finite number")
 
     def sha256(self, key: str) -> str:
         value = self.text(key)
@@ -241,6 +243,8 @@ class _Node:
 
 
 def _wrong(where: str, problem: str) -> BundleError:
+    where = where if where.isprintable() else ascii(where)
+    where = where if len(where) <= 300 else where[:300] + "…"
     return BundleError(": ".join(filter(None, (MANIFEST_NAME, where, problem))), REMAKE_HINT)
 
 
@@ -260,6 +264,7 @@ def _path(text: str, where: str) -> str:
     parts = text.split("/")
     if (
         _UNPRINTABLE.search(text)
+        or "\\" in text
         or len(text) > 1024
         or any(part in ("", ".", "..") or len(part) > 255 for part in parts)
         or ":" in parts[0]

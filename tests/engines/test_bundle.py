@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,8 +17,6 @@ from sd_engines.errors import BundleError, EngineMismatchError
 from tiny_onnx import PROFILE, make_bundle
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sd_engines import Bundle
 
 LISTED = ["unet/model.onnx", "unet/model.onnx_data", "tokenizer/tokenizer.json"]
@@ -212,3 +212,15 @@ def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
         "dtype": "float32",
         "shape": ["batch", 4, 8, 8],
     }
+
+
+def test_readme_blocks(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_bundle.path.parent)
+    readme = Path(__file__).parents[2] / "engines" / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})  # noqa: S102
+    assert capsys.readouterr().out == "(2, 4, 8, 8)\n"

@@ -98,13 +98,17 @@ def load(
     # pool as soon as one of those cores is busy with something else.
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
+    # Idle threads spin for about a million turns by default, and steal the time of the next
+    # engine and of numpy: 300 µs bridge the gaps inside a run at 0.6 of the processor time.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
     options.log_severity_level = 3  # errors only: what matters arrives as an exception
     provider: Any = _PROVIDERS[target]
     stream = None
     if target == "cuda":
         # A blocking stream: ordered with CuPy's default stream without waiting on the host.
         stream = import_package("cupy", extra="cuda").cuda.Stream(non_blocking=False)
-        provider = (provider, {"user_compute_stream": str(stream.ptr)})
+        # TF32 is on by default: fp32 would be 10 bits of mantissa.
+        provider = (provider, {"user_compute_stream": str(stream.ptr), "use_tf32": "0"})
     try:
         session = package.InferenceSession(
             os.fspath(path), options, providers=[provider], enable_fallback=0
@@ -159,7 +163,8 @@ class OnnxRuntimeEngine:
         self.target = target
         self._session = session
         self._max_batch = max_batch
-        self._stream = stream
+        self._stream = stream  # must outlive the session
+        self._xp = np if target == "cpu" else import_package("cupy", extra="cuda")
         self._bindings: dict[int, OnnxRuntimeBinding] = {}
 
     def bind(self, batch: int) -> OnnxRuntimeBinding:
@@ -172,7 +177,7 @@ class OnnxRuntimeEngine:
         return self._bindings[batch]
 
     def _new_binding(self, batch: int) -> OnnxRuntimeBinding:
-        xp = np if self.target == "cpu" else import_package("cupy", extra="cuda")
+        xp = self._xp
         inputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.inputs.items()}
         outputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.outputs.items()}
         return OnnxRuntimeBinding(self._session, inputs, outputs, self.target)
@@ -184,7 +189,7 @@ class OnnxRuntimeEngine:
         batch = check_arrays(self.inputs, arrays, self._max_batch)
         binding = self._new_binding(batch)
         for name, array in arrays.items():
-            binding.inputs[name][...] = array
+            binding.inputs[name][...] = self._xp.asarray(array)
         binding.run()
         return dict(binding.outputs)
 
