@@ -97,7 +97,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (DESIGN: 0, 1 … 5, 130, 143)."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return run.main(arguments, prog_name="sd-run", standalone_mode=False) or 0
     except SdError as error:
@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_engines.errors import ConfigError
 from sd_runtime.arrays import copy_into
+from sd_runtime.noise_schedule import Level
+from sd_runtime.prediction import x0_prediction
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def initial_latents(
 ) -> Array:
     """float32 [len(noise), *shape]: each picture's first noise, at the table's first level."""
     latents = np.stack([stream.normal((1, *shape))[0] for stream in noise])
-    latents *= float(table.sigma[0])
+    latents *= table.init_noise_scale
     return latents
 
 
@@ -66,8 +67,9 @@ def denoise(
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
     Embeddings are [tokens, d], one per picture. Without negative ones the UNet runs on n rows,
-    otherwise on 2n, negative first. ``noise`` is one stream per picture, read on the table's
-    stochastic rows. Closing the generator cancels.
+    otherwise on 2n, negative first. ``noise`` is one stream per picture, read on the rows that
+    draw, used there or not, so that later rows see the noise they would see in diffusers.
+    Closing the generator cancels.
     """
     n = len(latents)
     guided = negative_prompt_embeds is not None
@@ -90,6 +92,7 @@ def denoise(
     timesteps, alphas, sigmas = table.timesteps.tolist(), table.alpha.tolist(), table.sigma.tolist()
     p, q, a = table.pred_sample.tolist(), table.pred_output.tolist(), table.coef_sample.tolist()
     b, c = table.coef_history.tolist(), table.coef_noise.tolist()
+    draws_noise = table.draws_noise.tolist()
 
     for row, timestep in enumerate(timesteps):
         start = clock()
@@ -115,29 +118,19 @@ def denoise(
             if weight:
                 np.multiply(history[(row - age) % depth], weight, out=scratch)
                 state += scratch
-        for weight in c[row]:
-            if weight:
-                for picture, stream in enumerate(noise):
-                    drawn[picture] = stream.normal((1, *drawn.shape[1:]))[0]
-                copy_into(scratch, drawn)
-                scratch *= weight
-                state += scratch
+        if draws_noise[row]:
+            for picture, stream in enumerate(noise):
+                drawn[picture] = stream.normal((1, *drawn.shape[1:]))[0]
+            copy_into(scratch, drawn)
+            scratch *= c[row][0]
+            state += scratch
         timings.add("unet", done - ready)
         timings.add("scheduler", clock() - done + ready - start)
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 
 def predicted_original_sample(row: Row, prediction_type: str) -> Array:
-    """The picture's latents as the model sees them at ``row`` (x₀), [n, c, h, w], for previews.
-
-    Song et al. 2020 (DDIM), equation 12; Salimans & Ho 2022, appendix D, for v_prediction.
-    """
-    if prediction_type == "epsilon":
-        return (row.sample - row.sigma * row.model_output) / row.alpha
-    if prediction_type == "v_prediction":
-        return row.alpha * row.sample - row.sigma * row.model_output
-    if prediction_type == "sample":
-        return row.model_output.copy()
-    raise ConfigError(
-        f"the model predicts {prediction_type!r}", "Known: epsilon, v_prediction, sample."
-    )
+    """The picture's latents as the model sees them at ``row`` (x₀), [n, c, h, w], for previews."""
+    level = Level(np.float64(row.alpha), np.float64(row.sigma))
+    p, q = x0_prediction(prediction_type, level)
+    return float(p) * row.sample + float(q) * row.model_output

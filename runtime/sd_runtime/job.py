@@ -155,7 +155,8 @@ def _order(job: Job, manifest: Manifest) -> Order:
         if job.prompts_file is not None:
             prompts = prompts_from_text(job.prompts_file)
         # Requests no larger than the engine's batch: what is finished is written at once.
-        size = max(1, manifest.profile.batch_size // options.get("num_images_per_prompt", 1))
+        num_images = max(1, options.get("num_images_per_prompt", 1))
+        size = max(1, manifest.profile.batch_size // num_images)
         requests = [
             Request(tuple(prompts[first : first + size]), **options)
             for first in range(0, len(prompts), size)

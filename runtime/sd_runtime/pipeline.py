@@ -49,8 +49,9 @@ def plan(request: Request, manifest: Manifest) -> tuple[str, SchedulerTable]:
     Raises `ConfigError` for a size, a scheduler or a number of steps that cannot be done.
     """
     request.check_profile(manifest.profile)
-    config = manifest.model.scheduler
-    name = scheduler_name(request.scheduler or config["_class_name"])
+    # As StableDiffusionPipeline reads every checkpoint: latents are not clipped, steps start at 1.
+    config = {**manifest.model.scheduler, "clip_sample": False, "steps_offset": 1}
+    name = scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler"))
     table = compile_table(
         config,
         scheduler=request.scheduler,
@@ -203,7 +204,7 @@ class Pipeline:
         _check_finite("the UNet", to_host(latents))
         _check_finite("the VAE decoder", images)
         pixels = _pixels_from(images)
-        if (pixels.max(axis=(1, 2, 3)) == pixels.min(axis=(1, 2, 3))).any():
+        if (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
             raise BackendError(
                 "the VAE decoder returned a picture of one single colour", PRECISION_HINT
             )

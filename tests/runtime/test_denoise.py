@@ -1,0 +1,182 @@
+"""The loop, on a real engine, against diffusers' own schedulers stepping the same engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sd_engines.engine import open_engine
+from sd_engines.errors import ConfigError
+from sd_runtime.denoise import Row, denoise, initial_latents, predicted_original_sample
+from sd_runtime.noise import NoiseStream
+from sd_runtime.table import compile_table
+from sd_runtime.timing import Timings
+from tiny_onnx import CHANNELS, SIZE, TOKENS, WIDTH, make_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sd_engines.engine import Engine
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+CONFIG: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+SHAPE = (CHANNELS, SIZE, SIZE)
+SEEDS = (3, 2**64 - 1)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    bundle = make_bundle(tmp_path_factory.mktemp("unet") / "bundle")
+    with open_engine(bundle, "unet", backend="onnxruntime", threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def embeds() -> np.ndarray:
+    """Two pictures' negative, then positive prompt_embeds."""
+    draw = np.random.default_rng(0)
+    return draw.standard_normal((4, TOKENS, WIDTH)).astype(np.float32)
+
+
+def expected(
+    unet: Engine,
+    embeds: np.ndarray,
+    scheduler: Any,
+    *,
+    steps: int,
+    guidance_scale: float | None,
+    **step_options: Any,
+) -> np.ndarray:
+    """diffusers' loop for `SEEDS`, with the engine in the UNet's place."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+    scheduler.set_timesteps(steps)
+    sample = torch.cat([torch.randn((1, *SHAPE), generator=g) for g in generators])
+    sample = sample * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep).numpy()
+        rows, texts = (scaled, embeds[2:]) if guidance_scale is None else (
+            np.concatenate([scaled, scaled]), embeds
+        )  # fmt: skip
+        output = unet(
+            sample=rows.astype(np.float32),
+            timestep=np.full(len(rows), timestep, np.float32),
+            encoder_hidden_states=texts,
+        )["noise_pred"]
+        if guidance_scale is not None:
+            negative, positive = output[:2], output[2:]
+            output = negative + guidance_scale * (positive - negative)
+        sample = scheduler.step(
+            torch.from_numpy(output), timestep, sample, return_dict=False, **step_options
+        )[0]
+    return sample.numpy()
+
+
+def drawn(
+    unet: Engine, embeds: np.ndarray, *, guidance_scale: float | None, **table_options: Any
+) -> np.ndarray:
+    """Our loop for `SEEDS`."""
+    table = compile_table(CONFIG, **table_options)
+    noise = [NoiseStream(seed) for seed in SEEDS]
+    latents = initial_latents(noise, SHAPE, table)
+    assert latents.dtype == np.float32
+    rows = denoise(
+        unet,
+        latents,
+        prompt_embeds=list(embeds[2:]),
+        negative_prompt_embeds=None if guidance_scale is None else list(embeds[:2]),
+        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        table=table,
+        noise=noise,
+        timings=Timings(),
+    )
+    for row in rows:
+        assert row.latents.dtype == row.sample.dtype == row.model_output.dtype == np.float32
+    assert row.index + 1 == table.num_rows
+    return row.latents
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize(
+    ("name", "kind", "stochastic"),
+    [
+        ("ddim", "DDIMScheduler", False),
+        ("pndm", "PNDMScheduler", False),
+        ("heun", "HeunDiscreteScheduler", False),
+        ("lms", "LMSDiscreteScheduler", False),
+        ("unipc", "UniPCMultistepScheduler", False),
+        ("euler_a", "EulerAncestralDiscreteScheduler", True),
+        ("dpm2_a", "KDPM2AncestralDiscreteScheduler", True),
+    ],
+)
+def test_the_loop_steps_as_diffusers_does(
+    unet: Engine,
+    embeds: np.ndarray,
+    name: str,
+    kind: str,
+    stochastic: bool,
+    guidance_scale: float | None,
+) -> None:
+    options: dict[str, Any] = {}
+    if stochastic:
+        options["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+        for generator in options["generator"]:
+            torch.randn((1, *SHAPE), generator=generator)  # the first latents, drawn in expected
+    scheduler = getattr(diffusers, kind).from_config(CONFIG)
+    reference = expected(unet, embeds, scheduler, steps=5, guidance_scale=guidance_scale, **options)
+    latents = drawn(
+        unet, embeds, scheduler=name, num_inference_steps=5, guidance_scale=guidance_scale
+    )
+    assert np.linalg.norm(latents - reference) <= 1e-4 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_prediction_of_a_row(prediction_type: str) -> None:
+    config = {**CONFIG, "prediction_type": prediction_type}
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(4)
+    table = compile_table(config, scheduler="ddim", num_inference_steps=4)
+    draw = np.random.default_rng(0)
+    sample, output = draw.standard_normal((2, 1, *SHAPE)).astype(np.float32)
+    for index, timestep in enumerate(scheduler.timesteps):
+        level = float(table.alpha[index]), float(table.sigma[index])
+        row = Row(index, float(timestep), *level, sample, output, sample)
+        reference = scheduler.step(torch.from_numpy(output), timestep, torch.from_numpy(sample))
+        np.testing.assert_allclose(
+            predicted_original_sample(row, prediction_type),
+            reference.pred_original_sample.numpy(),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    with pytest.raises(ConfigError, match="v_prediction"):
+        predicted_original_sample(row, "flow")
+
+
+def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
+    table = compile_table(CONFIG, scheduler="ddim", num_inference_steps=500)
+    noise, timings = [NoiseStream(0)], Timings()
+    rows = denoise(
+        unet,
+        initial_latents(noise, SHAPE, table),
+        prompt_embeds=[embeds[0]],
+        negative_prompt_embeds=None,
+        guidance_scale=1.0,
+        table=table,
+        noise=noise,
+        timings=timings,
+    )
+    assert [next(rows).index for _ in range(3)] == [0, 1, 2]
+    rows.close()
+    assert len(timings.runs_ms("unet")) == 3
