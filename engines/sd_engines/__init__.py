@@ -15,10 +15,15 @@
 format of a bundle, byte for byte.
 """
 
-from sd_engines.bundle import Bundle, open_bundle
-from sd_engines.engine import Binding, Engine, open_engine
-from sd_engines.errors import SdError
-from sd_engines.spec import ModelSpec, Profile, TensorSpec
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sd_engines.bundle import Bundle, open_bundle
+    from sd_engines.engine import Binding, Engine, open_engine
+    from sd_engines.errors import SdError
+    from sd_engines.spec import ModelSpec, Profile, TensorSpec
 
 __all__ = [
     "Binding",
@@ -31,3 +36,24 @@ __all__ = [
     "open_bundle",
     "open_engine",
 ]
+
+_HOMES = {
+    "Binding": "engine",
+    "Bundle": "bundle",
+    "Engine": "engine",
+    "ModelSpec": "spec",
+    "Profile": "spec",
+    "SdError": "errors",
+    "TensorSpec": "spec",
+    "open_bundle": "bundle",
+    "open_engine": "engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is first used: ``--help`` needs none of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -31,20 +31,32 @@ Progress: TypeAlias = "Callable[[str, int, int], None]"
 class Binding(Protocol):
     """Fixed buffers of one batch: write the inputs in place, run, read the outputs in place."""
 
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
+    @property
+    def inputs(self) -> Mapping[str, Array]:
+        """The input buffers by name; `run` reads them."""
+
+    @property
+    def outputs(self) -> Mapping[str, Array]:
+        """The output buffers by name; `run` overwrites them."""
 
     def run(self) -> None:
-        """Run the engine from ``inputs`` into ``outputs``."""
+        """Run the engine from ``inputs`` into ``outputs``; on a GPU, enqueue it only."""
 
 
 class Engine(Protocol):
     """One compiled component. Thread-compatible: one caller at a time per Binding."""
 
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    entry: EngineEntry
-    """What the manifest says of it (backend, target, precision …), set by `open_engine`."""
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """What goes in, by name."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """What comes out, by name."""
+
+    @property
+    def entry(self) -> EngineEntry:
+        """What the manifest says of it: backend, version, target, precision, key."""
 
     def bind(self, batch: int) -> Binding:
         """Buffers for ``batch`` rows (1 … `Profile.max_batch`), kept and reused per batch."""
@@ -95,6 +107,25 @@ def build_engine(
         progress=progress,
     )
     return built
+
+
+def load_engine(
+    path: Path,
+    *,
+    component: ComponentEntry,
+    engine: EngineEntry,
+    max_batch: int,
+    threads: int | None = None,
+) -> Engine:
+    """Load the file at ``path`` with no bundle around it; its bytes are taken on trust.
+
+    For what this process built itself; `open_engine` is for everybody else. `BackendError` where
+    the backend does not start.
+    """
+    loaded: Engine = _module(engine.backend).load(
+        path, component=component, engine=engine, max_batch=max_batch, threads=threads
+    )
+    return loaded
 
 
 def open_engine(
@@ -154,17 +185,14 @@ def open_engine(
 
 
 def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
-    module = _module(entry.backend)
-    module.check(entry, bundle_path=bundle.path)  # before hashing, which takes seconds
-    engine: Engine = module.load(
+    _module(entry.backend).check(entry, bundle_path=bundle.path)  # hashing takes seconds
+    return load_engine(
         bundle.verified_engine(entry),
         component=bundle.manifest.components[entry.component],
         engine=entry,
         max_batch=bundle.manifest.profile.max_batch(entry.component),
         threads=threads,
     )
-    engine.entry = entry
-    return engine
 
 
 def _module(backend: str) -> ModuleType:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import sd_engines
 from sd_engines import open_engine
 from sd_engines.bundle import Bundle, EngineEntry
 from sd_engines.cores import usable_cores
@@ -33,6 +34,7 @@ def test_auto_takes_the_fastest_that_is_installed(
     pytest.importorskip("onnxruntime")
     with open_engine(tiny_bundle, "unet") as engine:
         assert _name(engine) == "OpenVinoEngine"
+        assert engine.entry == tiny_bundle.manifest.engines[1]
     monkeypatch.setitem(sys.modules, "openvino", None)
     with open_engine(tiny_bundle, "unet") as engine:
         assert _name(engine) == "OnnxRuntimeEngine"
@@ -109,6 +111,13 @@ def test_what_the_bundle_lacks(tiny_bundle: Bundle) -> None:
 def test_threads(tiny_bundle: Bundle, threads: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {threads}"):
         open_engine(tiny_bundle, "unet", threads=threads)
+
+
+def test_public_names() -> None:
+    for name in sd_engines.__all__:
+        assert getattr(sd_engines, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'open_bundel'"):
+        sd_engines.open_bundel  # noqa: B018
 
 
 def test_usable_cores_obeys_the_affinity() -> None:

@@ -121,7 +121,7 @@ def load(
             'Check the NVIDIA driver, and run: pip install "sd-toolkit[cuda]"',
         )
     return OnnxRuntimeEngine(
-        session, component=component, max_batch=max_batch, target=target, stream=stream
+        session, component=component, engine=engine, max_batch=max_batch, stream=stream
     )
 
 
@@ -147,8 +147,8 @@ class OnnxRuntimeEngine:
         session: Any,
         *,
         component: ComponentEntry,
+        engine: EngineEntry,
         max_batch: int,
-        target: str,
         stream: Any,
     ) -> None:
         self.inputs = {spec.name: spec for spec in component.inputs}
@@ -160,11 +160,11 @@ class OnnxRuntimeEngine:
             check_graph(
                 kind, specs, ((a.name, _DTYPES.get(a.type, a.type), len(a.shape)) for a in found)
             )
-        self.target = target
+        self.entry = engine
         self._session = session
         self._max_batch = max_batch
         self._stream = stream  # must outlive the session
-        self._xp = np if target == "cpu" else import_package("cupy", extra="cuda")
+        self._xp = np if engine.target == "cpu" else import_package("cupy", extra="cuda")
         self._bindings: dict[int, OnnxRuntimeBinding] = {}
 
     def bind(self, batch: int) -> OnnxRuntimeBinding:
@@ -180,7 +180,7 @@ class OnnxRuntimeEngine:
         xp = self._xp
         inputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.inputs.items()}
         outputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.outputs.items()}
-        return OnnxRuntimeBinding(self._session, inputs, outputs, self.target)
+        return OnnxRuntimeBinding(self._session, inputs, outputs, self.entry.target)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once, on buffers of its own: any number of threads may call at a time."""

@@ -113,7 +113,7 @@ def load(
         core,
         model,
         component=component,
-        precision=engine.precision,
+        engine=engine,
         max_batch=max_batch,
         threads=threads or usable_cores(),
     )
@@ -155,7 +155,7 @@ class OpenVinoEngine:
         model: Any,
         *,
         component: ComponentEntry,
-        precision: Precision,
+        engine: EngineEntry,
         max_batch: int,
         threads: int,
     ) -> None:
@@ -166,7 +166,7 @@ class OpenVinoEngine:
             ("outputs", self.outputs, model.outputs),
         ):
             check_graph(kind, specs, (_border(port, specs) for port in ports))
-        self.precision = precision
+        self.entry = engine
         self._package = package
         self._core = core
         self._model = model
@@ -222,7 +222,7 @@ class OpenVinoEngine:
                     "PERFORMANCE_HINT": "LATENCY",
                     "NUM_STREAMS": "1",
                     "INFERENCE_NUM_THREADS": self._threads,
-                    "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+                    "INFERENCE_PRECISION_HINT": _HINTS[self.entry.precision],
                     "EXECUTION_MODE_HINT": "ACCURACY",
                     # Two pinned processes on one machine would share the same few cores.
                     "ENABLE_CPU_PINNING": False,
@@ -231,9 +231,9 @@ class OpenVinoEngine:
         except Exception as error:
             raise BackendError(f"OpenVINO cannot compile the graph: {error}", _HINT) from error
         found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if found != _HINTS[self.precision]:
+        if found != _HINTS[self.entry.precision]:
             raise BackendError(
-                f"OpenVINO computes in {found}, not in {self.precision} as asked",
+                f"OpenVINO computes in {found}, not in {self.entry.precision} as asked",
                 "Make the engine for another backend: sd-export build BUNDLE --backend onnxruntime",
             )
         return compiled

@@ -157,7 +157,20 @@ def _parse(module: Any, builder: Any, onnx_path: Path, log: Any) -> Any:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         words = [f"{e.node_operator()} {e.node_name()}: {e.desc()}".lstrip(" :") for e in errors]
         raise _failure(f"{module.__name__} cannot parse {onnx_path}", log, words)
+    _let_attention_decompose(module, network)
     return network
+
+
+def _let_attention_decompose(module: Any, network: Any) -> None:
+    """Where no fused kernel takes an Attention (fp32, small heads), let it be its parts.
+
+    Without leave to do so the builder fails; with it, it still takes a fused kernel where one fits.
+    """
+    attention = getattr(module.LayerType, "ATTENTION_INPUT", None)
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if attention is not None and layer.type == attention:
+            layer.__class__ = module.IAttentionInputLayer  # the bindings' way to cast a layer
+            layer.attention.decomposable = True
 
 
 def _set_compute_capabilities(module: Any, config: Any, target: str) -> None:
@@ -215,7 +228,9 @@ def load(
     plan = runtime.deserialize_cuda_engine(path.read_bytes())
     if plan is None:
         raise _failure(f"{engine.backend} cannot load {path}", log)
-    return TensorRtEngine(module, runtime, plan, xp, component=component, max_batch=max_batch)
+    return TensorRtEngine(
+        module, runtime, plan, xp, component=component, engine=engine, max_batch=max_batch
+    )
 
 
 class TensorRtEngine:
@@ -229,8 +244,10 @@ class TensorRtEngine:
         xp: Any,
         *,
         component: ComponentEntry,
+        engine: EngineEntry,
         max_batch: int,
     ) -> None:
+        self.entry = engine
         self.inputs = {spec.name: spec for spec in component.inputs}
         self.outputs = {spec.name: spec for spec in component.outputs}
         names = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
@@ -264,7 +281,10 @@ class TensorRtEngine:
             return self._binding(batch, self._bindings)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once on numpy or CuPy arrays, on CuPy's current stream; returns CuPy arrays."""
+        """Run once on numpy or CuPy arrays, on CuPy's current stream; returns CuPy arrays.
+
+        Threads that call share one stream.
+        """
         batch = check_arrays(self.inputs, arrays, self._max_batch)
         with self._lock:
             binding = self._binding(batch, self._calls)
@@ -336,7 +356,7 @@ class TensorRtBinding:
     def close(self) -> None:
         """Let go of the context once the device is done with it; the buffers stay the caller's."""
         if self._context is not None:
-            self._xp.cuda.get_current_stream().synchronize()
+            self._xp.cuda.Device().synchronize()
             self._context = None
 
 
