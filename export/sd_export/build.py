@@ -137,7 +137,7 @@ def make_engine(
                 graph,
                 output_dir=output_dir,
                 component=component,
-                entry=entry,
+                entry=replace(entry, precision=precision or entry.precision) if half else entry,
                 profile=profile,
                 precision=precision,
             )

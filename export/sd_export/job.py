@@ -31,7 +31,7 @@ from sd_engines.errors import BackendError, EngineMismatchError, ExportError
 from sd_engines.spec import ModelSpec, TensorSpec
 from sd_export.build import make_engine, verify_graph, words_of
 from sd_export.license import copy_license
-from sd_export.precision import engine_precision, graph_precision
+from sd_export.precision import coarser, engine_precision, graph_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -334,7 +334,7 @@ class Job:
         try:
             for backend in backends:
                 (precision,) = {
-                    engine.precision
+                    coarser(manifest.components["unet"].precision, engine.precision)
                     for engine in manifest.engines
                     if engine.component == "unet" and engine.backend == backend
                 }

@@ -16,6 +16,7 @@ from sd_engines.spec import Precision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_COARSENESS = ("fp32", "fp16", "bf16")
 HALVED = ("unet",)
 """Components that compute in half precision where it is asked for."""
 
@@ -35,6 +36,11 @@ def check_request(backends: Sequence[str], precision: str | None) -> None:
             "ONNX Runtime does not compute in bf16 on a CPU",
             "Take --precision fp32 or fp16, or name another --backend.",
         )
+
+
+def coarser(one: Precision, other: Precision) -> Precision:
+    """The one of two precisions with fewer digits: what an engine over a graph can be held to."""
+    return max(one, other, key=_COARSENESS.index)
 
 
 def graph_precision(

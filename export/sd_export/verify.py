@@ -15,6 +15,7 @@ import numpy as np
 
 from sd_engines.bundle import CertificateEntry
 from sd_engines.errors import ExportError
+from sd_export.precision import coarser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,18 +124,19 @@ def verify_engine(
     `BackendError` and `EngineMismatchError` pass through where it cannot run on this machine.
     """
     outputs = run_engine(path, engine, component=component, profile=profile, inputs=proof.inputs)
+    precision = coarser(component.precision, engine.precision)
     reference = proof.reference
     if next(iter(reference.values())).dtype == bool:
         figure = min(float((outputs[n] == reference[n]).mean()) for n in reference)
         metric, tolerance, passed = "rows_equal", 1.0, figure == 1.0
     else:
         figure = max(relative_l2(outputs[n], reference[n]) for n in reference)
-        metric, tolerance = "relative_l2", RELATIVE_L2[engine.precision]
+        metric, tolerance = "relative_l2", RELATIVE_L2[precision]
         passed = figure <= tolerance
     return certified(
         engine.component,
         engine.backend,
-        engine.precision,
+        precision,
         reference=proof.reference_name,
         metric=metric,
         figure=figure,
