@@ -127,7 +127,7 @@ def _linspace(start: float, end: float, num: int) -> NDArray[np.float32]:
     step = np.float64((last - first) / np.float32(max(num - 1, 1)))
     index = np.arange(num)
     upward, downward = first + step * index, last - step * (num - 1 - index)
-    return np.asarray(np.where(index < num // 2, upward, downward), np.float32)
+    return np.asarray(np.where(index < max(num // 2, 1), upward, downward), np.float32)
 
 
 def _cumulative_product(alphas: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -59,6 +59,7 @@ _DISTILLED: dict[str, Any] = (
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
         "original_inference_steps": 50,
         "set_alpha_to_one": True,
         "timestep_scaling": 10.0,

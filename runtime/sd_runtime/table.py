@@ -105,16 +105,27 @@ def compile_table(
             "Raise strength or num_inference_steps.",
         )
     with np.errstate(all="ignore"):  # λ is ∞ without noise; every formula has its limit there
-        rows = sampler_rows(config, num_inference_steps, eta=eta, begin=begin)
+        rows = _rows(name, config, num_inference_steps, eta=eta, begin=begin)
         table = _table(rows, str(config["prediction_type"]))
-    for column in (table.pred_sample, table.coef_sample, table.coef_history, table.coef_noise):
-        if not np.isfinite(column).all():
-            raise ConfigError(
-                f"{name} divides by zero with these settings, as it does in diffusers",
-                "With rescale_betas_zero_snr the model must not predict epsilon and "
-                "timestep_spacing be 'trailing'; else try final_sigmas_type or lower_order_final.",
-            )
+    columns = (table.pred_sample, table.coef_sample, table.coef_history, table.coef_noise)
+    if not all(np.isfinite(column).all() for column in columns):
+        raise _divides_by_zero(name)
     return table
+
+
+def _rows(name: str, config: Mapping[str, Any], num_steps: int, *, eta: float, begin: int) -> Rows:
+    try:
+        return sampler_rows(config, num_steps, eta=eta, begin=begin)
+    except np.linalg.LinAlgError as error:
+        raise _divides_by_zero(name) from error
+
+
+def _divides_by_zero(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name} divides by zero with these settings, as it does in diffusers",
+        "With rescale_betas_zero_snr the model must not predict epsilon; else take fewer steps, or "
+        "set lower_order_final to true or final_sigmas_type to 'sigma_min'.",
+    )
 
 
 def _table(rows: Rows, prediction_type: str) -> SchedulerTable:

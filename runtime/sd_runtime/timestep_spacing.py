@@ -78,7 +78,7 @@ def beta_sigmas(sigma_min: float, sigma_max: float, num_steps: int) -> Array:
 
 
 def beta_quantile(probability: Array, shape: float) -> Array:
-    """Inverse of the distribution function of Beta(shape, shape), elementwise.
+    """Inverse of the distribution function of Beta(shape, shape), shape ≤ 1, elementwise.
 
     The lower half from the power series of the incomplete beta function (Abramowitz & Stegun
     26.5.4), which converges there like 2**-n, by Newton's method; the upper half by symmetry.
