@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sd_engines.bundle import (
@@ -43,6 +45,12 @@ UNET_INPUTS = (
     TensorSpec("encoder_hidden_states", "float32", ("batch", TOKENS, WIDTH)),
 )
 UNET_OUTPUTS = (TensorSpec("noise_pred", "float32", ("batch", CHANNELS, SIZE, SIZE)),)
+
+
+def needs(package: str) -> None:
+    """Skip the test where ``package`` is not installed, without importing it."""
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 
 def _info(spec: TensorSpec) -> onnx.ValueInfoProto:

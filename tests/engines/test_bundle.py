@@ -14,7 +14,7 @@ import pytest
 from sd_engines import open_bundle
 from sd_engines.bundle import EngineEntry, engine_key, hash_files
 from sd_engines.errors import BundleError, EngineMismatchError
-from tiny_onnx import PROFILE, make_bundle
+from tiny_onnx import PROFILE, make_bundle, needs
 
 if TYPE_CHECKING:
     from sd_engines import Bundle
@@ -217,6 +217,7 @@ def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
 def test_readme_blocks(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    needs("onnxruntime")
     monkeypatch.chdir(tiny_bundle.path.parent)
     readme = Path(__file__).parents[2] / "engines" / "README.md"
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)

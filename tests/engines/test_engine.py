@@ -17,7 +17,7 @@ from sd_engines.bundle import Bundle, EngineEntry
 from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError
-from tiny_onnx import PROFILE, unet_arrays
+from tiny_onnx import PROFILE, needs, unet_arrays
 
 if TYPE_CHECKING:
     from sd_engines import Engine
@@ -30,8 +30,8 @@ def _name(engine: Engine) -> str:
 def test_auto_takes_the_fastest_that_is_installed(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("openvino")
-    pytest.importorskip("onnxruntime")
+    needs("openvino")
+    needs("onnxruntime")
     with open_engine(tiny_bundle, "unet") as engine:
         assert _name(engine) == "OpenVinoEngine"
         assert engine.entry == tiny_bundle.manifest.engines[1]
@@ -50,7 +50,7 @@ def test_auto_takes_the_fastest_that_is_installed(
 def test_auto_says_why_it_passes_over_a_stale_plan(
     tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    needs("tensorrt_rtx")
     stale = EngineEntry(
         component="unet",
         backend="tensorrt-rtx",

@@ -16,7 +16,7 @@ from tiny_onnx import PROFILE
 if TYPE_CHECKING:
     from sd_engines.manifest import EngineEntry
 
-onnxruntime = pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 without_cuda = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
     reason="this onnxruntime has the CUDA provider",

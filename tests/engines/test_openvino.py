@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from sd_engines import open_engine
+from sd_engines.backends import openvino
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError
-from tiny_onnx import PROFILE, unet_arrays, unet_reference
+from tiny_onnx import PROFILE, needs, unet_arrays, unet_reference
 
 if TYPE_CHECKING:
     from sd_engines import Bundle
     from sd_engines.manifest import EngineEntry
     from sd_engines.spec import Precision
 
-openvino = pytest.importorskip("sd_engines.backends.openvino")
+needs("openvino")
 capabilities = openvino._package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

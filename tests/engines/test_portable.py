@@ -17,7 +17,7 @@ from sd_engines import open_bundle, open_engine
 from sd_engines.bundle import Bundle
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError
-from tiny_onnx import PROFILE, make_bundle, unet_arrays, unet_entry, unet_reference
+from tiny_onnx import PROFILE, make_bundle, needs, unet_arrays, unet_entry, unet_reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sd_engines import Engine
 
 PORTABLE = ["onnxruntime", "openvino"]
-IMPORT_NAMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(params=PORTABLE)
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    pytest.importorskip(IMPORT_NAMES[name])
+    needs(name)
     return name
 
 
@@ -245,7 +244,7 @@ def test_altered_onnx_is_not_opened(tmp_path: Path, backend: str) -> None:
 
 
 def test_package_missing(bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, IMPORT_NAMES[backend], None)
+    monkeypatch.setitem(sys.modules, backend, None)
     with pytest.raises(BackendError, match="cannot be imported") as caught:
         open_engine(bundle, "unet", backend=backend)
     assert caught.value.hint == 'pip install "sd-toolkit[cpu]"'

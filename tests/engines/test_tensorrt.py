@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sd_engines import open_bundle, open_engine
+from sd_engines.backends import tensorrt
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-
-from sd_engines.backends import tensorrt
 
 
 def _has_gpu() -> bool:
