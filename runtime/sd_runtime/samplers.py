@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sd_engines.errors import ConfigError, nearest
-from sd_runtime import exponential_solvers, solvers
-from sd_runtime.noise_schedule import Level, NoiseSchedule, noise_schedule
+from sd_engines.errors import ConfigError
+from sd_runtime import exponential_samplers, solvers
+from sd_runtime.noise_schedule import Level, noise_schedule
 from sd_runtime.prediction import epsilon_prediction, unconverted, x0_prediction
+from sd_runtime.rows import Rows, Run
+from sd_runtime.scheduler_config import choice
 from sd_runtime.timestep_grid import (
     Grid,
     distilled_grid,
-    exponential_grid,
     k_diffusion_grid,
     trained_grid,
 )
 from sd_runtime.timestep_spacing import timesteps_from_sigmas
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from sd_runtime.linear_form import Form
-
-Choice = TypeVar("Choice")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is to be sampled: a full scheduler config, and from which step (image-to-image) on."""
-
-    config: Mapping[str, Any]
-    schedule: NoiseSchedule
-    num_steps: int
-    eta: float
-    begin: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a table before they are laid out: R UNet calls between R + 1 levels."""
-
-    timesteps: Sequence[float]
-    levels: Sequence[Level]
-    conversion: Callable[[str, Level], tuple[float, float]]
-    updates: Sequence[Form]
-    draws_noise: Sequence[bool]
-    init_noise_scale: float = 1.0
 
 
 def sampler_rows(
@@ -80,7 +55,7 @@ def ddim(run: Run) -> Rows:
 def ddpm(run: Run) -> Rows:
     """DDPMScheduler."""
     types = {"fixed_small": False, "fixed_small_log": False, "fixed_large": True}
-    fixed_large = _choice(run.config, "variance_type", types)
+    fixed_large = choice(run.config, "variance_type", types)
     timesteps = trained_grid(run.config, run.num_steps)[run.begin :]
     levels = [run.schedule.level_at(t) for t in [*timesteps, -1]]
     return Rows(
@@ -225,96 +200,6 @@ def lms(run: Run) -> Rows:
     )
 
 
-def dpm_solver_multistep(run: Run) -> Rows:
-    """DPMSolverMultistepScheduler: DPM-Solver(++) and SDE-DPM-Solver(++)."""
-    config, algorithm = run.config, _dpm_solver_algorithm(run.config)
-    grid = exponential_grid(config, run.schedule, run.num_steps)
-    updates = exponential_solvers.dpm_solver_multistep(
-        grid.levels,
-        begin=run.begin,
-        order=_order(config, "solver_order", 2 if algorithm == "sde-dpmsolver" else 3),
-        algorithm=algorithm,
-        solver_type=_choice(config, "solver_type", _DPM_SOLVER_TYPES),
-        lower_order_final=config["lower_order_final"],
-        first_order_final=config["euler_at_final"] or config["final_sigmas_type"] == "zero",
-    )
-    x0, stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
-    return _exponential_rows(run, grid, list(updates), x0=x0, stochastic=stochastic)
-
-
-def dpm_solver_singlestep(run: Run) -> Rows:
-    """DPMSolverSinglestepScheduler."""
-    config, algorithm = run.config, _dpm_solver_algorithm(run.config)
-    if algorithm.startswith("sde"):
-        raise ConfigError(
-            f"algorithm_type {algorithm!r} of a singlestep solver is not supported: its rows need "
-            "the noise of earlier ones",
-            "Choose 'dpm++_2m_sde', or set algorithm_type to 'dpmsolver++'.",
-        )
-    grid = exponential_grid(config, run.schedule, run.num_steps)
-    order = _order(config, "solver_order", 3)
-    to_zero = config["final_sigmas_type"] == "zero"
-    low = config["lower_order_final"] or run.num_steps % order != 0 or to_zero
-    orders = exponential_solvers.singlestep_orders(run.num_steps, order, lower_order_final=low)
-    if to_zero:
-        orders[-1] = 1
-    updates = exponential_solvers.dpm_solver_singlestep(
-        grid.levels,
-        begin=run.begin,
-        orders=orders,
-        algorithm=algorithm,
-        solver_type=_choice(config, "solver_type", _DPM_SOLVER_TYPES),
-    )
-    return _exponential_rows(run, grid, list(updates), x0=algorithm == "dpmsolver++")
-
-
-def uni_pc(run: Run) -> Rows:
-    """UniPCMultistepScheduler."""
-    config = run.config
-    types = {"bh1": "bh1", "bh2": "bh2", **dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")}
-    grid = exponential_grid(config, run.schedule, run.num_steps)
-    updates = exponential_solvers.uni_pc(
-        grid.levels,
-        begin=run.begin,
-        order=_order(config, "solver_order", 3),
-        predict_x0=config["predict_x0"],
-        solver_type=_choice(config, "solver_type", types),
-        lower_order_final=config["lower_order_final"],
-        disable_corrector=config["disable_corrector"],
-    )
-    return _exponential_rows(run, grid, list(updates), x0=config["predict_x0"])
-
-
-def deis(run: Run) -> Rows:
-    """DEISMultistepScheduler."""
-    grid = exponential_grid(run.config, run.schedule, run.num_steps)
-    updates = exponential_solvers.deis(
-        grid.levels,
-        begin=run.begin,
-        order=_order(run.config, "solver_order", 3),
-        lower_order_final=run.config["lower_order_final"],
-    )
-    return _exponential_rows(run, grid, list(updates), x0=False)
-
-
-def sa_solver(run: Run) -> Rows:
-    """SASolverScheduler, stochastic from timestep 800 down to 200, which is its default."""
-    config = run.config
-    types = {"data_prediction": True, "noise_prediction": False}
-    x0 = _choice(config, "algorithm_type", types)
-    grid = exponential_grid(config, run.schedule, run.num_steps)
-    updates = exponential_solvers.sa_solver(
-        grid.levels,
-        begin=run.begin,
-        taus=[1.0 if 200 <= timestep <= 800 else 0.0 for timestep in grid.timesteps],
-        predictor_order=_order(config, "predictor_order", 4),
-        corrector_order=_order(config, "corrector_order", 4),
-        predict_x0=x0,
-        lower_order_final=config["lower_order_final"],
-    )
-    return _exponential_rows(run, grid, list(updates), x0=x0, stochastic=True)
-
-
 _SAMPLERS: Mapping[str, Callable[[Run], Rows]] = {
     "DDIMScheduler": ddim,
     "DDPMScheduler": ddpm,
@@ -327,11 +212,11 @@ _SAMPLERS: Mapping[str, Callable[[Run], Rows]] = {
     "KDPM2DiscreteScheduler": partial(dpm2, ancestral=False),
     "KDPM2AncestralDiscreteScheduler": partial(dpm2, ancestral=True),
     "LMSDiscreteScheduler": lms,
-    "DPMSolverMultistepScheduler": dpm_solver_multistep,
-    "DPMSolverSinglestepScheduler": dpm_solver_singlestep,
-    "UniPCMultistepScheduler": uni_pc,
-    "DEISMultistepScheduler": deis,
-    "SASolverScheduler": sa_solver,
+    "DPMSolverMultistepScheduler": exponential_samplers.dpm_solver_multistep,
+    "DPMSolverSinglestepScheduler": exponential_samplers.dpm_solver_singlestep,
+    "UniPCMultistepScheduler": exponential_samplers.uni_pc,
+    "DEISMultistepScheduler": exponential_samplers.deis,
+    "SASolverScheduler": exponential_samplers.sa_solver,
 }
 _MIN_ALPHA_CUMPROD = dict.fromkeys(
     (
@@ -343,58 +228,9 @@ _MIN_ALPHA_CUMPROD = dict.fromkeys(
     2.0**-24,
 )
 """Classes that put this in place of the 0 at the end of a zero-SNR schedule."""
-_DPM_SOLVER_TYPES = {
-    "midpoint": "midpoint",
-    "heun": "heun",
-    **dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),  # other classes' types, as diffusers
-}
-_ALGORITHMS: Mapping[str, exponential_solvers.Algorithm] = {
-    "dpmsolver": "dpmsolver",
-    "dpmsolver++": "dpmsolver++",
-    "sde-dpmsolver": "sde-dpmsolver",
-    "sde-dpmsolver++": "sde-dpmsolver++",
-    "deis": "dpmsolver++",
-}
-
-
-def _exponential_rows(
-    run: Run, grid: Grid, updates: Sequence[Form], *, x0: bool, stochastic: bool = False
-) -> Rows:
-    return Rows(
-        timesteps=grid.timesteps[run.begin :].tolist(),
-        levels=grid.levels[run.begin :],
-        conversion=x0_prediction if x0 else epsilon_prediction,
-        updates=updates,
-        draws_noise=[stochastic] * len(updates),
-    )
 
 
 def _init_noise_scale(run: Run, grid: Grid) -> float:
     """How diffusers starts, noise · sigma or with "leading" noise · √(sigma² + 1), in VP scale."""
     leading = run.config["timestep_spacing"] == "leading"
     return 1.0 if leading else float(grid.levels[0].sigma)
-
-
-def _choice(config: Mapping[str, Any], key: str, choices: Mapping[str, Choice]) -> Choice:
-    """What the setting stands for; ConfigError for a value that is none of ``choices``."""
-    value = config[key]
-    if value not in choices:
-        raise ConfigError(f"{key} {value!r} is not supported", nearest(str(value), choices))
-    return choices[value]
-
-
-def _order(config: Mapping[str, Any], key: str, highest: int) -> int:
-    order = config[key]
-    if not 1 <= order <= highest:
-        raise ConfigError(f"{key} {order} is out of range", f"Give it from 1 to {highest}.")
-    return int(order)
-
-
-def _dpm_solver_algorithm(config: Mapping[str, Any]) -> exponential_solvers.Algorithm:
-    algorithm = _choice(config, "algorithm_type", _ALGORITHMS)
-    if not algorithm.endswith("++") and config["final_sigmas_type"] == "zero":
-        raise ConfigError(
-            f"algorithm_type {algorithm!r} cannot end at sigma 0",
-            "Set final_sigmas_type to 'sigma_min', or algorithm_type to 'dpmsolver++'.",
-        )
-    return algorithm

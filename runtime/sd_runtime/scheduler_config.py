@@ -7,12 +7,14 @@ a short name is a class with a few keys set.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd_engines.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+Choice = TypeVar("Choice")
 
 _COMMON: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -240,8 +242,26 @@ def effective_config(scheduler_config: Mapping[str, Any], name: str) -> dict[str
     bounds = {key: scheduler_config.get(key) for key in ("sigma_min", "sigma_max")}
     carried = {key: value for key, value in scheduler_config.items() if key in known}
     config = {**known, **bounds, **carried, **sampler.overrides, "_class_name": sampler.class_name}
+    for key, value in carried.items():
+        _check_type(key, value, known[key])
     _refuse_nonlinear(config)
     return config
+
+
+def choice(config: Mapping[str, Any], key: str, choices: Mapping[str, Choice]) -> Choice:
+    """What the setting stands for; ConfigError for a value that is none of ``choices``."""
+    value = config[key]
+    if value not in choices:
+        raise ConfigError(f"{key} {value!r} is not supported", nearest(str(value), choices))
+    return choices[value]
+
+
+def order(config: Mapping[str, Any], key: str, highest: int) -> int:
+    """The setting, a whole number; ConfigError unless it is 1 … ``highest``."""
+    value = config[key]
+    if not 1 <= value <= highest:
+        raise ConfigError(f"{key} {value} is out of range", f"Give it from 1 to {highest}.")
+    return int(value)
 
 
 def _refuse_nonlinear(config: Mapping[str, Any]) -> None:
@@ -269,6 +289,22 @@ def _refuse_nonlinear(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             "the scheduler config sets more than one of " + ", ".join(_SIGMAS),
             "Keep one of them.",
+        )
+
+
+def _check_type(key: str, value: object, default: object) -> None:
+    """ConfigError for a value of another kind than the class's default; null means false."""
+    kinds: tuple[type, ...] = (type(default),)
+    if isinstance(default, bool):
+        kinds = (bool, type(None))
+    elif isinstance(default, float):
+        kinds = (float, int)
+    elif default is None:
+        return
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ConfigError(
+            f"the scheduler config's {key} is {value!r}",
+            f"Correct scheduler_config.json: {key} is a {kinds[0].__name__}, such as {default!r}.",
         )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sd_runtime.samplers import Rows
+    from sd_runtime.rows import Rows
 
 __all__ = ["SCHEDULERS", "SchedulerTable", "compile_table", "scheduler_name"]
 
