@@ -94,6 +94,7 @@ def make_checkpoint(
     cross_attention_dim: int = 32,
     attention_heads: int = 4,
     norm_num_groups: int = 8,
+    layers_per_block: int = 1,
 ) -> Path:
     """Save a random checkpoint in the diffusers v1 layout under ``folder`` and return ``folder``.
 
@@ -126,7 +127,7 @@ def make_checkpoint(
         unet = diffusers.UNet2DConditionModel(
             sample_size=sample_size,
             block_out_channels=block_out_channels,
-            layers_per_block=1,
+            layers_per_block=layers_per_block,
             down_block_types=("CrossAttnDownBlock2D",) * deep + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * deep,
             cross_attention_dim=cross_attention_dim,
@@ -139,7 +140,7 @@ def make_checkpoint(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=vae_block_out_channels,
-            layers_per_block=1,
+            layers_per_block=layers_per_block,
             norm_num_groups=min(norm_num_groups, min(vae_block_out_channels)),
         )
         if safety_checker:
@@ -185,6 +186,19 @@ def make_checkpoint(
     return folder
 
 
+def make_smallest_checkpoint(folder: Path, *, seed: int = 0) -> Path:
+    """A checkpoint of one level, whose pictures are its latents' size: the fastest to export."""
+    return make_checkpoint(
+        folder,
+        seed=seed,
+        block_out_channels=(8,),
+        vae_block_out_channels=(8,),
+        cross_attention_dim=8,
+        attention_heads=2,
+        norm_num_groups=4,
+    )
+
+
 def _save_safety_checker(folder: Path) -> None:
     """A random checker whose thresholds let about half of all random pictures through."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -207,8 +221,8 @@ def _save_safety_checker(folder: Path) -> None:
     with torch.no_grad():
         checker.concept_embeds.copy_(torch.randn_like(checker.concept_embeds))
         checker.special_care_embeds.copy_(torch.randn_like(checker.special_care_embeds))
-        checker.concept_embeds_weights.fill_(0.45)
-        checker.special_care_embeds_weights.fill_(0.3)
+        checker.concept_embeds_weights.fill_(0.29)
+        checker.special_care_embeds_weights.fill_(0.26)
     checker.save_pretrained(folder / "safety_checker")
     processor = {
         "crop_size": {"height": 28, "width": 28},

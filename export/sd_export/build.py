@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import (
     PORTABLE_BACKENDS,
+    Bundle,
     CertificateEntry,
     ComponentEntry,
     EngineEntry,
@@ -22,10 +24,10 @@ from sd_engines.bundle import (
     open_bundle,
 )
 from sd_engines.engine import build_engine
-from sd_engines.errors import BackendError, EngineMismatchError
+from sd_engines.errors import BackendError, BundleError, EngineMismatchError
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
-from sd_export.work import work_folder
+from sd_export.work import WorkFolder, backend_version, key_of, versions, work_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,44 +59,80 @@ def build(
     log = StageLog(progress)
     with work_folder(path, waiting=lambda: log.skipped("bundle", "wait")) as work:
         bundle = open_bundle(path)
-        manifest = bundle.manifest
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
-        for component, entry in manifest.components.items():
+        for component, entry in bundle.manifest.components.items():
             with log.stage(component, "check") as result:
-                onnx_path = bundle.verified_path(component)
+                bundle.verified_path(component)
                 result.bytes = sum(file.bytes for file in entry.files.values())
-            proofs: list[Proof] = []
-
-            def proof(
-                component: str = component,
-                entry: ComponentEntry = entry,
-                onnx_path: Path = onnx_path,
-                proofs: list[Proof] = proofs,
-            ) -> Proof:
-                if not proofs:
-                    proofs.append(_bundle_proof(path, component, entry, onnx_path, manifest))
-                return proofs[0]
-
+            proof = cache(partial(_bundle_proof, bundle, component))
             for backend in backends:
                 wanted = engine_precision(
                     component, backend, graph=entry.precision, precision=precision
                 )
-                engine, measured = make_engine(
+                if _is_there(bundle, component, backend, wanted or entry.precision):
+                    log.skipped(component, f"build {backend}", detail="already there")
+                    continue
+                engine, measured = recorded_engine(
+                    work,
                     backend,
-                    onnx_path,
-                    output_dir=work.bundle,
+                    path / entry.file,
                     component=component,
                     entry=entry,
-                    profile=manifest.profile,
+                    profile=bundle.manifest.profile,
                     precision=wanted,
                     proof=proof,
                     log=log,
                 )
                 engines.append(engine)
                 certificate += measured
+        if not engines:
+            return bundle.manifest
         with log.stage("bundle", "seal"):
             return add_engines(path, work.bundle, engines=engines, certificate=certificate)
+
+
+def recorded_engine(
+    work: WorkFolder,
+    backend: str,
+    onnx_path: Path,
+    *,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    precision: Precision | None,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> tuple[EngineEntry, list[CertificateEntry]]:
+    """`make_engine`, or what an interrupted run recorded of it."""
+    stage = f"{component} {backend}"
+    key = key_of(
+        {
+            "graph": asdict(entry),
+            "precision": precision,
+            "profile": asdict(profile),
+            "versions": versions((backend,)),
+        }
+    )
+    done = work.finished(stage, key)
+    if done is not None:
+        log.skipped(component, f"build {backend}")
+        return EngineEntry(**done["engine"]), [CertificateEntry(**m) for m in done["certificate"]]
+    engine, certificate = make_engine(
+        backend,
+        onnx_path,
+        output_dir=work.bundle,
+        component=component,
+        entry=entry,
+        profile=profile,
+        precision=precision,
+        proof=proof,
+        log=log,
+    )
+    built = [] if backend in PORTABLE_BACKENDS else [f"bundle/{engine.file}"]
+    data = {"engine": asdict(engine), "certificate": [asdict(m) for m in certificate]}
+    work.finish(stage, key, files=built, data=data)
+    return engine, certificate
 
 
 def make_engine(
@@ -233,24 +271,34 @@ def _onnxruntime_engine(
     )
 
 
-def _bundle_proof(
-    path: Path, component: str, entry: ComponentEntry, onnx_path: Path, manifest: Manifest
-) -> Proof:
+def _is_there(bundle: Bundle, component: str, backend: str, precision: Precision) -> bool:
+    """Whether the bundle has this engine already, of the version that is installed, unaltered."""
+    installed = backend_version(backend)
+    for engine in bundle.manifest.engines:
+        if (engine.component, engine.backend, engine.precision) != (component, backend, precision):
+            continue
+        try:
+            bundle.verified_engine(engine)
+        except BundleError:
+            continue
+        if backend in PORTABLE_BACKENDS or engine.version == installed:
+            return True
+    return False
+
+
+def _bundle_proof(bundle: Bundle, component: str) -> Proof:
     """The bundle's own ONNX in ONNX Runtime as the reference of another engine."""
     from tokenizers import Tokenizer
 
     from sd_export.verify import Proof, probe_inputs, run_engine
 
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer/tokenizer.json"))
+    profile, entry = bundle.manifest.profile, bundle.manifest.components[component]
+    tokenizer = Tokenizer.from_file(str(bundle.verified_path("tokenizer/tokenizer.json")))
     inputs = probe_inputs(
-        component,
-        entry.inputs,
-        profile=manifest.profile,
-        vocab_size=tokenizer.get_vocab_size(),
+        component, entry.inputs, profile=profile, vocab_size=tokenizer.get_vocab_size()
     )
-    engine = _onnxruntime_engine(onnx_path, component, entry, manifest.profile)
-    outputs = run_engine(
-        onnx_path, engine, component=entry, profile=manifest.profile, inputs=inputs
-    )
+    onnx_path = bundle.path / entry.file
+    engine = _onnxruntime_engine(onnx_path, component, entry, profile)
+    outputs = run_engine(onnx_path, engine, component=entry, profile=profile, inputs=inputs)
     name = f"the bundle's ONNX, {entry.precision}, onnxruntime {engine.version}"
     return Proof(inputs=inputs, reference=outputs, reference_name=name)

@@ -15,6 +15,8 @@ from sd_export.source import WEIGHT_STEMS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from huggingface_hub import errors
+
 _SMALL_FILES = (
     "model_index.json",
     "README.md",
@@ -68,6 +70,8 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
             f"See its branches and tags at {constants.ENDPOINT}/{model}/tree/main.",
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise failed(*_refusal(error.__cause__)) from error
         offline = constants.HF_HUB_OFFLINE
         raise failed(
             "not in the cache, and HF_HUB_OFFLINE is set"
@@ -80,18 +84,21 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
     except errors.HFValidationError as error:
         raise failed("not a valid id on the Hub", "Write owner/name.") from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise failed(
-                f"the Hub refused access ({status})", "Log in: hf auth login (or set HF_TOKEN)."
-            ) from error
-        raise failed(f"the Hub answered {status}", "Try again in a while.") from error
+        raise failed(*_refusal(error)) from error
     except OSError as error:
         raise failed(
             f"cannot be downloaded: {error}",
             "Check the network and the room on the disk of HF_HOME; what has arrived is kept.",
         ) from error
     return folder, commit
+
+
+def _refusal(error: errors.HfHubHTTPError) -> tuple[str, str]:
+    """Message and hint for an answer that is neither yes nor a plain no."""
+    status = error.response.status_code if error.response is not None else None
+    if status in (401, 403):
+        return f"the Hub refused access ({status})", "Log in: hf auth login (or set HF_TOKEN)."
+    return f"the Hub answered {status}", "Try again in a while."
 
 
 def _files(model: str, commit: str, folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from importlib import metadata
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,10 @@ from sd_engines.bundle import (
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, EngineMismatchError, ExportError
 from sd_engines.spec import ModelSpec, TensorSpec
-from sd_export.build import make_engine, verify_graph, words_of
+from sd_export.build import recorded_engine, verify_graph, words_of
 from sd_export.license import copy_license
 from sd_export.precision import coarser, engine_precision, graph_precision
+from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,13 +46,6 @@ if TYPE_CHECKING:
 RECORD_FILE = "export.json"
 """What a bundle was made from and how long each stage took; its key tells a rerun that a bundle
 is already what is asked for."""
-_PACKAGES = ("sd-toolkit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
-_BACKEND_PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-}
 
 
 class Job:
@@ -73,7 +67,7 @@ class Job:
         self.precision = precision
         self.work = work
         self.log = log
-        self.versions = _versions(backends)
+        self.versions = versions(backends)
         with log.stage("checkpoint", "hash") as result:
             self._weights = _weight_hashes(checkpoint)
             result.bytes = _stored_bytes(checkpoint)
@@ -83,7 +77,7 @@ class Job:
             "profile": asdict(profile),
             "versions": self.versions,
         }
-        self.key = _key(
+        self.key = key_of(
             {
                 **self._made_of,
                 "backends": backends,
@@ -169,7 +163,7 @@ class Job:
         from sd_export.wrappers import MODEL_OF
 
         precision = graph_precision(component, self.backends, self.precision)
-        key = _key(
+        key = key_of(
             {
                 **self._made_of,
                 "component": component,
@@ -247,16 +241,10 @@ class Job:
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
-        proofs: list[Proof] = []
-
-        def proof() -> Proof:
-            if not proofs:
-                proofs.append(self._proof(component))
-            return proofs[0]
-
+        proof = cache(partial(self._proof, component))
         made_of = {"graph": asdict(entry), "versions": self.versions}
         if not any(backend in PORTABLE_BACKENDS for backend in self.backends):
-            key = _key(made_of)
+            key = key_of(made_of)
             done = self.work.finished(f"{component} proof", key)
             if done is None:
                 measured = verify_graph(
@@ -271,31 +259,21 @@ class Job:
                 self.work.finish(f"{component} proof", key, files=[], data=done)
             certificate.append(CertificateEntry(**done["certificate"]))
         for backend in self.backends:
-            precision = engine_precision(
-                component, backend, graph=entry.precision, precision=self.precision
+            engine, measures = recorded_engine(
+                self.work,
+                backend,
+                onnx_path,
+                component=component,
+                entry=entry,
+                profile=self.profile,
+                precision=engine_precision(
+                    component, backend, graph=entry.precision, precision=self.precision
+                ),
+                proof=proof,
+                log=self.log,
             )
-            key = _key({**made_of, "precision": precision})
-            stage = f"{component} {backend}"
-            done = self.work.finished(stage, key)
-            if done is None:
-                engine, measures = make_engine(
-                    backend,
-                    onnx_path,
-                    output_dir=self.work.bundle,
-                    component=component,
-                    entry=entry,
-                    profile=self.profile,
-                    precision=precision,
-                    proof=proof,
-                    log=self.log,
-                )
-                done = {"engine": asdict(engine), "certificate": [asdict(m) for m in measures]}
-                built = [] if backend in PORTABLE_BACKENDS else [f"bundle/{engine.file}"]
-                self.work.finish(stage, key, files=built, data=done)
-            else:
-                self.log.skipped(component, f"build {backend}")
-            engines.append(EngineEntry(**done["engine"]))
-            certificate += [CertificateEntry(**measured) for measured in done["certificate"]]
+            engines.append(engine)
+            certificate += measures
         return engines, certificate
 
     def _proof(self, component: str) -> Proof:
@@ -316,7 +294,7 @@ class Job:
         """A picture through the runtime against diffusers' own, by every backend that runs here."""
         from sd_export.verify import reference_picture, verify_end_to_end
 
-        key = _key({"job": self.key, "engines": [asdict(engine) for engine in manifest.engines]})
+        key = key_of({"job": self.key, "engines": [asdict(engine) for engine in manifest.engines]})
         done = self.work.finished("end to end", key)
         if done is not None:
             self.log.skipped("end_to_end", "verify")
@@ -433,12 +411,6 @@ def _component_entry(data: Mapping[str, Any]) -> ComponentEntry:
     )
 
 
-def _key(made_of: Mapping[str, Any]) -> str:
-    """SHA-256 over everything a stage depends on."""
-    text = json.dumps(made_of, sort_keys=True, separators=(",", ":"), default=dict)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _stored_bytes(checkpoint: Checkpoint) -> int:
     paths = {path for paths in checkpoint.weights.values() for path in paths}
     return sum(path.stat().st_size for path in paths)
@@ -461,18 +433,3 @@ def _folder_hashes(folder: Path | None) -> dict[str, str]:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions(backends: tuple[str, ...]) -> dict[str, str]:
-    """Versions of everything that has a hand in the bundle."""
-    names: list[tuple[str, ...]] = [(name,) for name in _PACKAGES]
-    names += [_BACKEND_PACKAGES[backend] for backend in backends]
-    versions = {}
-    for alternatives in names:
-        for name in alternatives:
-            try:
-                versions[name] = metadata.version(name)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    return versions

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sd_engines.bundle import CertificateEntry
+from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
 from sd_export.precision import coarser
 
@@ -154,13 +154,10 @@ def run_engine(
     inputs: Arrays,
 ) -> dict[str, np.ndarray]:
     """The engine at ``path`` on all rows of ``inputs``, in batches that the profile allows."""
-    backend = "tensorrt" if engine.backend.startswith("tensorrt") else engine.backend
-    module = import_module(f"sd_engines.backends.{backend}")
     batch = profile.max_batch(engine.component)
     rows = len(next(iter(inputs.values())))
-    module.check(engine, bundle_path=path.parent)
     parts = []
-    with module.load(path, component=component, engine=engine, max_batch=batch) as opened:
+    with load_engine(path, component=component, engine=engine, max_batch=batch) as opened:
         for first in range(0, rows, batch):
             results = opened(**{n: a[first : first + batch] for n, a in inputs.items()})
             parts.append({name: _on_host(array) for name, array in results.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from typing import TYPE_CHECKING, Any, Self
 
@@ -104,7 +105,9 @@ class Weights:
                 f"{_refused_name(error)}",
                 "Use the checkpoint's .safetensors file, or a .ckpt of weights only.",
             ) from error
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # junk makes the reader raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise self._error(f"cannot read {path.name}: {reason}", _DOWNLOAD_HINT) from error
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -121,7 +124,8 @@ def _load_pickle(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
     inert: list[Any] = [(_TrainingObject, name) for name in names if _is_training_class(name)]
-    with torch.serialization.safe_globals(inert):
+    with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on a pickle's protocol, and on torch's own internals
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
 
 

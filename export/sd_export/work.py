@@ -8,20 +8,29 @@ there. Success and errors remove it. The folder itself is the lock, so no lock f
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import MANIFEST_NAME, hash_files
 from sd_engines.errors import BundleError, ConfigError, ExportError, SdError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+_PACKAGES = ("sd-toolkit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
+_BACKEND_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+}
 _RECORDS = "stages.json"
 _DISK_HINT = "Make room on the disk, or name an --output on another one; nothing was left behind."
 
@@ -113,6 +122,33 @@ def work_folder(target: Path, *, waiting: Callable[[], None]) -> Iterator[WorkFo
                 shutil.rmtree(path, ignore_errors=True)
                 _remove_parents(made)
             os.close(descriptor)
+
+
+def key_of(made_of: Mapping[str, Any]) -> str:
+    """SHA-256 over everything a stage depends on."""
+    text = json.dumps(made_of, sort_keys=True, separators=(",", ":"), default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions(backends: Sequence[str]) -> dict[str, str]:
+    """Installed versions of everything that has a hand in a bundle for ``backends``."""
+    found = {name: _installed((name,)) for name in _PACKAGES}
+    found |= {backend: backend_version(backend) for backend in backends}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def backend_version(backend: str) -> str | None:
+    """The installed version of a backend's package, None where there is none."""
+    return _installed(_BACKEND_PACKAGES[backend])
+
+
+def _installed(names: Sequence[str]) -> str | None:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _lock(path: Path, waiting: Callable[[], None]) -> int:

@@ -1,0 +1,137 @@
+"""Writes a diffusers checkpoint as one file in the original CompVis layout.
+
+The other direction of `sd_export.single_file`, written from the table in diffusers' own script
+`convert_diffusers_to_original_stable_diffusion.py`, so that the two can be wrong only apart.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_UNET_ENDS = [
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
+]
+_UNET_RESNET = [
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("skip_connection", "conv_shortcut"),
+]
+_VAE_NAMES = [
+    ("nin_shortcut", "conv_shortcut"),
+    ("norm_out", "conv_norm_out"),
+    ("mid.attn_1.", "mid_block.attentions.0."),
+]
+_VAE_ATTENTION = [
+    ("norm.", "group_norm."),
+    ("q.", "to_q."),
+    ("k.", "to_k."),
+    ("v.", "to_v."),
+    ("proj_out.", "to_out.0."),
+]
+
+
+def original_state(checkpoint: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
+    """All weights under their original names.
+
+    ``ema`` stores the UNet's weights as their average and noise in their place, as a file has
+    that was saved in training.
+    """
+    unet_config = json.loads((checkpoint / "unet/config.json").read_text())
+    vae_config = json.loads((checkpoint / "vae/config.json").read_text())
+    unet = load_file(checkpoint / "unet/diffusion_pytorch_model.safetensors")
+    vae = load_file(checkpoint / "vae/diffusion_pytorch_model.safetensors")
+    text = load_file(checkpoint / "text_encoder/model.safetensors")
+    levels, layers = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
+    state = {}
+    for name, tensor in unet.items():
+        original = "model.diffusion_model." + _unet_name(name, levels, layers)
+        if ema:
+            state["model_ema." + original.removeprefix("model.").replace(".", "")] = tensor
+            state[original] = torch.randn_like(tensor)
+        else:
+            state[original] = tensor
+    for name, tensor in vae.items():
+        original = _vae_name(name, len(vae_config["block_out_channels"]))
+        if "attn_1" in original and original.endswith("weight") and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]  # a 1×1 convolution, then
+        state["first_stage_model." + original] = tensor.contiguous()
+    for name, tensor in text.items():
+        bare = name.removeprefix("text_model.")
+        state["cond_stage_model.transformer.text_model." + bare] = tensor
+    positions = torch.arange(77).expand(1, -1).contiguous()
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
+    state["betas"] = torch.linspace(0.00085, 0.012, 1000)
+    return state
+
+
+def _unet_name(name: str, levels: int, layers: int) -> str:
+    layer_map = [("middle_block.1.", "mid_block.attentions.0.")]
+    layer_map += [(f"middle_block.{2 * j}.", f"mid_block.resnets.{j}.") for j in range(2)]
+    for i in range(levels):
+        for j in range(layers):
+            at = f"input_blocks.{(layers + 1) * i + j + 1}"
+            layer_map += [
+                (f"{at}.0.", f"down_blocks.{i}.resnets.{j}."),
+                (f"{at}.1.", f"down_blocks.{i}.attentions.{j}."),
+            ]
+        for j in range(layers + 1):
+            at = f"output_blocks.{(layers + 1) * i + j}"
+            layer_map += [
+                (f"{at}.0.", f"up_blocks.{i}.resnets.{j}."),
+                (f"{at}.1.", f"up_blocks.{i}.attentions.{j}."),
+            ]
+        layer_map += [
+            (
+                f"input_blocks.{(layers + 1) * (i + 1)}.0.op.",
+                f"down_blocks.{i}.downsamplers.0.conv.",
+            ),
+            (
+                f"output_blocks.{(layers + 1) * i + layers}.{1 if i == 0 else 2}.",
+                f"up_blocks.{i}.upsamplers.0.",
+            ),
+        ]
+    for original, new in _UNET_ENDS:
+        if name.startswith(new + "."):
+            return name.replace(new, original)
+    if ".resnets." in name:
+        for original, new in _UNET_RESNET:
+            name = name.replace(new, original)
+    for original, new in layer_map:
+        if name.startswith(new):
+            return name.replace(new, original)
+    raise AssertionError(name)
+
+
+def _vae_name(name: str, levels: int) -> str:
+    for original, new in _VAE_NAMES:
+        name = name.replace(new, original)
+    if "attn_1" in name:
+        for original, new in _VAE_ATTENTION:
+            name = name.replace(f".{new}", f".{original}")
+    for i in range(levels):
+        for j in range(4):
+            name = name.replace(
+                f"encoder.down_blocks.{i}.resnets.{j}.", f"encoder.down.{i}.block.{j}."
+            )
+            name = name.replace(
+                f"decoder.up_blocks.{i}.resnets.{j}.", f"decoder.up.{levels - 1 - i}.block.{j}."
+            )
+        name = name.replace(f"down_blocks.{i}.downsamplers.0.", f"down.{i}.downsample.")
+        name = name.replace(f"up_blocks.{i}.upsamplers.0.", f"up.{levels - 1 - i}.upsample.")
+    for j in range(2):
+        name = name.replace(f"mid_block.resnets.{j}.", f"mid.block_{j + 1}.")
+    return name

@@ -1,0 +1,58 @@
+"""Checkpoints and one exported bundle, made once for all tests of the exporter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_export import ExportReport
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as the Hub has them: old tokenizer, old key names, a safety checker."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "tiny",
+        safety_checker=True,
+        tokenizer="vocab.json",
+        text_model_prefix=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that is fastest to export."""
+    from tiny import make_smallest_checkpoint
+
+    return make_smallest_checkpoint(tmp_path_factory.mktemp("checkpoint") / "smallest")
+
+
+@pytest.fixture(scope="session")
+def single_file_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of v1's own depth whose shapes follow v1's fixed sizes."""
+    from tiny import make_checkpoint
+
+    return make_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "v1",
+        block_out_channels=(32, 32, 64, 64),
+        vae_block_out_channels=(32, 32, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=64,
+        attention_heads=8,
+        norm_num_groups=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def report(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """``checkpoint``, exported for both CPU backends. Read it; do not change it."""
+    import sd_export
+
+    output = tmp_path_factory.mktemp("bundle") / "bundle"
+    return sd_export.export(checkpoint, output, backends=("onnxruntime", "openvino"))

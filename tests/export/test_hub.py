@@ -1,0 +1,272 @@
+"""Checkpoints from the Hub, served by a stand-in of its HTTP API on this machine.
+
+The client is the real huggingface_hub, in a process of its own, because it reads its environment
+once; the stand-in answers what that client asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
+REPOSITORY = "someone/tiny-diffusion"
+FIND = """
+import json, sys
+from sd_export.source import find_checkpoint
+found = find_checkpoint(sys.argv[1], **json.loads(sys.argv[2]))
+print(json.dumps({
+    "revision": found.revision,
+    "source": found.source,
+    "license": found.license,
+    "weights": {k: [str(p) for p in v] for k, v in found.weights.items()},
+    "tokenizer": str(found.tokenizer),
+}))
+"""
+
+
+class Hub:
+    """The stand-in: one repository at two commits, one that is gated, one that is broken."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.commits = {COMMIT: files, OLD_COMMIT: {"README.md": b"old"} | files}
+        self.refs = {"main": COMMIT, "v1": OLD_COMMIT}
+        self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        path = unquote(urlsplit(request.path).path)
+        self.tokens.add(request.headers.get("Authorization"))
+        status, headers, data = self._respond(path)
+        if body and status == 200 and "/resolve/" in path:
+            self.asked.append(path.split("/resolve/")[1].split("/", 1)[1])
+        request.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+            request.send_header(name, value)
+        request.end_headers()
+        if body:
+            request.wfile.write(data)
+
+    def _respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        if "gated/" in path:
+            return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"}, b"{}"
+        if "private/" in path:
+            return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if "broken/" in path:
+            return 500, {}, b"{}"
+        if REPOSITORY not in path:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        rest = path.split(REPOSITORY, 1)[1].strip("/")
+        kind, _, rest = rest.partition("/")
+        revision, _, name = rest.partition("/")
+        commit = self.refs.get(revision or "main", revision)
+        files = self.commits.get(commit)
+        if files is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        if kind in ("", "revision"):
+            siblings = [{"rfilename": file} for file in files]
+            return _json({"id": REPOSITORY, "sha": commit, "siblings": siblings, "tags": []})
+        if kind == "tree":
+            return _json([_tree_entry(file, data) for file, data in files.items()])
+        if name not in files:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        return (
+            200,
+            {
+                "ETag": f'"{_etag(files[name])}"',
+                "X-Repo-Commit": commit,
+                "Accept-Ranges": "bytes",
+                "Content-Type": "application/octet-stream",
+            },
+            files[name],
+        )
+
+
+def _json(value: object) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()  # noqa: S324
+
+
+def _tree_entry(file: str, data: bytes) -> dict[str, object]:
+    return {"type": "file", "path": file, "size": len(data), "oid": _etag(data)}
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint: Path) -> dict[str, bytes]:
+    """The checkpoint's files, and others beside them as the Hub's repositories have."""
+    found = {
+        path.relative_to(checkpoint).as_posix(): path.read_bytes()
+        for path in checkpoint.rglob("*")
+        if path.is_file()
+    }
+    unet = found["unet/diffusion_pytorch_model.safetensors"]
+    return found | {
+        "unet/diffusion_pytorch_model.bin": b"pickle",
+        "unet/diffusion_pytorch_model.fp16.safetensors": unet,
+        "unet/diffusion_pytorch_model.non_ema.safetensors": unet,
+        "text_encoder/pytorch_model.bin": b"pickle",
+        "text_encoder/model.fp16.safetensors": found["text_encoder/model.safetensors"],
+        "vae/diffusion_pytorch_model.fp16.safetensors": found[
+            "vae/diffusion_pytorch_model.safetensors"
+        ],
+        "safety_checker/model.fp16.safetensors": found["safety_checker/model.safetensors"],
+        "v1-4-pruned.ckpt": b"four gigabytes",
+        "v1-4-pruned.safetensors": b"four gigabytes",
+        "LICENSE": b"CreativeML Open RAIL-M, its whole text",
+    }
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes]) -> Iterator[Hub]:
+    hub = Hub(files)
+    yield hub
+    hub.close()
+
+
+def find(
+    hub: Hub, home: Path, model: str = REPOSITORY, *, offline: bool = False, **options: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_tiny",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", FIND, model, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+def found(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert result.returncode == 0, result.stderr
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+def test_only_what_is_needed_is_fetched_and_the_commit_is_known(hub: Hub, tmp_path: Path) -> None:
+    result = found(find(hub, tmp_path))
+    assert result["revision"] == COMMIT
+    assert result["source"] == REPOSITORY
+    assert result["license"] == "creativeml-openrail-m"
+    fetched = set(hub.asked)
+    weights = {name for name in fetched if name.endswith((".safetensors", ".bin", ".ckpt"))}
+    assert weights == {
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "safety_checker/model.safetensors",
+    }
+    assert {"LICENSE", "README.md", "model_index.json", "tokenizer/merges.txt"} <= fetched
+    assert "Bearer hf_tiny" in hub.tokens
+    (unet,) = result["weights"]["unet"]
+    assert Path(unet).resolve().is_relative_to(tmp_path)  # HF_HOME
+    count = len(hub.asked)
+    found(find(hub, tmp_path))
+    assert len(hub.asked) == count  # the cache answers
+
+
+def test_revision_and_variant(hub: Hub, tmp_path: Path) -> None:
+    result = found(find(hub, tmp_path, revision="v1", variant="fp16"))
+    assert result["revision"] == OLD_COMMIT
+    assert {name for name in hub.asked if name.endswith(".safetensors")} == {
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "safety_checker/model.fp16.safetensors",
+    }
+    assert found(find(hub, tmp_path, revision=COMMIT))["revision"] == COMMIT
+
+
+def test_offline_takes_what_is_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    refused = find(hub, tmp_path, offline=True)
+    assert "HF_HUB_OFFLINE is set" in refused.stderr
+    online = found(find(hub, tmp_path))
+    asked = len(hub.asked)
+    assert found(find(hub, tmp_path, offline=True)) == online
+    assert len(hub.asked) == asked
+    refused = find(hub, tmp_path, offline=True, variant="fp16")
+    assert "not in the cache" in refused.stderr or "no weights" in refused.stderr
+
+
+def test_a_cache_without_the_list_of_files_serves_offline(hub: Hub, tmp_path: Path) -> None:
+    """As earlier versions of huggingface_hub left it."""
+    import shutil
+
+    online = found(find(hub, tmp_path))
+    for folder in tmp_path.rglob("trees"):
+        shutil.rmtree(folder)
+    assert found(find(hub, tmp_path, offline=True)) == online
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("someone/no-such-model", {}, "no such model on the Hub, or it is private"),
+        ("private/model", {}, "no such model on the Hub, or it is private"),
+        ("gated/model", {}, "its conditions are accepted"),
+        ("broken/model", {}, "the Hub answered 500"),
+        (REPOSITORY, {"revision": "v9"}, "no revision 'v9'"),
+        (REPOSITORY, {"variant": "int4"}, "no weights for variant 'int4'"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(
+    hub: Hub, tmp_path: Path, model: str, options: dict[str, str], words: str
+) -> None:
+    result = find(hub, tmp_path, model, **options)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()
+    assert any(line.startswith("sd_engines.errors.ExportError: ") for line in last), result.stderr
+    assert words in result.stderr
+
+
+def test_no_network_is_told_apart(hub: Hub, tmp_path: Path) -> None:
+    hub.close()
+    result = find(hub, tmp_path)
+    assert "cannot be reached" in result.stderr

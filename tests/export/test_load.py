@@ -1,0 +1,405 @@
+"""Checkpoints in every form become the same torch modules, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compvis import original_state
+from sd_engines.errors import ConfigError, ExportError
+from sd_export.load import clip_vocabulary, load_model, load_pipeline, load_tokenizer
+from sd_export.single_file import single_file_names
+from sd_export.source import find_checkpoint
+from sd_export.weights import Weights
+from tiny import make_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MODELS = ("text_encoder", "unet", "vae")
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+
+
+def assert_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    expected = one.state_dict()
+    found = other.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.float()), name
+
+
+def test_models_are_those_of_the_libraries(checkpoint: Path) -> None:
+    import diffusers
+    import transformers
+
+    found = find_checkpoint(str(checkpoint))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(checkpoint / "vae")
+    text_encoder = transformers.CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
+    assert_equal(unet, load_model(found, "unet"))
+    assert_equal(vae, load_model(found, "vae"))
+    assert_equal(text_encoder, load_model(found, "text_encoder"))
+    ids = torch.arange(77)[None]
+    with torch.no_grad():
+        expected = text_encoder.eval()(ids).last_hidden_state
+        assert torch.equal(load_model(found, "text_encoder")(ids).last_hidden_state, expected)
+
+
+def test_both_tokenizer_forms_give_the_same_ids(checkpoint: Path, tmp_path: Path) -> None:
+    import transformers
+
+    new = make_checkpoint(tmp_path / "new", tokenizer="tokenizer.json")
+    prompts = ["A red CIRCLE", "", "café 😀 日本語 <|endoftext|> 123", "circle " * 200]
+    expected = transformers.CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")(
+        prompts, padding="max_length", truncation=True, max_length=77
+    ).input_ids
+    for folder in (checkpoint, new):
+        tokenizer = load_tokenizer(find_checkpoint(str(folder)))
+        assert [tokenizer.encode(prompt).ids for prompt in prompts] == expected
+
+
+def test_symlinked_files_load_as_in_the_cache_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            link = tmp_path / path.relative_to(checkpoint)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path)
+    assert_equal(
+        load_model(find_checkpoint(str(checkpoint)), "unet"),
+        load_model(find_checkpoint(str(tmp_path)), "unet"),
+    )
+
+
+def test_variant_and_half_weights_load_as_float32(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    for path in folder.glob("*/*.safetensors"):
+        halves = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(halves, path.with_suffix(".fp16.safetensors"))
+        path.unlink()
+    with pytest.raises(ExportError, match="no weights") as caught:
+        find_checkpoint(str(folder))
+    assert "--variant fp16" in caught.value.hint
+    unet = load_model(find_checkpoint(str(folder), variant="fp16"), "unet")
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    original = load_model(find_checkpoint(str(checkpoint)), "unet")
+    assert torch.equal(unet.conv_in.weight, original.conv_in.weight.half().float())
+
+
+def test_pickled_weights_of_a_folder_load(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    path = folder / UNET_FILE
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    assert_equal(
+        load_model(find_checkpoint(str(checkpoint)), "unet"),
+        load_model(find_checkpoint(str(folder)), "unet"),
+    )
+
+
+def test_old_attention_names_of_the_vae_load(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(path)
+    for new, name in old.items():
+        state = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in state.items()}
+    assert any(".proj_attn." in key for key in state)
+    save_file(state, path)
+    assert_equal(
+        load_model(find_checkpoint(str(checkpoint)), "vae"),
+        load_model(find_checkpoint(str(folder)), "vae"),
+    )
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_single_file_gives_the_same_models(
+    single_file_checkpoint: Path, tmp_path: Path, ema: bool, suffix: str
+) -> None:
+    state = original_state(single_file_checkpoint, ema=ema)
+    path = tmp_path / f"v1{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": state, "global_step": 1, "epoch": 2}, path)
+    else:
+        save_file(state, path)
+    found = find_checkpoint(str(path))
+    expected = find_checkpoint(str(single_file_checkpoint))
+    for model in ("unet", "vae"):
+        assert_equal(load_model(expected, model), load_model(found, model))
+    assert load_model(found, "unet").config.block_out_channels == [32, 32, 64, 64]
+    assert found.license == "creativeml-openrail-m"
+
+
+def test_single_file_names_are_those_of_diffusers(
+    single_file_checkpoint: Path, tmp_path: Path
+) -> None:
+    from diffusers.loaders import single_file_utils
+
+    state = original_state(single_file_checkpoint)
+    save_file(state, tmp_path / "v1.safetensors")
+    unet_config = json.loads((single_file_checkpoint / "unet/config.json").read_text())
+    vae_config = json.loads((single_file_checkpoint / "vae/config.json").read_text())
+    with Weights((tmp_path / "v1.safetensors",), component="checkpoint") as weights:
+        assert (
+            single_file_names(weights, "unet").keys()
+            == single_file_utils.convert_ldm_unet_checkpoint(dict(state), unet_config).keys()
+        )
+        assert (
+            single_file_names(weights, "vae").keys()
+            == single_file_utils.convert_ldm_vae_checkpoint(dict(state), vae_config).keys()
+        )
+
+
+def test_the_vocabulary_in_the_package_is_that_of_clip() -> None:
+    vocabulary, merges = clip_vocabulary()
+    # published ids: openai/clip-vit-large-patch14
+    known = {"!": 0, "a</w>": 320, "cat</w>": 2368, "photo</w>": 1125, "dog</w>": 1929}
+    known |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    assert {token: vocabulary[token] for token in known} == known
+    assert (len(vocabulary), len(merges)) == (49408, 48894)
+
+
+def test_pipeline_is_the_unmodified_one(checkpoint: Path) -> None:
+    import diffusers
+
+    found = load_pipeline(find_checkpoint(str(checkpoint)))
+    assert type(found) is diffusers.StableDiffusionPipeline
+    expected = diffusers.StableDiffusionPipeline.from_pretrained(
+        checkpoint, safety_checker=None, requires_safety_checker=False
+    )
+    expected.set_progress_bar_config(disable=True)
+
+    def latents(pipeline: diffusers.StableDiffusionPipeline) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(
+            "a cat", num_inference_steps=2, generator=generator, output_type="latent"
+        ).images
+
+    assert torch.equal(latents(found), latents(expected))
+
+
+def with_nan(folder: Path) -> None:
+    state = load_file(folder / UNET_FILE)
+    state["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, folder / UNET_FILE)
+
+
+def without_a_weight(folder: Path) -> None:
+    state = load_file(folder / UNET_FILE)
+    del state["conv_out.bias"]
+    save_file(state, folder / UNET_FILE)
+
+
+def with_a_wrong_shape(folder: Path) -> None:
+    state = load_file(folder / UNET_FILE)
+    state["conv_out.bias"] = torch.zeros(7)
+    save_file(state, folder / UNET_FILE)
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / UNET_FILE).read_bytes()
+    (folder / UNET_FILE).write_bytes(data[: len(data) // 2])
+
+
+def in_integers(folder: Path) -> None:
+    state = load_file(folder / UNET_FILE)
+    state["conv_out.bias"] = torch.zeros(4, dtype=torch.int8)
+    save_file(state, folder / UNET_FILE)
+
+
+def with_an_absurd_config(folder: Path) -> None:
+    config = json.loads((folder / "unet/config.json").read_text())
+    config["down_block_types"] = ["NoSuchBlock", "DownBlock2D"]
+    (folder / "unet/config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (with_nan, "conv_in.weight holds values that are not finite"),
+        (without_a_weight, "1 weights are missing, the first is conv_out.bias"),
+        (with_a_wrong_shape, r"conv_out.bias has shape \(7,\)"),
+        (truncated, "cannot read"),
+        (in_integers, "torch.int8"),
+        (with_an_absurd_config, "config cannot be used"),
+    ],
+)
+def test_broken_weights_are_named(
+    checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    spoil(folder)
+    found = find_checkpoint(str(folder))
+    with pytest.raises(ExportError, match=words) as caught:
+        load_model(found, "unet")
+    assert str(caught.value).startswith("unet: load: ")
+    assert caught.value.hint
+
+
+class RunsCode:
+    """What a hostile checkpoint holds: unpickling it runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool) -> None:
+    witness = tmp_path / "witness"
+    hostile = {"state_dict": {"x": torch.zeros(1)}, "y": RunsCode(f"touch {witness}")}
+    path = tmp_path / "hostile.ckpt"
+    torch.save(hostile, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ExportError, match="was not run") as caught:
+        find_checkpoint(str(path))
+    assert "safetensors" in caught.value.hint
+    assert not witness.exists()
+    torch.load(path, weights_only=False)  # that it would have run is what makes the test one
+    assert witness.exists()
+
+
+def test_a_plain_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    path = tmp_path / "hostile.ckpt"
+    path.write_bytes(pickle.dumps(RunsCode(f"touch {witness}")))
+    with pytest.raises(ExportError):
+        find_checkpoint(str(path))
+    assert not witness.exists()
+
+
+def test_class_names_of_a_training_framework_are_not_imported(
+    single_file_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The original v1 files carry callbacks of pytorch_lightning beside their weights."""
+    package = tmp_path / "pytorch_lightning"
+    package.mkdir()
+    witness = tmp_path / "witness"
+    (package / "__init__.py").write_text("")
+    (package / "callbacks.py").write_text("class ModelCheckpoint:\n    pass\n")
+    import subprocess
+    import sys
+
+    weights = tmp_path / "weights.pt"
+    path = tmp_path / "v1.ckpt"
+    torch.save(original_state(single_file_checkpoint), weights)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch, pytorch_lightning.callbacks as c\n"
+            f"state = torch.load({str(weights)!r})\n"
+            "held = c.ModelCheckpoint(); held.best = 1\n"
+            "extra = {c.ModelCheckpoint: {'best': held}}\n"
+            f"torch.save({{'state_dict': state, 'callbacks': extra}}, {str(path)!r})\n",
+        ],
+        cwd=tmp_path,
+        check=True,
+    )
+    (package / "callbacks.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        found = find_checkpoint(str(path))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not witness.exists()
+    assert "pytorch_lightning" not in sys.modules
+    expected = find_checkpoint(str(single_file_checkpoint))
+    assert_equal(load_model(expected, "unet"), load_model(found, "unet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("conditioner.embedders.0.x", "Stable Diffusion XL"),
+        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
+        ("double_blocks.0.x", "Flux"),
+        ("lora_unet_down.weight", "no UNet"),
+    ],
+)
+def test_single_files_of_other_families_are_named(tmp_path: Path, name: str, words: str) -> None:
+    save_file({name: torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ExportError, match=words):
+        find_checkpoint(str(tmp_path / "other.safetensors"))
+
+
+def test_a_single_file_that_lacks_a_weight_is_refused(
+    single_file_checkpoint: Path, tmp_path: Path
+) -> None:
+    state = original_state(single_file_checkpoint)
+    del state["model.diffusion_model.out.2.weight"]
+    save_file(state, tmp_path / "v1.safetensors")
+    with pytest.raises(ExportError, match="lacks a weight"):
+        find_checkpoint(str(tmp_path / "v1.safetensors"))
+
+
+def test_not_a_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        find_checkpoint("./nowhere")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        find_checkpoint("missing.safetensors")
+    with pytest.raises(ConfigError, match="neither a path"):
+        find_checkpoint("a/b/c")
+    with pytest.raises(ExportError, match=r"model_index\.json"):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match="not a checkpoint file"):
+        find_checkpoint(str(tmp_path / "notes.txt"))
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    with pytest.raises(ExportError, match="cannot read"):
+        find_checkpoint(str(tmp_path / "junk.safetensors"))
+    (tmp_path / "junk.ckpt").write_bytes(b"")
+    with pytest.raises(ExportError, match="cannot read"):
+        find_checkpoint(str(tmp_path / "junk.ckpt"))
+    with pytest.raises(ConfigError, match="--revision"):
+        find_checkpoint(str(checkpoint), revision="main")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_missing_component_is_named(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    shutil.rmtree(folder / part)
+    with pytest.raises(ExportError, match=f"^{part}: load: ") as caught:
+        find_checkpoint(str(folder))
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXL"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ("unet/config.json", {"in_channels": 9}, "inpainting"),
+        ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
+        ("unet/config.json", {"cross_attention_dim": 2048}, "prompts of width 2048"),
+        ("vae/config.json", {"_class_name": "VQModel"}, "VQModel"),
+    ],
+)
+def test_folders_of_other_families_are_named(
+    checkpoint: Path, tmp_path: Path, file: str, changes: dict[str, object], words: str
+) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))
+    with pytest.raises(ExportError, match=words):
+        find_checkpoint(str(folder))
+
+
+def test_broken_json_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    (folder / "unet/config.json").write_text("{")
+    with pytest.raises(ExportError, match=r"cannot read config\.json"):
+        find_checkpoint(str(folder))

@@ -1,0 +1,78 @@
+"""What is traced gives the contract's border and the libraries' own numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from sd_engines.spec import Profile
+from sd_export.load import load_model, nsfw_content_detected
+from sd_export.source import find_checkpoint
+from sd_export.wrappers import COMPONENTS, MODEL_OF, SafetyChecker, borders, wrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_outputs_are_what_the_border_says(checkpoint: Path, component: str) -> None:
+    found = find_checkpoint(str(checkpoint))
+    model = load_model(found, MODEL_OF.get(component, component))
+    module = wrap(component, model, checkpoint=found, profile=PROFILE)
+    inputs, outputs = borders(component, checkpoint=found, profile=PROFILE)
+    rows = 3
+    arguments = [
+        torch.zeros([rows, *(int(s) for s in spec.shape[1:])], dtype=getattr(torch, spec.dtype))
+        for spec in inputs
+    ]
+    with torch.no_grad():
+        results = module(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    for spec, result in zip(outputs, results, strict=True):
+        assert tuple(result.shape) == (rows, *spec.shape[1:])
+        assert result.dtype == getattr(torch, spec.dtype)
+
+
+def test_vae_scales_and_permutes_as_the_pipeline_does(checkpoint: Path) -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    found = find_checkpoint(str(checkpoint))
+    vae = load_model(found, "vae")
+    rng = np.random.default_rng(0)
+    latents = torch.from_numpy(rng.standard_normal((2, 4, 8, 8), dtype=np.float32))
+    decoder = wrap("vae_decoder", vae, checkpoint=found, profile=PROFILE)
+    encoder = wrap("vae_encoder", vae, checkpoint=found, profile=PROFILE)
+    with torch.no_grad():
+        images = vae.decode(latents / vae.config.scaling_factor).sample
+        expected = VaeImageProcessor().postprocess(images, output_type="np")
+        assert np.array_equal(decoder(latents).numpy(), expected)
+        pictures = VaeImageProcessor.numpy_to_pil(expected)
+        posterior = vae.encode(VaeImageProcessor().preprocess(pictures)).latent_dist
+        pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]) / np.float32(255))
+        mean, std = encoder(pixels)
+    torch.testing.assert_close(mean, posterior.mean * vae.config.scaling_factor)
+    torch.testing.assert_close(std, posterior.std * vae.config.scaling_factor)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96), (128, 72)])
+def test_safety_checker_finds_what_diffusers_finds(
+    checkpoint: Path, height: int, width: int
+) -> None:
+    found = find_checkpoint(str(checkpoint))
+    checker = load_model(found, "safety_checker")
+    processor = found.configs["feature_extractor"]
+    module = SafetyChecker(checker, processor=processor, height=height, width=width)
+    rng = np.random.default_rng(1)
+    rows, columns = np.arange(height) * 6 // height, np.arange(width) * 6 // width
+    coarse = rng.random((64, 6, 6, 3), dtype=np.float32)
+    images = coarse[:, rows][:, :, columns]
+    expected = nsfw_content_detected(found, checker, images)
+    assert 8 <= expected.sum() <= 56  # both answers occur
+    with torch.no_grad():
+        answers = module(torch.from_numpy(images)).numpy()
+    assert (answers == expected).mean() >= 63 / 64  # one may lie on a threshold
