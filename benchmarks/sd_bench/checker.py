@@ -131,7 +131,8 @@ def _largest_blob(mask: np.ndarray) -> np.ndarray:
     labels, _ = ndimage.label(mask)
     areas = np.bincount(labels.ravel())
     areas[0] = 0
-    return (labels == areas.argmax()) & mask
+    largest: np.ndarray = (labels == areas.argmax()) & mask
+    return largest
 
 
 def _thickness(segment: np.ndarray) -> float:

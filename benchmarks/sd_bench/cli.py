@@ -63,41 +63,36 @@ def quality(
             scheduler=scheduler,
             on_answer=on_answer,
         )
-    report = _report(score)
-    click.echo(json.dumps(report) if as_json else _sentences(report))
+    click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
 
 
 def _report(score: Score) -> dict[str, object]:
     from sd_bench.quality import fault_kinds
 
-    low, high = score.interval()
-    by_count = {
-        str(n): score.share_where(lambda a, n=n: len(a.scene.things) == n)  # type: ignore[misc]
-        for n in (1, 2, 3)
-    }
     return {
         "captions": len(score.answers),
         "obeyed": score.share,
-        "interval_95": [low, high],
-        "obeyed_by_number_of_shapes": by_count,
-        "obeyed_with_unseen_pair": score.share_where(lambda a: a.has_unseen_pair),
+        "interval_95": score.interval(),
+        "obeyed_by_number_of_shapes": {n: score.share_with(shapes=n) for n in (1, 2, 3)},
+        "obeyed_with_unseen_pair": score.share_with_unseen_pair(),
         "faults": dict(fault_kinds(score)),
         "seconds_per_picture": score.seconds / len(score.answers),
     }
 
 
-def _sentences(report: dict[str, object]) -> str:
-    low, high = report["interval_95"]  # type: ignore[misc]
-    by_count = report["obeyed_by_number_of_shapes"]
-    shapes = ", ".join(f"{n}: {share:.1%}" for n, share in by_count.items())  # type: ignore[attr-defined]
-    faults = ", ".join(f"{kind} {n}" for kind, n in report["faults"].items())  # type: ignore[attr-defined]
+def _sentences(score: Score) -> str:
+    from sd_bench.quality import fault_kinds
+
+    low, high = score.interval()
+    by_shapes = ", ".join(f"{n}: {score.share_with(shapes=n):.1%}" for n in (1, 2, 3))
+    counted = ", ".join(f"{kind} {n}" for kind, n in fault_kinds(score).most_common())
     return (
-        f"{report['obeyed']:.1%} of {report['captions']} held-out captions fully right "
+        f"{score.share:.1%} of {len(score.answers)} held-out captions fully right "
         f"(95 % interval {low:.1%} to {high:.1%})\n"
-        f"by number of shapes  {shapes}\n"
-        f"never-seen colour and shape pairs  {report['obeyed_with_unseen_pair']:.1%}\n"
-        f"faults  {faults or 'none'}\n"
-        f"{report['seconds_per_picture']:.2f} s a picture"
+        f"by number of shapes  {by_shapes}\n"
+        f"with a colour and shape never seen together  {score.share_with_unseen_pair():.1%}\n"
+        f"faults  {counted or 'none'}\n"
+        f"{score.seconds / len(score.answers):.2f} s a picture"
     )
 
 

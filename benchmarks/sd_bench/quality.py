@@ -19,7 +19,7 @@ from sd_bench.scene import UNSEEN_PAIRS, Scene, caption, random_scene
 from sd_runtime import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from PIL import Image
 
@@ -52,7 +52,7 @@ class Score:
     @property
     def share(self) -> float:
         """Share of captions obeyed in every stated detail, 0 … 1."""
-        return sum(not answer.faults for answer in self.answers) / len(self.answers)
+        return _share(self.answers)
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `share` (Wilson 1927)."""
@@ -61,10 +61,17 @@ class Score:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, center - half), min(1.0, center + half)
 
-    def share_where(self, chosen: Callable[[Answer], bool]) -> float:
-        """`share` among the chosen answers; NaN where none is chosen."""
-        picked = [not answer.faults for answer in self.answers if chosen(answer)]
-        return sum(picked) / len(picked) if picked else math.nan
+    def share_with(self, *, shapes: int) -> float:
+        """`share` of the captions that ask for so many shapes; NaN where there is none."""
+        return _share([a for a in self.answers if len(a.scene.things) == shapes])
+
+    def share_with_unseen_pair(self) -> float:
+        """`share` of the captions with an unseen colour and shape; NaN where there is none."""
+        return _share([a for a in self.answers if a.has_unseen_pair])
+
+
+def _share(answers: Sequence[Answer]) -> float:
+    return sum(not a.faults for a in answers) / len(answers) if answers else math.nan
 
 
 def held_out_captions(count: int) -> list[tuple[str, Scene]]:

@@ -186,4 +186,5 @@ def shape_outline(shape: str) -> np.ndarray:
     else:
         raise ValueError(f"no shape named {shape!r}")
     low, high = points.min(axis=0), points.max(axis=0)
-    return (points - (low + high) / 2) / (high - low).max()
+    centered: np.ndarray = (points - (low + high) / 2) / (high - low).max()
+    return centered

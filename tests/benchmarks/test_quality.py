@@ -40,4 +40,6 @@ def test_shares_and_kinds_count_answers() -> None:
     mixed = score(3, 1)
     assert mixed.share == 0.75
     assert fault_kinds(mixed) == {"size": 1}
-    assert math.isnan(mixed.share_where(lambda answer: False))
+    things = len(mixed.answers[0].scene.things)
+    assert mixed.share_with(shapes=things) == 0.75
+    assert math.isnan(mixed.share_with(shapes=things % 3 + 1))
