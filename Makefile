@@ -36,5 +36,8 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,bench,dev]"
 	@touch $@
 
+gpu: $(VENV)/.stamp ## the tests that need an NVIDIA GPU
+	$(BIN)/pytest -m gpu
+
 clean:
 	rm -rf $(BUILD) $(VENV)

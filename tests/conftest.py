@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sd_engines import Bundle
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
@@ -21,3 +20,14 @@ def tiny_bundle(tmp_path: Path) -> Bundle:
     from tiny_onnx import make_bundle
 
     return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, exported for ONNX Runtime and OpenVINO."""
+    from sd_export import export
+
+    checkpoint = Path(__file__).parent.parent / "benchmarks" / "shapes" / "checkpoint"
+    bundle = tmp_path_factory.mktemp("shapes") / "bundle"
+    export(checkpoint, bundle, backends=("onnxruntime", "openvino"))
+    return bundle

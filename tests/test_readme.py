@@ -1,0 +1,47 @@
+"""The README is true: its Python runs, its commands exist, its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("benchmarks/*/*.md")])
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text("utf-8"))
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert missing == []
+
+
+def test_options_that_the_readme_names_exist() -> None:
+    from sd_bench.cli import cli
+    from sd_export.cli import export_command
+    from sd_runtime.cli import run
+
+    commands = [run, export_command, *export_command.commands.values(), *cli.commands.values()]
+    known = {name for c in commands for p in c.params for name in p.opts}
+    pip_options = {"--index-url", "--constraint", "--strict"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - pip_options
+    assert named <= known
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", README)) <= targets
+
+
+def test_python_of_the_readme_runs(
+    shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "shapes.bundle").symlink_to(shapes_bundle)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - it is our own README
+    assert (tmp_path / "circle.png").stat().st_size > 500
