@@ -1,0 +1,97 @@
+"""Engines are added to a bundle from the ONNX inside it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+import sd_export
+from sd_engines.bundle import open_bundle
+from sd_engines.engine import open_engine
+from sd_engines.errors import BundleError, ConfigError, ExportError
+from sd_export import verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_export import ExportReport
+    from sd_export.progress import StageEvent
+
+
+@pytest.fixture
+def bundle(report: ExportReport, tmp_path: Path) -> Path:
+    return shutil.copytree(report.path, tmp_path / "bundle")
+
+
+def test_tensorrt_rtx_computes_the_unet_in_fp16_and_the_rest_in_fp32(bundle: Path) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx package")
+    before = open_bundle(bundle).manifest
+    manifest = sd_export.build(bundle, backends=("tensorrt-rtx",))
+    opened = open_bundle(bundle)
+    opened.verify()
+    assert opened.manifest == manifest
+    assert manifest.components == before.components
+    built = {e.component: e for e in manifest.engines if e.backend == "tensorrt-rtx"}
+    assert built.keys() == manifest.components.keys()
+    for component, engine in built.items():
+        assert engine.precision == ("fp16" if component == "unet" else "fp32")
+        assert engine.version == rtx.__version__
+        opened.verified_engine(engine)  # its key is that of the graph in the bundle
+    measured = [c for c in manifest.certificate if c not in before.certificate]
+    assert ("unet", "onnxruntime", "fp16") in {
+        (c.component, c.backend, c.precision) for c in measured
+    }
+    assert all(c.figure < 5e-3 for c in measured if c.component == "unet")
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+
+    events: list[StageEvent] = []
+    again = sd_export.build(bundle, backends=("tensorrt-rtx",), progress=events.append)
+    assert again == manifest
+    assert {e.state for e in events if e.stage == "build tensorrt-rtx"} == {"skipped"}
+
+
+def test_openvino_in_bf16_is_added_and_runs(bundle: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs the openvino package")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bf16")
+    manifest = sd_export.build(bundle, backends=("openvino",), precision="bf16")
+    row = next(c for c in manifest.certificate if c.precision == "bf16")
+    assert (row.component, row.backend) == ("unet", "openvino")
+    assert 1e-4 < row.figure < row.tolerance
+    assert row.reference.startswith("the bundle's ONNX")
+    with open_engine(open_bundle(bundle), "unet", backend="openvino", precision="bf16") as engine:
+        assert engine.entry.precision == "bf16"
+
+
+def test_an_engine_that_misses_its_tolerance_leaves_the_bundle_as_it_was(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (bundle / "bundle.json").read_bytes()
+    monkeypatch.setitem(verify.RELATIVE_L2, "bf16", 1e-12)
+    monkeypatch.setitem(verify.RELATIVE_L2, "fp16", 1e-12)
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx package")
+    with pytest.raises(ExportError, match="unet: verify: relative_l2"):
+        sd_export.build(bundle, backends=("tensorrt-rtx",))
+    assert (bundle / "bundle.json").read_bytes() == before
+    assert not (bundle / "engines").exists()
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+
+
+def test_a_bundle_that_was_altered_is_refused(bundle: Path) -> None:
+    weights = bundle / "text_encoder/model.onnx_data"
+    data = bytearray(weights.read_bytes())
+    data[10] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match=r"text_encoder/model\.onnx_data: altered"):
+        sd_export.build(bundle, backends=("openvino",))
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        sd_export.build(tmp_path / "nowhere", backends=("openvino",))
+    with pytest.raises(ConfigError, match="unknown backend"):
+        sd_export.build(tmp_path, backends=("cuda",))
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,232 @@
+"""A checkpoint becomes a bundle that is proven, or an error and nothing at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sd_export
+from sd_engines.bundle import open_bundle
+from sd_engines.errors import ConfigError, ExportError
+from sd_export import verify
+from sd_runtime import Pipeline, Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_export import ExportReport
+    from sd_export.progress import StageEvent
+
+COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"]
+
+
+def test_bundle_is_whole_and_says_what_it_is(report: ExportReport, checkpoint: Path) -> None:
+    bundle = open_bundle(report.path)
+    bundle.verify()
+    manifest = bundle.manifest
+    assert manifest == report.manifest
+    assert list(manifest.components) == COMPONENTS
+    assert manifest.model.source == str(checkpoint)
+    assert manifest.model.family == "stable-diffusion-v1"
+    assert manifest.model.license == "creativeml-openrail-m"
+    assert manifest.model.scheduler["_class_name"] == "PNDMScheduler"
+    assert (manifest.profile.height, manifest.profile.width) == (64, 64)
+    assert {(e.component, e.backend) for e in manifest.engines} == {
+        (component, backend) for component in COMPONENTS for backend in ("onnxruntime", "openvino")
+    }
+    assert {"torch", "diffusers", "transformers", "onnxruntime"} <= manifest.versions.keys()
+    assert sorted(p.name for p in report.path.parent.iterdir()) == ["bundle"]
+
+
+def test_graphs_have_one_symbolic_axis_and_the_border_of_the_manifest(
+    report: ExportReport,
+) -> None:
+    for component, entry in report.manifest.components.items():
+        path = report.path / entry.file
+        onnx.checker.check_model(path, full_check=True)
+        graph = onnx.load(path, load_external_data=False).graph
+        for values, specs in ((graph.input, entry.inputs), (graph.output, entry.outputs)):
+            found = [
+                (value.name, tuple(d.dim_param or d.dim_value for d in _dims(value)))
+                for value in values
+            ]
+            assert found == [(spec.name, spec.shape) for spec in specs], component
+        assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx_data"]
+        operators = {node.op_type for node in graph.node}
+        assert "Attention" in operators, component
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
+    return list(value.type.tensor_type.shape.dim)
+
+
+def test_certificate_has_every_component_and_the_whole(report: ExportReport) -> None:
+    rows = {(c.component, c.backend): c for c in report.manifest.certificate}
+    for backend in ("onnxruntime", "openvino"):
+        for component in COMPONENTS[:4]:
+            row = rows[component, backend]
+            assert row.metric == "relative_l2"
+            assert 0 < row.figure <= row.tolerance == 1e-4
+            assert row.reference.startswith("diffusers ")
+        assert rows["safety_checker", backend].figure == 1.0
+        assert rows["end_to_end", backend].metric == "pixels_within_1"
+        assert rows["end_to_end", backend].figure >= 0.999
+
+
+def test_runtime_draws_what_diffusers_draws(report: ExportReport, checkpoint: Path) -> None:
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        checkpoint, safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a blue square",
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).images.numpy()
+    with Pipeline.load(report.path, backend="onnxruntime") as drawn:
+        result = drawn.generate(Request(prompt="a blue square", seed=5, num_inference_steps=4))
+    error = np.linalg.norm(result.latents - expected) / np.linalg.norm(expected)
+    assert error < 1e-4
+
+
+def test_license_and_card_travel(report: ExportReport, checkpoint: Path) -> None:
+    text = (report.path / "LICENSE.md").read_text()
+    assert "CreativeML Open RAIL-M" in text
+    assert "huggingface.co/spaces/CompVis/stable-diffusion-license" in text
+    card = (report.path / "MODEL_CARD.md").read_text()
+    assert card == (checkpoint / "README.md").read_text()
+    assert "CreativeML Open RAIL-M" in report.license
+
+
+def test_record_says_time_and_memory_of_every_stage(report: ExportReport) -> None:
+    record = json.loads((report.path / "export.json").read_text())
+    stages = {(s["component"], s["stage"]): s for s in record["stages"]}
+    assert stages["unet", "trace"]["seconds"] > 0
+    assert stages["unet", "save"]["bytes"] > 1_000_000
+    assert stages["unet", "load"]["peak_bytes"] > 0
+    assert record["peak_bytes"] >= stages["unet", "load"]["peak_bytes"]
+
+
+class Stop(BaseException):
+    """Ends an export from its progress, as an interrupt does."""
+
+
+def stop_at(component: str, stage: str) -> sd_export.progress.Progress:
+    def progress(event: StageEvent) -> None:
+        if (event.component, event.stage, event.state) == (component, stage, "started"):
+            raise Stop
+
+    return progress
+
+
+def test_a_rerun_finds_the_work_done_and_a_change_is_noticed(
+    report: ExportReport, checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(report.path, tmp_path / "bundle")
+    both = ("onnxruntime", "openvino")
+    again = sd_export.export(checkpoint, bundle, backends=both)
+    assert again.was_done
+    assert again.manifest == report.manifest
+    with pytest.raises(Stop):  # asked for something else
+        sd_export.export(
+            checkpoint, bundle, backends=both, height=72, progress=stop_at("text_encoder", "load")
+        )
+    weights = bundle / "unet/model.onnx_data"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(Stop):  # one bit changed
+        sd_export.export(
+            checkpoint, bundle, backends=both, progress=stop_at("text_encoder", "load")
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def nothing_left(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def test_a_bundle_that_misses_its_tolerance_is_not_sealed(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(verify.RELATIVE_L2, "fp32", 1e-12)
+    with pytest.raises(ExportError, match="text_encoder: verify: relative_l2") as caught:
+        sd_export.export(smallest, tmp_path / "deep" / "bundle")
+    assert caught.value.component == "text_encoder"
+    assert nothing_left(tmp_path)
+
+
+def test_weights_that_overflow_are_found_by_the_reference(smallest: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(smallest, tmp_path / "broken")
+    path = broken / "text_encoder/model.safetensors"
+    state = load_file(path)
+    for name in state:
+        if name.endswith("fc1.weight"):
+            state[name] = torch.full_like(state[name], 3e38)
+    path.unlink()
+    save_file(state, path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match="the original model itself"):
+        sd_export.export(broken, tmp_path / "out" / "bundle")
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backends": ("onnxruntme",)}, "unknown backend"),
+        ({"backends": ()}, "no backend"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"precision": "bf16"}, "does not compute in bf16"),
+        ({"height": 0}, "--height 0"),
+        ({"width": 100_000}, "--width 100000"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"revision": "main"}, "--revision"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    smallest: Path, tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        sd_export.export(smallest, tmp_path / "bundle", **options)  # type: ignore[arg-type]
+    assert caught.value.hint
+    assert nothing_left(tmp_path)
+
+
+def test_sizes_off_the_grid_name_the_nearest(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--height 100") as caught:
+        sd_export.export(checkpoint, tmp_path / "bundle", height=100)
+    assert "the nearest is 96" in caught.value.hint
+
+
+def test_what_is_no_bundle_is_not_replaced(smallest: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    for target in (tmp_path / "home", tmp_path / "home/thesis.txt"):
+        with pytest.raises(ConfigError, match="is no bundle"):
+            sd_export.export(smallest, target)
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+
+
+def test_an_unwritable_target_is_an_error(smallest: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written"):
+        sd_export.export(smallest, tmp_path / "file" / "bundle")
+
+
+def test_a_tokenizer_of_another_model_is_refused(smallest: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(smallest, tmp_path / "mixed")
+    config = json.loads((mixed / "text_encoder/config.json").read_text())
+    (mixed / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(ExportError, match="the text encoder knows 300"):
+        sd_export.export(mixed, tmp_path / "bundle")
