@@ -6,7 +6,6 @@ over all it depends on, so that an interrupted export goes on where it stopped.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
@@ -14,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sd_engines.bundle import (
-    MANIFEST_NAME,
     PORTABLE_BACKENDS,
     CertificateEntry,
     ComponentEntry,
@@ -26,21 +24,19 @@ from sd_engines.bundle import (
     Manifest,
     hash_files,
 )
-from sd_engines.engine import build_engine
-from sd_engines.errors import BackendError, EngineMismatchError, ExportError
-from sd_engines.spec import ModelSpec, TensorSpec
-from sd_export.build import recorded_engine, verify_graph, words_of
+from sd_engines.errors import ExportError
+from sd_engines.spec import ModelSpec
+from sd_export.build import recorded_engine, verify_graph
+from sd_export.end_to_end import prove_end_to_end
+from sd_export.graph import recorded_graph, stored_proof
 from sd_export.license import copy_license
-from sd_export.precision import coarser, engine_precision, graph_precision
+from sd_export.precision import engine_precision, graph_precision
 from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sd_engines.spec import Precision, Profile
     from sd_export.progress import StageLog
     from sd_export.source import Checkpoint
-    from sd_export.verify import Proof
     from sd_export.work import WorkFolder
 
 RECORD_FILE = "export.json"
@@ -128,7 +124,15 @@ class Job:
             files=files,
             versions=self.versions,
         )
-        certificate += self._end_to_end(manifest)
+        certificate += prove_end_to_end(
+            manifest,
+            checkpoint=self.checkpoint,
+            backends=self.backends,
+            reference_name=self._reference_name(),
+            key=self.key,
+            work=self.work,
+            log=self.log,
+        )
         files |= self._write_record()
         listed = {*files, *(e.file for e in engines)}
         for entry in components.values():
@@ -137,9 +141,11 @@ class Job:
         return replace(manifest, certificate=tuple(certificate), files=files)
 
     def _write_small_files(self) -> dict[str, FileEntry]:
-        """Tokenizer, scheduler config and licence."""
+        """Tokenizer, scheduler config and licence; refused early if the runtime cannot use them."""
         from sd_export.load import load_tokenizer
+        from sd_runtime.table import compile_table
 
+        compile_table(self.checkpoint.configs["scheduler"], num_inference_steps=2)
         bundle = self.work.bundle
         tokenizer = load_tokenizer(self.checkpoint)
         known = int(self.checkpoint.configs["text_encoder"]["vocab_size"])
@@ -151,7 +157,8 @@ class Job:
                 stage="load",
             )
         (bundle / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(str(bundle / "tokenizer" / "tokenizer.json"))
+        text = tokenizer.to_str(pretty=True)
+        (bundle / "tokenizer" / "tokenizer.json").write_text(text, encoding="utf-8")
         (bundle / "scheduler").mkdir(exist_ok=True)
         scheduler = json.dumps(dict(self.checkpoint.configs["scheduler"]), indent=2)
         (bundle / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n")
@@ -159,80 +166,24 @@ class Job:
         return hash_files(bundle, names + copy_license(self.checkpoint, bundle))
 
     def _graph(self, component: str) -> ComponentEntry:
-        """The component's ONNX and its reference outputs, made or found."""
         from sd_export.wrappers import MODEL_OF
 
         precision = graph_precision(component, self.backends, self.precision)
-        key = key_of(
-            {
-                **self._made_of,
-                "component": component,
-                "precision": precision,
-                "weights": self._weights[MODEL_OF.get(component, component)],
-            }
-        )
-        stage = f"{component} onnx"
-        done = self.work.finished(stage, key)
-        if done is not None:
-            entry = _component_entry(done)
-            size = sum(file.bytes for file in entry.files.values())
-            self.log.skipped(component, "trace", size=size)
-            return entry
-        border = self._trace(component, precision)
-        gc.collect()
-        folder = self.work.bundle / component
-        names = [f"{component}/{path.name}" for path in sorted(folder.iterdir())]
-        data = {
-            **border,
-            "file": f"{component}/model.onnx",
-            "files": {n: asdict(e) for n, e in hash_files(self.work.bundle, names).items()},
+        made_of = {
+            **self._made_of,
+            "component": component,
             "precision": precision,
+            "weights": self._weights[MODEL_OF.get(component, component)],
         }
-        made = [*(f"bundle/{name}" for name in names), f"reference/{component}.safetensors"]
-        self.work.finish(stage, key, files=made, data=data)
-        return _component_entry(data)
-
-    def _trace(self, component: str, precision: Precision) -> dict[str, Any]:
-        """Load, run for reference, trace and save; the border. The model is gone afterwards."""
-        import numpy as np
-        from safetensors.numpy import save_file
-
-        from sd_export import verify, wrappers
-        from sd_export.load import load_model
-        from sd_export.onnx_export import OPSET, save, trace
-        from sd_export.onnx_passes import to_half
-
-        checkpoint, profile, log = self.checkpoint, self.profile, self.log
-        name = wrappers.MODEL_OF.get(component, component)
-        with log.stage(component, "load") as result:
-            model = load_model(checkpoint, name)
-            result.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-            module = wrappers.wrap(component, model, checkpoint=checkpoint, profile=profile)
-        inputs, outputs = wrappers.borders(component, checkpoint=checkpoint, profile=profile)
-        with log.stage(component, "reference"):
-            probe = verify.probe_inputs(
-                component, inputs, profile=profile, vocab_size=self._vocab_size()
-            )
-            reference = verify.reference_outputs(
-                module, component, probe, outputs, checkpoint=checkpoint, model=model
-            )
-            path = self.work.path / "reference" / f"{component}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            tensors = {f"in.{name}": array for name, array in probe.items()}
-            tensors |= {f"out.{name}": array for name, array in reference.items()}
-            save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, path)
-        with log.stage(component, "trace"):
-            graph = trace(module, component=component, inputs=inputs, outputs=outputs)
-        if precision != "fp32":
-            with log.stage(component, f"convert to {precision}"):
-                to_half(graph, precision)
-        with log.stage(component, "save") as result:
-            result.bytes = save(graph, self.work.bundle / component)
-        return {
-            "opset": OPSET,
-            "inputs": [asdict(spec) for spec in inputs],
-            "outputs": [asdict(spec) for spec in outputs],
-        }
+        return recorded_graph(
+            self.work,
+            component,
+            checkpoint=self.checkpoint,
+            profile=self.profile,
+            precision=precision,
+            key=key_of(made_of),
+            log=self.log,
+        )
 
     def _engines(
         self, component: str, entry: ComponentEntry
@@ -241,7 +192,9 @@ class Job:
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
-        proof = cache(partial(self._proof, component))
+        proof = cache(
+            partial(stored_proof, self.work, component, reference_name=self._reference_name())
+        )
         made_of = {"graph": asdict(entry), "versions": self.versions}
         if not any(backend in PORTABLE_BACKENDS for backend in self.backends):
             key = key_of(made_of)
@@ -276,86 +229,6 @@ class Job:
             certificate += measures
         return engines, certificate
 
-    def _proof(self, component: str) -> Proof:
-        from safetensors.numpy import load_file
-
-        from sd_export.verify import Proof
-
-        arrays = load_file(self.work.path / "reference" / f"{component}.safetensors")
-        return Proof(
-            inputs={n.removeprefix("in."): a for n, a in arrays.items() if n.startswith("in.")},
-            reference={
-                n.removeprefix("out."): a for n, a in arrays.items() if n.startswith("out.")
-            },
-            reference_name=self._reference_name(),
-        )
-
-    def _end_to_end(self, manifest: Manifest) -> list[CertificateEntry]:
-        """A picture through the runtime against diffusers' own, by every backend that runs here."""
-        from sd_export.verify import reference_picture, verify_end_to_end
-
-        key = key_of({"job": self.key, "engines": [asdict(engine) for engine in manifest.engines]})
-        done = self.work.finished("end to end", key)
-        if done is not None:
-            self.log.skipped("end_to_end", "verify")
-            return [CertificateEntry(**measured) for measured in done["certificate"]]
-        with self.log.stage("end_to_end", "reference"):
-            reference = reference_picture(self.checkpoint, self.profile)
-        gc.collect()
-        certificate: list[CertificateEntry] = []
-        backends = self.backends
-        if not any(backend in PORTABLE_BACKENDS for backend in backends):
-            manifest = self._with_onnxruntime(manifest)
-            backends = (*backends, "onnxruntime")
-        path = self.work.bundle / MANIFEST_NAME
-        path.write_text(manifest.to_json(), encoding="utf-8")
-        try:
-            for backend in backends:
-                (precision,) = {
-                    coarser(manifest.components["unet"].precision, engine.precision)
-                    for engine in manifest.engines
-                    if engine.component == "unet" and engine.backend == backend
-                }
-                try:
-                    with self.log.stage("end_to_end", f"verify {backend}") as result:
-                        measured = verify_end_to_end(
-                            self.work.bundle,
-                            backend=backend,
-                            precision=precision,
-                            reference=reference,
-                            reference_name=self._reference_name(),
-                        )
-                        result.detail = words_of(measured)
-                    certificate.append(measured)
-                except (BackendError, EngineMismatchError) as error:
-                    if backend in PORTABLE_BACKENDS:
-                        raise
-                    self.log.skipped(
-                        "end_to_end",
-                        f"verify {backend}",
-                        detail=f"cannot run here: {error.message}",
-                    )
-        finally:
-            path.unlink()
-        data = {"certificate": [asdict(measured) for measured in certificate]}
-        self.work.finish("end to end", key, files=[], data=data)
-        return certificate
-
-    def _with_onnxruntime(self, manifest: Manifest) -> Manifest:
-        """``manifest`` with engines of ONNX Runtime too, which run its graphs anywhere."""
-        engines = [
-            build_engine(
-                "onnxruntime",
-                self.work.bundle / entry.file,
-                output_dir=self.work.bundle,
-                component=component,
-                entry=entry,
-                profile=self.profile,
-            )
-            for component, entry in manifest.components.items()
-        ]
-        return replace(manifest, engines=(*manifest.engines, *engines))
-
     def _write_record(self) -> dict[str, FileEntry]:
         from sd_export.progress import peak_bytes
 
@@ -388,27 +261,8 @@ class Job:
             scheduler=scheduler,
         )
 
-    def _vocab_size(self) -> int:
-        return int(self.checkpoint.configs["text_encoder"]["vocab_size"])
-
     def _reference_name(self) -> str:
         return f"diffusers {self.versions['diffusers']}, fp32"
-
-
-def _component_entry(data: Mapping[str, Any]) -> ComponentEntry:
-    """The entry from its record."""
-
-    def specs(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key])
-
-    return ComponentEntry(
-        file=data["file"],
-        files={name: FileEntry(**entry) for name, entry in data["files"].items()},
-        precision=data["precision"],
-        opset=data["opset"],
-        inputs=specs("inputs"),
-        outputs=specs("outputs"),
-    )
 
 
 def _stored_bytes(checkpoint: Checkpoint) -> int:

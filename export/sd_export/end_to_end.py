@@ -1,0 +1,186 @@
+"""Proves a bundle from prompt to picture, against the unmodified pipeline of diffusers.
+
+The bundle is drawn from as anyone will, by `sd_runtime`, before it is sealed.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
+from sd_engines.engine import build_engine
+from sd_engines.errors import BackendError, EngineMismatchError
+from sd_export.build import words_of
+from sd_export.precision import coarser
+from sd_export.work import key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from sd_engines.manifest import Manifest
+    from sd_engines.spec import Precision, Profile
+    from sd_export.progress import StageLog
+    from sd_export.source import Checkpoint
+    from sd_export.verify import Arrays
+    from sd_export.work import WorkFolder
+
+PIXELS_WITHIN_1 = 0.999
+"""Least share of a picture's values within 1/255 of the reference, in fp32."""
+LATENTS_L2 = {"fp16": 5e-2, "bf16": 2e-1}
+"""Largest relative L2 of the final latents, where the UNet computes in half precision."""
+_SEED = 20_220_822
+_PROMPT = "a red circle on a white background"
+_STEPS = 3
+_GUIDANCE_SCALE = 7.5
+
+
+def prove_end_to_end(
+    manifest: Manifest,
+    *,
+    checkpoint: Checkpoint,
+    backends: Sequence[str],
+    reference_name: str,
+    key: str,
+    work: WorkFolder,
+    log: StageLog,
+) -> list[CertificateEntry]:
+    """Draw one picture with each of ``backends`` that runs here, and compare.
+
+    ``work.bundle`` holds all that ``manifest`` lists. Where no portable backend is asked for,
+    ONNX Runtime draws from the graphs the engines were built of. `ExportError` where a picture
+    misses its tolerance.
+    """
+    key = key_of({"job": key, "engines": [asdict(engine) for engine in manifest.engines]})
+    done = work.finished("end to end", key)
+    if done is not None:
+        log.skipped("end_to_end", "verify")
+        return [CertificateEntry(**measured) for measured in done["certificate"]]
+    with log.stage("end_to_end", "reference"):
+        reference = _reference_picture(checkpoint, manifest.profile)
+    gc.collect()
+    if not any(backend in PORTABLE_BACKENDS for backend in backends):
+        manifest = _with_onnxruntime(manifest, work.bundle)
+        backends = (*backends, "onnxruntime")
+    certificate: list[CertificateEntry] = []
+    path = work.bundle / MANIFEST_NAME
+    path.write_text(manifest.to_json(), encoding="utf-8")
+    try:
+        for backend in backends:
+            try:
+                with log.stage("end_to_end", f"verify {backend}") as result:
+                    measured = _verify(
+                        work.bundle,
+                        backend=backend,
+                        precision=_unet_precision(manifest, backend),
+                        reference=reference,
+                        reference_name=reference_name,
+                    )
+                    result.detail = words_of(measured)
+                certificate.append(measured)
+            except (BackendError, EngineMismatchError) as error:
+                if backend in PORTABLE_BACKENDS:
+                    raise
+                log.skipped(
+                    "end_to_end", f"verify {backend}", detail=f"cannot run here: {error.message}"
+                )
+    finally:
+        path.unlink()
+    data = {"certificate": [asdict(measured) for measured in certificate]}
+    work.finish("end to end", key, files=[], data=data)
+    return certificate
+
+
+def _reference_picture(checkpoint: Checkpoint, profile: Profile) -> Arrays:
+    """Latents float32 and pixels uint8 of the unmodified diffusers pipeline, a few steps."""
+    import numpy as np
+    import torch
+
+    from sd_export.load import load_pipeline
+
+    pipeline = load_pipeline(checkpoint)
+    with torch.inference_mode():
+        latents = pipeline(
+            _PROMPT,
+            height=profile.height,
+            width=profile.width,
+            num_inference_steps=_STEPS,
+            guidance_scale=_GUIDANCE_SCALE,
+            generator=torch.Generator("cpu").manual_seed(_SEED),
+            output_type="latent",
+        ).images
+        images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pixels = pipeline.image_processor.postprocess(images, output_type="np")
+    return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
+
+
+def _verify(
+    staging: Path,
+    *,
+    backend: str,
+    precision: Precision,
+    reference: Arrays,
+    reference_name: str,
+) -> CertificateEntry:
+    """Draw the reference's picture through the runtime; `ExportError` where it differs.
+
+    ``staging`` holds a complete bundle. ``precision`` is that of its UNet.
+    """
+    import numpy as np
+
+    from sd_export.verify import certified, relative_l2
+    from sd_runtime import Pipeline, Request
+
+    request = Request(
+        prompt=_PROMPT,
+        seed=_SEED,
+        num_inference_steps=_STEPS,
+        guidance_scale=_GUIDANCE_SCALE,
+    )
+    with Pipeline.load(staging, backend=backend) as pipeline:
+        result = pipeline.generate(request)
+    if precision == "fp32":
+        flagged = result.nsfw_content_detected is not None and any(result.nsfw_content_detected)
+        pixels = np.zeros_like(reference["pixels"]) if flagged else reference["pixels"]
+        difference = np.abs(result.pixels.astype(np.int16) - pixels.astype(np.int16))
+        figure = float((difference <= 1).mean())
+        metric, tolerance = "pixels_within_1", PIXELS_WITHIN_1
+        passed = figure >= tolerance
+    else:
+        figure = relative_l2(result.latents, reference["latents"])
+        metric, tolerance = "relative_l2", LATENTS_L2[precision]
+        passed = figure <= tolerance
+    return certified(
+        "end_to_end",
+        backend,
+        precision,
+        reference=f"{reference_name}, {_STEPS} steps",
+        metric=metric,
+        figure=figure,
+        tolerance=tolerance,
+        passed=passed,
+    )
+
+
+def _unet_precision(manifest: Manifest, backend: str) -> Precision:
+    graph = manifest.components["unet"].precision
+    (engine,) = (e for e in manifest.engines if (e.component, e.backend) == ("unet", backend))
+    return coarser(graph, engine.precision)
+
+
+def _with_onnxruntime(manifest: Manifest, folder: Path) -> Manifest:
+    """``manifest`` with engines of ONNX Runtime too, which run its graphs anywhere."""
+    engines = [
+        build_engine(
+            "onnxruntime",
+            folder / entry.file,
+            output_dir=folder,
+            component=component,
+            entry=entry,
+            profile=manifest.profile,
+        )
+        for component, entry in manifest.components.items()
+    ]
+    return replace(manifest, engines=(*manifest.engines, *engines))

@@ -1,0 +1,145 @@
+"""A component's ONNX graph and its reference outputs: made from the checkpoint, or found made.
+
+Both come from the same torch module while it is in memory; afterwards it is gone.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.bundle import ComponentEntry, FileEntry, hash_files
+from sd_engines.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sd_engines.spec import Precision, Profile
+    from sd_export.progress import StageLog
+    from sd_export.source import Checkpoint
+    from sd_export.verify import Proof
+    from sd_export.work import WorkFolder
+
+
+def recorded_graph(
+    work: WorkFolder,
+    component: str,
+    *,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    precision: Precision,
+    key: str,
+    log: StageLog,
+) -> ComponentEntry:
+    """The component's ONNX below ``work.bundle``, made now or recorded by an interrupted run.
+
+    ``key`` is over all that the graph depends on.
+    """
+    stage = f"{component} onnx"
+    done = work.finished(stage, key)
+    if done is not None:
+        entry = _entry(done)
+        log.skipped(component, "trace", size=sum(file.bytes for file in entry.files.values()))
+        return entry
+    border = _make(
+        component, checkpoint=checkpoint, profile=profile, precision=precision, work=work, log=log
+    )
+    gc.collect()
+    folder = work.bundle / component
+    names = [f"{component}/{path.name}" for path in sorted(folder.iterdir())]
+    data = {
+        **border,
+        "file": f"{component}/model.onnx",
+        "files": {n: asdict(e) for n, e in hash_files(work.bundle, names).items()},
+        "precision": precision,
+    }
+    made = [f"bundle/{name}" for name in names]
+    reference = _reference_path(work, component).relative_to(work.path).as_posix()
+    work.finish(stage, key, files=[*made, reference], data=data)
+    return _entry(data)
+
+
+def stored_proof(work: WorkFolder, component: str, *, reference_name: str) -> Proof:
+    """What the original gave for the component's inputs when its graph was made."""
+    from safetensors.numpy import load_file
+
+    from sd_export.verify import Proof
+
+    arrays = load_file(_reference_path(work, component))
+    return Proof(
+        inputs={n.removeprefix("in."): a for n, a in arrays.items() if n.startswith("in.")},
+        reference={n.removeprefix("out."): a for n, a in arrays.items() if n.startswith("out.")},
+        reference_name=reference_name,
+    )
+
+
+def _make(
+    component: str,
+    *,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    precision: Precision,
+    work: WorkFolder,
+    log: StageLog,
+) -> dict[str, Any]:
+    """Load, run for reference, trace, convert and save; returns the border."""
+    import numpy as np
+    from safetensors.numpy import save as to_safetensors
+
+    from sd_export import verify, wrappers
+    from sd_export.load import load_model
+    from sd_export.onnx_export import OPSET, save, trace
+    from sd_export.onnx_passes import to_half
+
+    with log.stage(component, "load") as result:
+        model = load_model(checkpoint, wrappers.MODEL_OF.get(component, component))
+        result.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        module = wrappers.wrap(component, model, checkpoint=checkpoint, profile=profile)
+    inputs, outputs = wrappers.borders(component, checkpoint=checkpoint, profile=profile)
+    with log.stage(component, "reference"):
+        vocab_size = int(checkpoint.configs["text_encoder"]["vocab_size"])
+        probe = verify.probe_inputs(component, inputs, profile=profile, vocab_size=vocab_size)
+        reference = verify.reference_outputs(
+            module, component, probe, outputs, checkpoint=checkpoint, model=model
+        )
+        tensors = {f"in.{name}": array for name, array in probe.items()}
+        tensors |= {f"out.{name}": array for name, array in reference.items()}
+        path = _reference_path(work, component)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(  # written by us: a full disk is then an OSError
+            to_safetensors({n: np.ascontiguousarray(array) for n, array in tensors.items()})
+        )
+    with log.stage(component, "trace"):
+        graph = trace(module, component=component, inputs=inputs, outputs=outputs)
+    if precision != "fp32":
+        with log.stage(component, f"convert to {precision}"):
+            to_half(graph, precision)
+    with log.stage(component, "save") as result:
+        result.bytes = save(graph, work.bundle / component)
+    return {
+        "opset": OPSET,
+        "inputs": [asdict(spec) for spec in inputs],
+        "outputs": [asdict(spec) for spec in outputs],
+    }
+
+
+def _reference_path(work: WorkFolder, component: str) -> Path:
+    return work.path / "reference" / f"{component}.safetensors"
+
+
+def _entry(data: Mapping[str, Any]) -> ComponentEntry:
+    """The manifest's entry from its record."""
+
+    def specs(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key])
+
+    return ComponentEntry(
+        file=data["file"],
+        files={name: FileEntry(**entry) for name, entry in data["files"].items()},
+        precision=data["precision"],
+        opset=data["opset"],
+        inputs=specs("inputs"),
+        outputs=specs("outputs"),
+    )
