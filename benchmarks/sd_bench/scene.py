@@ -91,9 +91,12 @@ def random_scene(rng: np.random.Generator, *, held_out: bool) -> Scene:
 
 def is_held_out(scene: Scene) -> bool:
     """True for one scene in ten, by hash, and for every scene that has an unseen pair."""
-    if any((thing.color, thing.shape) in UNSEEN_PAIRS for thing in scene.things):
-        return True
-    return hashlib.sha256(repr(scene).encode()).digest()[0] % 10 == 0
+    return has_unseen_pair(scene) or hashlib.sha256(repr(scene).encode()).digest()[0] % 10 == 0
+
+
+def has_unseen_pair(scene: Scene) -> bool:
+    """True where the scene asks for one of `UNSEEN_PAIRS`."""
+    return any((thing.color, thing.shape) in UNSEEN_PAIRS for thing in scene.things)
 
 
 def _any_scene(rng: np.random.Generator) -> Scene:

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from sd_bench.checker import Fault
 from sd_bench.quality import Answer, Score, fault_kinds, held_out_captions
-from sd_bench.scene import is_held_out
+from sd_bench.scene import has_unseen_pair, is_held_out
 
 
 def score(right: int, wrong: int) -> Score:
@@ -28,6 +28,7 @@ def test_captions_are_the_same_in_every_run_and_all_held_out() -> None:
     assert captions == held_out_captions(200)[:50]
     assert len({prompt for prompt, _ in captions}) == 50
     assert all(is_held_out(scene) for _, scene in captions)
+    assert [has_unseen_pair(scene) for _, scene in captions] == [i % 4 == 3 for i in range(50)]
 
 
 def test_interval_is_wilsons() -> None:
