@@ -65,6 +65,7 @@ class Job:
         self.log = log
         self.versions = versions(backends)
         with log.stage("checkpoint", "hash") as result:
+            self._stamps = _stamps(checkpoint)
             self._weights = _weight_hashes(checkpoint)
             result.bytes = _stored_bytes(checkpoint)
         self._made_of = {
@@ -111,6 +112,7 @@ class Job:
         for component in COMPONENTS:
             if component == "safety_checker" and not self.checkpoint.has_safety_checker:
                 continue
+            self._check_unchanged()
             components[component] = self._graph(component)
             made, measured = self._engines(component, components[component])
             engines += made
@@ -124,6 +126,7 @@ class Job:
             files=files,
             versions=self.versions,
         )
+        self._check_unchanged()
         certificate += prove_end_to_end(
             manifest,
             checkpoint=self.checkpoint,
@@ -139,6 +142,16 @@ class Job:
             listed.update(entry.files)
         self.work.remove_strays(listed)
         return replace(manifest, certificate=tuple(certificate), files=files)
+
+    def _check_unchanged(self) -> None:
+        """`ExportError` where someone wrote to the checkpoint since it was hashed."""
+        if _stamps(self.checkpoint) != self._stamps:
+            raise ExportError(
+                "its files were changed while they were being read",
+                "Run the same command again when whatever writes them is done.",
+                component="checkpoint",
+                stage="load",
+            )
 
     def _write_small_files(self) -> dict[str, FileEntry]:
         """Tokenizer, scheduler config and licence; refused early if the runtime cannot use them."""
@@ -263,6 +276,13 @@ class Job:
 
     def _reference_name(self) -> str:
         return f"diffusers {self.versions['diffusers']}, fp32"
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[Path, tuple[int, int] | None]:
+    """Size and time of change of every weight file; None for one that is gone."""
+    paths = {path for paths in checkpoint.weights.values() for path in paths}
+    found = {path: path.stat() if path.exists() else None for path in paths}
+    return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def _stored_bytes(checkpoint: Checkpoint) -> int:

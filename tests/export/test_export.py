@@ -230,3 +230,16 @@ def test_a_tokenizer_of_another_model_is_refused(smallest: Path, tmp_path: Path)
     (mixed / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     with pytest.raises(ExportError, match="the text encoder knows 300"):
         sd_export.export(mixed, tmp_path / "bundle")
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(smallest: Path, tmp_path: Path) -> None:
+    growing = shutil.copytree(smallest, tmp_path / "growing")
+
+    def progress(event: StageEvent) -> None:
+        if (event.component, event.stage, event.state) == ("text_encoder", "load", "started"):
+            path = growing / "unet/diffusion_pytorch_model.safetensors"
+            path.write_bytes(path.read_bytes())
+
+    with pytest.raises(ExportError, match="changed while they were being read"):
+        sd_export.export(growing, tmp_path / "bundle", progress=progress)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["growing"]
