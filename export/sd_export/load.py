@@ -105,6 +105,18 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     return pipeline
 
 
+def use_scheduler(pipeline: Any, class_name: str, overrides: Mapping[str, Any]) -> None:
+    """Give a diffusers pipeline another scheduler, made from the config of its own.
+
+    ``clip_sample`` is false, as in every Stable Diffusion checkpoint's config that has it: left out,
+    some classes would clip latents as if they were pixels.
+    """
+    import diffusers
+
+    config = {**pipeline.scheduler.config, "clip_sample": False, **overrides}
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(config)
+
+
 def nsfw_content_detected(
     checkpoint: Checkpoint, checker: torch.nn.Module, images: np.ndarray
 ) -> np.ndarray:

@@ -1,0 +1,78 @@
+"""Is it the same picture? A bundle against unmodified diffusers, for every scheduler name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sd_engines.errors import BundleError
+from sd_export.load import load_pipeline, use_scheduler
+from sd_export.source import find_checkpoint
+from sd_export.verify import relative_l2
+from sd_runtime import Request
+from sd_runtime.scheduler_config import SCHEDULERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sd_runtime import Pipeline
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One scheduler's picture beside diffusers'."""
+
+    scheduler: str
+    latents_error: float
+    """Relative L2 of the final latents."""
+    pixels_within_1: float
+    """Share of the picture's values that differ by at most 1 of 255."""
+
+
+def measure_parity(
+    pipeline: Pipeline,
+    prompt: str,
+    *,
+    model: str | None = None,
+    schedulers: Iterable[str] = tuple(SCHEDULERS),
+    num_inference_steps: int = 20,
+    seed: int = 0,
+) -> Iterator[Parity]:
+    """Draw ``prompt`` twice per scheduler, by the bundle and by diffusers in fp32 on the CPU.
+
+    ``model`` is the checkpoint, None: the one that the bundle names. diffusers gets the same seed
+    through ``torch.Generator("cpu")``. Raises `BundleError` where the checkpoint is not found.
+    """
+    import torch
+
+    source = model or pipeline.bundle.manifest.model.source
+    if not source:
+        raise BundleError("the bundle does not name its checkpoint", "Give it: --model MODEL.")
+    oracle = load_pipeline(find_checkpoint(source))
+    profile = pipeline.profile
+    for name in schedulers:
+        sampler = SCHEDULERS[name]
+        use_scheduler(oracle, sampler.class_name, sampler.overrides)
+        request = Request(
+            prompt, seed=seed, scheduler=name, num_inference_steps=num_inference_steps
+        )
+        ours = pipeline.generate(request)
+        latents = oracle(
+            prompt,
+            height=profile.height,
+            width=profile.width,
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        ).images
+        with torch.no_grad():
+            decoded = oracle.vae.decode(latents / oracle.vae.config.scaling_factor).sample
+        images = oracle.image_processor.postprocess(decoded, output_type="np")
+        pixels = np.round(images * 255).astype(np.int16)
+        yield Parity(
+            scheduler=name,
+            latents_error=relative_l2(ours.latents, latents.numpy()),
+            pixels_within_1=float((np.abs(pixels - ours.pixels) <= 1).mean()),
+        )
