@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from sd_engines.engine import Array
 
 
-def copy_into(target: Array, source: NDArray[Any]) -> None:
-    """Write the host array ``source`` into ``target``, wherever that lives."""
+def copy_into(target: Array, source: Array) -> None:
+    """Write ``source`` into ``target``, wherever each of them lives."""
     if isinstance(target, np.ndarray):
-        target[...] = source
-    else:
+        target[...] = to_host(source)
+    elif isinstance(source, np.ndarray):
         target.set(np.ascontiguousarray(source))
+    else:
+        target[...] = source
 
 
 def to_host(array: Array) -> NDArray[Any]:

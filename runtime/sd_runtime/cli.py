@@ -6,7 +6,6 @@ when it is needed, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -75,6 +74,8 @@ def run(
 
     Example: sd-run bundle "a red circle" --output circle.png --seed 7
     """
+    import logging
+
     from sd_runtime.job import Job, draw
 
     level = logging.ERROR if quiet else logging.WARNING

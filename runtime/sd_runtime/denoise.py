@@ -78,7 +78,7 @@ def denoise(
     noise_pred = binding.outputs["noise_pred"]
     embeds_in = binding.inputs["encoder_hidden_states"]
     for row_in, embeds in enumerate([*(negative_prompt_embeds or ()), *prompt_embeds]):
-        embeds_in[row_in] = embeds
+        copy_into(embeds_in[row_in], embeds)
 
     before = sample_in[:n]
     state = np.empty_like(before)

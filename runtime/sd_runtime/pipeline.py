@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -49,8 +49,7 @@ def plan(request: Request, manifest: Manifest) -> tuple[str, SchedulerTable]:
     Raises `ConfigError` for a size, a scheduler or a number of steps that cannot be done.
     """
     request.check_profile(manifest.profile)
-    # As StableDiffusionPipeline reads every checkpoint: latents are not clipped, steps start at 1.
-    config = {**manifest.model.scheduler, "clip_sample": False, "steps_offset": 1}
+    config = pipeline_scheduler_config(manifest.model.scheduler)
     name = scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler"))
     table = compile_table(
         config,
@@ -59,6 +58,14 @@ def plan(request: Request, manifest: Manifest) -> tuple[str, SchedulerTable]:
         eta=request.eta,
     )
     return name, table
+
+
+def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as diffusers' StableDiffusionPipeline corrects it, whatever the checkpoint says.
+
+    Latents are not pixels, so nothing clips them; leading timesteps start at 1, as in training.
+    """
+    return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
 class Pipeline:
@@ -89,26 +96,11 @@ class Pipeline:
                     "Make it again: sd-export --model MODEL --output BUNDLE.",
                 )
         names = [*REQUIRED, *(name for name in ("safety_checker",) if name in present)]
-        engines: dict[str, Engine] = {}
-        try:
-            with ThreadPoolExecutor(len(names)) as pool:
-                opening = {
-                    name: pool.submit(open_engine, bundle, name, backend=backend, threads=threads)
-                    for name in names
-                }
-            for name, future in opening.items():
-                if future.exception() is None:
-                    engines[name] = future.result()
-            for future in opening.values():
-                future.result()
-            tokenizer = Tokenizer.load(
-                bundle.verified_path(TOKENIZER_FILE),
-                max_tokens=bundle.manifest.model.max_prompt_tokens,
-            )
-        except BaseException:
-            for engine in engines.values():
-                engine.close()
-            raise
+        tokenizer = Tokenizer.load(
+            bundle.verified_path(TOKENIZER_FILE),
+            max_tokens=bundle.manifest.model.max_prompt_tokens,
+        )
+        engines = _open_engines(bundle, names, backend=backend, threads=threads)
         return cls(bundle, engines, tokenizer)
 
     def generate(self, request: Request) -> Result:
@@ -192,7 +184,7 @@ class Pipeline:
     def _decode(self, latents: Array) -> NDArray[np.float32]:
         """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
         decoder = self._engines["vae_decoder"].bind(len(latents))
-        decoder.inputs["latents"][...] = latents
+        copy_into(decoder.inputs["latents"], latents)
         decoder.run()
         return to_host(decoder.outputs["images"])
 
@@ -271,6 +263,29 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _open_engines(
+    bundle: Bundle, names: Sequence[str], *, backend: str, threads: int | None
+) -> dict[str, Engine]:
+    """Open engines side by side: while one is hashed, another is prepared."""
+    pool = ThreadPoolExecutor(len(names))
+    opening = {
+        name: pool.submit(open_engine, bundle, name, backend=backend, threads=threads)
+        for name in names
+    }
+    try:
+        # An interrupt is to arrive here, not in the threads' join: Python 3.11 takes a thread whose
+        # join was interrupted for ended, and a backend that is cut off in C++ aborts the process.
+        wait(opening.values())
+        return {name: future.result() for name, future in opening.items()}
+    except BaseException:
+        for future in as_completed(opening.values()):
+            if future.exception() is None:
+                future.result().close()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -143,6 +143,14 @@ def _check_texts(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}, not text", "Give a string, or several.")
     if not texts:
         raise ConfigError(f"{name} is an empty list", "Give at least one; it may be empty text.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{name} holds what is no Unicode text, at character {error.start}",
+                "Save or type it as UTF-8.",
+            ) from error
 
 
 def _check_whole(name: str, value: object, low: int, high: int | None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from sd_runtime import Pipeline
+from sd_runtime import Pipeline, Request
 from tiny import make_checkpoint
 
 if TYPE_CHECKING:
@@ -18,7 +19,21 @@ if TYPE_CHECKING:
 
     from diffusers import StableDiffusionPipeline
 
-    from sd_runtime import Request
+SUSPECT = Request("a cat", seed=0, num_images_per_prompt=12, num_inference_steps=1)
+"""Twelve pictures, some of which the safety checker of ``guarded_model`` flags."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: on tiny tensors more of them only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,7 @@ class TinyModel:
         negative = request.negative_prompt
         if isinstance(negative, str):
             negative = [negative] * len(request.prompts)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-        try:
+        with one_thread():
             output = self.oracle(
                 list(request.prompts),
                 negative_prompt=list(negative),
@@ -58,8 +71,6 @@ class TinyModel:
                 eta=request.eta,
                 callback_on_step_end=keep,
             )
-        finally:
-            torch.set_num_threads(threads)
         pixels = np.stack([np.asarray(image) for image in output.images])
         return pixels, latents[-1], output.nsfw_content_detected
 
@@ -75,36 +86,72 @@ def make_model(
     checkpoint = make_checkpoint(
         folder / "checkpoint", safety_checker=safety_checker, **checkpoint_options
     )
+    scheduler = checkpoint / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**config, "clip_sample": False}))  # as real ones have it
     bundle = folder / "bundle"
-    with warnings.catch_warnings():  # diffusers says that it sets clip_sample to False, as we do
-        warnings.simplefilter("ignore", FutureWarning)
-        export(checkpoint, bundle, batch_size=batch_size)
+    with one_thread():
         oracle = StableDiffusionPipeline.from_pretrained(checkpoint)
-    oracle.set_progress_bar_config(disable=True)
+        oracle.set_progress_bar_config(disable=True)
+        if safety_checker:
+            divide_pictures(oracle)
+            oracle.safety_checker.save_pretrained(checkpoint / "safety_checker")
+        export(checkpoint, bundle, batch_size=batch_size)
     return TinyModel(checkpoint, bundle, Pipeline.load(bundle, threads=1), oracle)
+
+
+def divide_pictures(oracle: StableDiffusionPipeline) -> None:
+    """Set the random checker's thresholds so that it flags some of `SUSPECT`'s pictures, not all.
+
+    Only concept 0 counts: its threshold goes into the widest gap between two pictures' scores.
+    """
+    import torch
+
+    checker, oracle.safety_checker = oracle.safety_checker, None
+    seeds = [image.seed for image in SUSPECT.images()]
+    pictures = oracle(
+        [str(SUSPECT.prompt)] * len(seeds),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        num_inference_steps=SUSPECT.num_inference_steps,
+    ).images
+    with torch.no_grad():
+        pixels = oracle.feature_extractor(pictures, return_tensors="pt").pixel_values
+        embeds = checker.visual_projection(checker.vision_model(pixels)[1])
+        scores = torch.cosine_similarity(embeds, checker.concept_embeds[:1]).sort().values
+        widest = int(scores.diff().argmax())
+        checker.concept_embeds_weights.fill_(2.0)  # above any cosine
+        checker.special_care_embeds_weights.fill_(2.0)
+        checker.concept_embeds_weights[0] = scores[widest : widest + 2].mean()
+    oracle.safety_checker = checker
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
-    """64×64 pictures, two at a time, PNDM, epsilon."""
-    model = make_model(tmp_path_factory.mktemp("tiny"), batch_size=2)
+    """64×64 pictures, two at a time, PNDM, epsilon; a UNet of one level."""
+    model = make_model(tmp_path_factory.mktemp("tiny"), batch_size=2, block_out_channels=(32,))
     yield model
     model.pipeline.close()
 
 
 @pytest.fixture(scope="session")
 def guarded_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
-    """Another shape: 48×48 pictures from a factor of 4, v_prediction, DDIM, a safety checker."""
+    """Another shape: 24×24 pictures from a factor of 2, v_prediction, DDIM, a safety checker."""
     model = make_model(
         tmp_path_factory.mktemp("guarded"),
         batch_size=1,
-        seed=2,
+        seed=1,
         safety_checker=True,
         prediction_type="v_prediction",
         scheduler="DDIMScheduler",
         sample_size=12,
-        vae_block_out_channels=(8, 16, 16),
+        vae_block_out_channels=(8, 16),
         cross_attention_dim=48,
     )
     yield model
     model.pipeline.close()
+
+
+@pytest.fixture
+def suspect() -> Request:
+    """`SUSPECT`: some of its pictures are flagged in ``guarded_model``, and some are not."""
+    return SUSPECT

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd_engines.bundle import open_bundle, portable_entry, seal
 from sd_runtime import Request
 from sd_runtime.cli import main
 from sd_runtime.image import read_recipe_text
@@ -173,22 +175,58 @@ def test_a_recipe_of_another_bundle_warns(
 ) -> None:
     first = [str(tiny_model.bundle), "a cat", "-o", "a.png", "--scheduler", "ddim", *FAST]
     assert main(first) == 0
-    sizes = ["--height", "48", "--width", "48"]
+    sizes = ["--height", "24", "--width", "24"]
     again = [str(guarded_model.bundle), "--from-image", "a.png", "-o", "b.png"]
     assert main(again) == 2, "the other bundle draws another size"
-    assert "48×48" in capsys.readouterr().err
+    assert "24×24" in capsys.readouterr().err
     assert main([*again, *sizes]) == 0
     assert "drawn with another bundle" in caplog.text
 
 
+def test_a_recipe_keeps_its_backend(tiny_model: TinyModel, folder: Path) -> None:
+    """OpenVINO goes first where a bundle has both, but rounds differently: not in a rerun."""
+    pytest.importorskip("openvino", reason="needs the extra sd-toolkit[cpu]")
+    bundle = folder.parent / "bundle"
+    shutil.copytree(tiny_model.bundle, folder.parent / "staging")
+    manifest = open_bundle(tiny_model.bundle).manifest
+    engines = tuple(
+        portable_entry(
+            name, entry, manifest.profile, "openvino", version="1", target="cpu", precision="fp32"
+        )
+        for name, entry in manifest.components.items()
+    )
+    (folder.parent / "staging" / "bundle.json").unlink()
+    seal(folder.parent / "staging", bundle, replace(manifest, engines=manifest.engines + engines))
+    arguments = ["a cat", "--seed", "3", *FAST]
+    for name, backend in (("onnx", ["--backend", "onnxruntime"]), ("auto", [])):
+        assert main([str(bundle), *arguments, *backend, "-o", f"{name}.png"]) == 0
+        assert main([str(bundle), "--from-image", f"{name}.png", "-o", f"{name}2.png"]) == 0
+        np.testing.assert_array_equal(
+            pixels_of(folder / f"{name}.png"), pixels_of(folder / f"{name}2.png")
+        )
+    backends = [
+        recipes_from_text(read_recipe_text(folder / name))[0][0].backend
+        for name in ("onnx.png", "onnx2.png", "auto.png", "auto2.png")
+    ]
+    assert backends == ["onnxruntime", "onnxruntime", "openvino", "openvino"]
+    difference = pixels_of(folder / "onnx.png").astype(int) - pixels_of(folder / "auto.png")
+    assert np.abs(difference).max() <= 1
+
+
 def test_the_safety_checker_is_reported(
     guarded_model: TinyModel,
+    suspect: Request,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    arguments = ["a cat", "--num-images", "12", "--seed", "0", "-o", "a.png", "--json"]
-    arguments += ["--num-inference-steps", "1"]
+    options = {
+        "--seed": suspect.seed,
+        "--num-images": suspect.num_images_per_prompt,
+        "--num-inference-steps": suspect.num_inference_steps,
+    }
+    arguments = [str(suspect.prompt), "-o", "a.png", "--json"]
+    arguments += [str(word) for option in options.items() for word in option]
     assert main([str(guarded_model.bundle), *arguments]) == 0
     flags = [i["nsfw_content_detected"] for i in json.loads(capsys.readouterr().out)["images"]]
     assert True in flags
@@ -273,15 +311,16 @@ def start(bundle: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0], ids=["importing", "loading", "drawing"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_nothing(
-    tiny_model: TinyModel, folder: Path, number: signal.Signals, code: int
+    tiny_model: TinyModel, folder: Path, number: signal.Signals, code: int, seconds: float
 ) -> None:
     arguments = ["-o", "a.png", "--num-inference-steps", "500", "--num-images", "50"]
     with start(tiny_model.bundle, *arguments) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("Seed ")
-        time.sleep(1)  # into the loop
+        time.sleep(seconds)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code

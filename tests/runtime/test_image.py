@@ -15,7 +15,7 @@ from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
 
 RECIPE = '{"prompt": "a \\"<red>\\" & \\u00e9 \\ud83e\\udd8a ]]>"}'
-PARAMETERS = 'a "<red>" & é 🦊\nNegative prompt: b\nSteps: 2'
+PARAMETERS = 'a "<red>" & é 🦊\x00\x1b\nNegative prompt: b\nSteps: 2'
 
 
 @pytest.fixture

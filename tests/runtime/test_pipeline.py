@@ -35,13 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 @contextmanager
 def oracle_scheduler(model: TinyModel, kind: str, **options: Any) -> Iterator[None]:
-    """diffusers' pipeline with another scheduler, made from the checkpoint's own config.
-
-    Real checkpoints' configs say ``clip_sample: false`` whatever their scheduler; so does this.
-    """
+    """diffusers' pipeline with another scheduler, made from the checkpoint's own config."""
     own = model.oracle.scheduler
-    config = {**own.config, "clip_sample": False, **options}
-    model.oracle.scheduler = getattr(diffusers, kind).from_config(config)
+    model.oracle.scheduler = getattr(diffusers, kind).from_config({**own.config, **options})
     try:
         yield
     finally:
@@ -80,6 +76,7 @@ def assert_same(model: TinyModel, request: Request) -> None:
             num_inference_steps=2,
         ),
         Request(("a cat", "a dog"), seed=3, guidance_scale=0, num_inference_steps=2),
+        Request("control\x00\x1b characters\n\n", seed=3, num_inference_steps=2),
         Request("a cat " * 200, seed=3, num_inference_steps=2),
     ],
     ids=itertools.count(),
@@ -106,6 +103,28 @@ def test_same_picture_with_eta(tiny_model: TinyModel, name: str, eta: float) -> 
         assert_same(tiny_model, request)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it corrects
+def test_old_scheduler_configs_are_corrected_as_in_diffusers(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    scheduler = diffusers.DDIMScheduler.from_config(
+        tiny_model.oracle.scheduler.config, clip_sample=True, steps_offset=0
+    )
+    config = {**scheduler.config, "_class_name": "DDIMScheduler"}
+    oracle = diffusers.StableDiffusionPipeline(
+        **{**tiny_model.oracle.components, "scheduler": scheduler}, requires_safety_checker=False
+    )
+    oracle.set_progress_bar_config(disable=True)
+    path, staging = tmp_path / "bundle", tmp_path / "staging"
+    shutil.copytree(tiny_model.bundle, staging)
+    (staging / "bundle.json").unlink()
+    manifest = open_bundle(tiny_model.bundle).manifest
+    seal(staging, path, replace(manifest, model=replace(manifest.model, scheduler=config)))
+    with Pipeline.load(path, threads=1) as pipeline:
+        model = replace(tiny_model, oracle=oracle, pipeline=pipeline)
+        assert_same(model, Request("a cat", seed=5, num_inference_steps=4))
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 def test_same_picture_in_another_shape(guarded_model: TinyModel, steps: int) -> None:
     request = Request(
@@ -114,10 +133,11 @@ def test_same_picture_in_another_shape(guarded_model: TinyModel, steps: int) -> 
     assert_same(guarded_model, request)
 
 
-def test_the_safety_checker_reports_and_blackens(guarded_model: TinyModel) -> None:
-    request = Request("a cat", seed=0, num_images_per_prompt=12, num_inference_steps=1)
-    result = guarded_model.pipeline.generate(request)
-    pixels, _, flags = guarded_model.expected(request)
+def test_the_safety_checker_reports_and_blackens(
+    guarded_model: TinyModel, suspect: Request
+) -> None:
+    result = guarded_model.pipeline.generate(suspect)
+    pixels, _, flags = guarded_model.expected(suspect)
     assert flags is not None
     assert 0 < sum(flags) < len(flags), "the oracle must flag some pictures and pass others"
     assert result.nsfw_content_detected == tuple(flags)
@@ -218,6 +238,7 @@ def test_timings(tiny_model: TinyModel) -> None:
         ({"prompt": ()}, "prompt is an empty list"),
         ({"prompt": 7}, "not text"),
         ({"prompt": ("a", 7)}, "not text"),
+        ({"prompt": "a \udcff"}, "no Unicode text, at character 2"),
         ({"negative_prompt": None}, "not text"),
         ({"prompt": ("a", "b"), "negative_prompt": ("c",)}, "1 negative prompts for 2"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
