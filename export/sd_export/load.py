@@ -108,7 +108,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
 def use_scheduler(pipeline: Any, class_name: str, overrides: Mapping[str, Any]) -> None:
     """Give a diffusers pipeline another scheduler, made from the config of its own.
 
-    ``clip_sample`` is false, as in every Stable Diffusion checkpoint's config that has it: left out,
+    ``clip_sample`` is false, as Stable Diffusion's configs that have it say: where it is left out,
     some classes would clip latents as if they were pixels.
     """
     import diffusers
