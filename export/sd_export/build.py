@@ -45,13 +45,16 @@ def build(
     *,
     backends: Sequence[str],
     precision: Precision | None = None,
+    target: str | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Add engines of ``backends`` to a bundle, from the ONNX inside; its new manifest.
 
-    The reference of their certificate is the bundle's own ONNX in ONNX Runtime. Raises
-    `ConfigError`, `BundleError`, `BackendError`, or `ExportError` where an engine misses its
-    tolerance; the bundle is then as it was.
+    ``target`` is the backend's word for what the engine is to run on: ``cuda`` for ONNX Runtime,
+    ``sm89`` or ``sm86+sm120`` for TensorRT-RTX; None takes its default. The reference of their
+    certificate is the bundle's own ONNX in ONNX Runtime. Raises `ConfigError`, `BundleError`,
+    `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle is then as it
+    was.
     """
     check_request(backends, precision)
     path = Path(bundle_path).resolve()
@@ -70,7 +73,7 @@ def build(
                 wanted = engine_precision(
                     component, backend, graph=entry.precision, precision=precision
                 )
-                if _is_there(bundle, component, backend, wanted or entry.precision):
+                if _is_there(bundle, component, backend, wanted or entry.precision, target):
                     log.skipped(component, f"build {backend}", detail="already there")
                     continue
                 engine, measured = recorded_engine(
@@ -81,6 +84,7 @@ def build(
                     entry=entry,
                     profile=bundle.manifest.profile,
                     precision=wanted,
+                    target=target,
                     proof=proof,
                     log=log,
                 )
@@ -101,6 +105,7 @@ def recorded_engine(
     entry: ComponentEntry,
     profile: Profile,
     precision: Precision | None,
+    target: str | None = None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
@@ -111,6 +116,7 @@ def recorded_engine(
             "graph": asdict(entry),
             "precision": precision,
             "profile": asdict(profile),
+            "target": target,
             "versions": versions((backend,)),
         }
     )
@@ -126,6 +132,7 @@ def recorded_engine(
         entry=entry,
         profile=profile,
         precision=precision,
+        target=target,
         proof=proof,
         log=log,
     )
@@ -144,6 +151,7 @@ def make_engine(
     entry: ComponentEntry,
     profile: Profile,
     precision: Precision | None,
+    target: str | None = None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
@@ -178,6 +186,7 @@ def make_engine(
                 entry=replace(entry, precision=precision or entry.precision) if half else entry,
                 profile=profile,
                 precision=precision,
+                target=target,
             )
             result.detail = f"{engine.version} {engine.target} {engine.precision}"
             result.bytes = engine.bytes
@@ -271,11 +280,15 @@ def _onnxruntime_engine(
     )
 
 
-def _is_there(bundle: Bundle, component: str, backend: str, precision: Precision) -> bool:
+def _is_there(
+    bundle: Bundle, component: str, backend: str, precision: Precision, target: str | None
+) -> bool:
     """Whether the bundle has this engine already, of the version that is installed, unaltered."""
     installed = backend_version(backend)
     for engine in bundle.manifest.engines:
         if (engine.component, engine.backend, engine.precision) != (component, backend, precision):
+            continue
+        if target not in (None, engine.target):
             continue
         try:
             bundle.verified_engine(engine)

@@ -123,8 +123,15 @@ def export_command(
 @export_command.command("build")
 @click.argument("bundle", type=_FILE)
 @_shared
+@click.option("--target", help="cuda for onnxruntime; sm89, sm86+sm120 … for tensorrt-rtx.")
 def build_command(
-    *, bundle: Path, backends: tuple[str, ...], precision: Any, as_json: bool, quiet: bool
+    *,
+    bundle: Path,
+    backends: tuple[str, ...],
+    precision: Any,
+    target: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Add engines to BUNDLE from the ONNX inside it; the checkpoint is not needed.
 
@@ -132,7 +139,9 @@ def build_command(
     """
     from sd_export import build
 
-    manifest = build(bundle, backends=backends, precision=precision, progress=_progress(quiet))
+    manifest = build(
+        bundle, backends=backends, precision=precision, target=target, progress=_progress(quiet)
+    )
     if not quiet:
         _show_certificate(manifest)
     if as_json:

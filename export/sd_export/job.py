@@ -156,9 +156,11 @@ class Job:
     def _write_small_files(self) -> dict[str, FileEntry]:
         """Tokenizer, scheduler config and licence; refused early if the runtime cannot use them."""
         from sd_export.load import load_tokenizer
+        from sd_runtime.pipeline import pipeline_scheduler_config
         from sd_runtime.table import compile_table
 
-        compile_table(self.checkpoint.configs["scheduler"], num_inference_steps=2)
+        config = pipeline_scheduler_config(self.checkpoint.configs["scheduler"])
+        compile_table(config, num_inference_steps=2)
         bundle = self.work.bundle
         tokenizer = load_tokenizer(self.checkpoint)
         known = int(self.checkpoint.configs["text_encoder"]["vocab_size"])

@@ -52,6 +52,16 @@ def test_tensorrt_rtx_computes_the_unet_in_fp16_and_the_rest_in_fp32(bundle: Pat
     assert {e.state for e in events if e.stage == "build tensorrt-rtx"} == {"skipped"}
 
 
+def test_a_target_and_bf16_for_tensorrt_rtx(bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx package")
+    manifest = sd_export.build(bundle, backends=("tensorrt-rtx",), precision="bf16", target="sm120")
+    (unet,) = (e for e in manifest.engines if (e.component, e.target) == ("unet", "sm120"))
+    assert (unet.backend, unet.precision) == ("tensorrt-rtx", "bf16")
+    open_bundle(bundle).verified_engine(unet)
+    with pytest.raises(ConfigError, match="does not build for 'sm1'"):
+        sd_export.build(bundle, backends=("tensorrt-rtx",), target="sm1")
+
+
 def test_openvino_in_bf16_is_added_and_runs(bundle: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the openvino package")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
