@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import lzma
 import re
+import warnings
 from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -273,7 +274,9 @@ def _quiet() -> Iterator[None]:
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():  # of old scheduler configs, which it then corrects
+            warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
