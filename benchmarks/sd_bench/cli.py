@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from sd_engines.errors import SdError
+from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sd_bench.quality import Answer, Score
 
 
 _PROMPT = "a large red circle on the left and a small blue star in the top right"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("sd-bench", context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Measure a bundle."""
 
@@ -149,15 +150,6 @@ def _sentences(score: Score) -> str:
     )
 
 
-def main() -> None:
-    """Entry point: errors of the toolkit are caught here, once."""
-    try:
-        cli.main(standalone_mode=False)
-    except SdError as error:
-        click.echo(f"error: {error.message}\n{error.hint}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``sd-bench`` and return its exit code."""
+    return run_command(cli, arguments)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_engines.errors import BackendError, ConfigError, SdError
+from sd_engines.errors import ConfigError
+from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
     from sd_export.progress import Progress, StageEvent
 
-INTERRUPTED, TERMINATED = 130, 143
 _FILE = click.Path(path_type=Path)
 _BACKENDS = "onnxruntime, openvino, tensorrt, tensorrt-rtx"
 _CLEAR_LINE = "\r\x1b[K"
@@ -151,29 +150,10 @@ def build_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (DESIGN: 0, 1 … 5, 130, 143)."""
+    """Run ``sd-export`` and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return export_command.main(arguments, prog_name="sd-export", standalone_mode=False) or 0
-    except SdError as error:
-        click.echo(f"Error: {error.message}\n{error.hint}", err=True)
-        return error.exit_code
-    except MemoryError:
-        click.echo("Error: out of memory\nClose other programs, or use a larger machine.", err=True)
-        return BackendError.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; the same command goes on where it stopped.", err=True)
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise SystemExit(TERMINATED)
+    words = "Interrupted; the same command goes on where it stopped."
+    return run_command(export_command, arguments, interrupted=words)
 
 
 def _progress(quiet: bool) -> Progress:

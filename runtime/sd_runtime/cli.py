@@ -6,19 +6,17 @@ when it is needed, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_engines.errors import SdError
+from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-INTERRUPTED, TERMINATED = 130, 143
 _FILE = click.Path(path_type=Path)
 
 
@@ -97,22 +95,5 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (DESIGN: 0, 1 … 5, 130, 143)."""
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return run.main(arguments, prog_name="sd-run", standalone_mode=False) or 0
-    except SdError as error:
-        click.echo(f"Error: {error.message}\n{error.hint}", err=True)
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise SystemExit(TERMINATED)
+    """Run ``sd-run`` and return its exit code."""
+    return run_command(run, arguments)
