@@ -30,6 +30,8 @@ from sd_bench.scene import Scene, caption, draw, random_scene
 RESOLUTION = 128
 DROPPED_CAPTIONS = 0.1
 EMA_DECAY = 0.998
+NOISY_SHARE = 0.7
+"""Share of the timesteps drawn from the noisier 40 %, where it is decided what stands where."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -145,11 +147,16 @@ def main() -> None:
         mean, std = means[rows].float(), stds[rows].float()
         latents = (mean + std * torch.randn_like(mean)) * scale
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (args.batch_size,))
-        noisy = noise_schedule.add_noise(latents, noise, timesteps)
+        noisy = torch.rand(args.batch_size) < NOISY_SHARE
+        timesteps = torch.where(
+            noisy,
+            torch.randint(600, 1000, (args.batch_size,)),
+            torch.randint(1000, (args.batch_size,)),
+        )
+        sample = noise_schedule.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             prompt_embeds = text_encoder(token_ids(tokenizer, words)).last_hidden_state
-            model_output = unet(noisy, timesteps, prompt_embeds).sample
+            model_output = unet(sample, timesteps, prompt_embeds).sample
         velocity = noise_schedule.get_velocity(latents, noise, timesteps)
         loss = (model_output.float() - velocity).square().mean()
         optimizer.zero_grad()
