@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Self
 import safetensors
 import torch
 
+from sd_engines.closing import Closing
 from sd_engines.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
 
 _TRAINING_CLASSES = re.compile(r"(pytorch_lightning|lightning)(\.\w+)+")
 _DOWNLOAD_HINT = "Download the file again; its size or its bytes are not what was published."
@@ -38,7 +38,7 @@ class _TrainingObject:
         del state
 
 
-class Weights:
+class Weights(Closing):
     """The tensors of one or more files by name, read from the disk when asked for."""
 
     def __init__(self, paths: tuple[Path, ...], *, component: str) -> None:
@@ -78,17 +78,6 @@ class Weights:
         """Let go of the files."""
         self._where.clear()
         self._files.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_safetensors(self, path: Path) -> Any:
         try:

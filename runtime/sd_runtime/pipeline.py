@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from sd_engines.bundle import open_bundle
+from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
 from sd_runtime.arrays import copy_into, to_host
@@ -24,7 +25,6 @@ from sd_runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -68,7 +68,7 @@ def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, 
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
-class Pipeline:
+class Pipeline(Closing):
     """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer) -> None:
@@ -252,17 +252,6 @@ class Pipeline:
         """Free all engines; the pipeline is of no use after it."""
         for engine in self._engines.values():
             engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _open_engines(

@@ -6,7 +6,7 @@ Inputs and outputs are bound once per batch to fixed memory, so a run allocates 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +19,12 @@ from sd_engines.border import (
     shape_at,
 )
 from sd_engines.bundle import portable_entry
+from sd_engines.closing import Closing
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
@@ -139,7 +139,7 @@ def _package(target: str) -> Any:
     return package
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """An `Engine` over one inference session."""
 
     def __init__(
@@ -199,17 +199,6 @@ class OnnxRuntimeEngine:
             binding.close()
         self._bindings.clear()
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class OnnxRuntimeBinding:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,12 +23,12 @@ from sd_engines.border import (
     shape_at,
 )
 from sd_engines.bundle import portable_entry
+from sd_engines.closing import Closing
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
@@ -145,7 +145,7 @@ def _check_precision(core: Any, precision: Precision) -> None:
         )
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Closing):
     """An `Engine` over one model and a compiled form of it for each batch in use."""
 
     def __init__(
@@ -247,17 +247,6 @@ class OpenVinoEngine:
             self._calls.clear()
             self._compiled.clear()
             self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class OpenVinoBinding:

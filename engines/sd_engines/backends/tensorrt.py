@@ -13,7 +13,7 @@ import logging
 import os
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,13 +26,13 @@ from sd_engines.border import (
     shape_at,
 )
 from sd_engines.bundle import engine_key, hash_files
+from sd_engines.closing import Closing
 from sd_engines.errors import BackendError, ConfigError, EngineMismatchError
 from sd_engines.manifest import EngineEntry
 from sd_engines.spec import BATCH
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry
@@ -233,7 +233,7 @@ def load(
     )
 
 
-class TensorRtEngine:
+class TensorRtEngine(Closing):
     """An `Engine` over one plan; buffers are CuPy arrays, calls are enqueued, not waited for."""
 
     def __init__(
@@ -316,17 +316,6 @@ class TensorRtEngine:
             self._bindings.clear()
             self._calls.clear()
             self._plan = self._runtime = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class TensorRtBinding:
