@@ -271,3 +271,21 @@ def test_nothing_is_written_or_sent(bundle: Bundle, backend: str, tmp_path: Path
     )
     assert list(tmp_path.rglob("*")) == []
     assert {p: p.stat().st_mtime_ns for p in bundle.path.rglob("*")} == before
+
+
+OPEN_IN_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from sd_engines import open_bundle, open_engine
+bundle = open_bundle(sys.argv[1])
+with ThreadPoolExecutor(8) as pool:
+    opening = [pool.submit(open_engine, bundle, "unet", backend=sys.argv[2]) for _ in range(8)]
+    for future in opening:
+        future.result().close()
+"""
+
+
+def test_a_fresh_process_opens_engines_in_many_threads(bundle: Bundle, backend: str) -> None:
+    command = [sys.executable, "-c", OPEN_IN_THREADS, str(bundle.path), backend]
+    for _ in range(3):
+        subprocess.run(command, check=True)

@@ -119,22 +119,27 @@ def load(
     )
 
 
+_IMPORTING = Lock()
+"""Engines are opened by several threads at once."""
+
+
 def _package() -> Any:
     """Import openvino without its telemetry.
 
     ``import openvino`` alone sends an event to Intel and writes ``~/intel``; where its telemetry
     package cannot be imported, it takes an empty stub instead.
     """
-    if "openvino" in sys.modules or importlib.util.find_spec("openvino") is None:
-        return import_package("openvino", extra="cpu")
-    telemetry = "openvino_telemetry"
-    before = {name: sys.modules[name] for name in (telemetry,) if name in sys.modules}
-    sys.modules[telemetry] = None  # type: ignore[assignment]  # an import of it now fails
-    try:
-        return import_package("openvino", extra="cpu")
-    finally:
-        del sys.modules[telemetry]
-        sys.modules.update(before)
+    with _IMPORTING:
+        if "openvino" in sys.modules or importlib.util.find_spec("openvino") is None:
+            return import_package("openvino", extra="cpu")
+        telemetry = "openvino_telemetry"
+        before = {name: sys.modules[name] for name in (telemetry,) if name in sys.modules}
+        sys.modules[telemetry] = None  # type: ignore[assignment]  # an import of it now fails
+        try:
+            return import_package("openvino", extra="cpu")
+        finally:
+            del sys.modules[telemetry]
+            sys.modules.update(before)
 
 
 def _check_precision(core: Any, precision: Precision) -> None:
