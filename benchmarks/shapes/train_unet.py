@@ -2,7 +2,8 @@
 
 ``python benchmarks/shapes/train_unet.py FOLDER`` expects FOLDER/vae, FOLDER/tokenizer and
 FOLDER/text_encoder from the two scripts before it, and leaves a complete diffusers checkpoint in
-FOLDER/checkpoint. Latents are encoded once; every epoch pairs them with freshly worded captions.
+FOLDER/checkpoint. A copy of such a checkpoint is a FOLDER too: training goes on from it. Latents
+are encoded once; every epoch pairs them with freshly worded captions.
 """
 
 from __future__ import annotations
@@ -105,16 +106,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--resume", type=Path, help="state.pt of an earlier run")
     args = parser.parse_args()
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(args.folder / "vae").to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(args.folder / "vae").float()
+    vae = vae.to(memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(args.folder / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(args.folder / "text_encoder")
-    unet = new_unet()
+    text_encoder = CLIPTextModel.from_pretrained(args.folder / "text_encoder").float()
+    resumed = (args.folder / "unet").is_dir()
+    unet = UNet2DConditionModel.from_pretrained(args.folder / "unet") if resumed else new_unet()
+    unet = unet.float()
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    if args.resume:
-        model.load_state_dict(torch.load(args.resume, weights_only=True))
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     )
@@ -123,7 +124,7 @@ def main() -> None:
     started = time.time()
     rng = np.random.default_rng(time.time_ns())
     scenes, means, stds = encode_scenes(vae, count=args.scenes, seed=int(rng.integers(2**31)))
-    scale = 1 / float(means.float().std())
+    scale = vae.config.scaling_factor if resumed else 1 / float(means.float().std())
     vae.register_to_config(scaling_factor=scale)
     seconds = time.time() - started
     print(f"{len(scenes)} scenes in {seconds:.0f} s, scaling factor {scale:.4f}", flush=True)
@@ -170,7 +171,6 @@ def main() -> None:
             print(f"{progress:4.0%} step {step} loss {running:.4f}", flush=True)
         if time.time() - reported > 300:
             reported = time.time()
-            torch.save(model.state_dict(), args.folder / "state.pt")
             save(args.folder / "checkpoint", **ema.module, vae=vae, tokenizer=tokenizer)
     save(args.folder / "checkpoint", **ema.module, vae=vae, tokenizer=tokenizer)
 
