@@ -51,10 +51,10 @@ def measure_parity(
     if not source:
         raise BundleError("the bundle does not name its checkpoint", "Give it: --model MODEL.")
     oracle = load_pipeline(find_checkpoint(source))
-    profile = pipeline.profile
+    config, profile = dict(oracle.scheduler.config), pipeline.profile
     for name in schedulers:
         sampler = SCHEDULERS[name]
-        use_scheduler(oracle, sampler.class_name, sampler.overrides)
+        use_scheduler(oracle, sampler.class_name, {**config, **sampler.overrides})
         request = Request(
             prompt, seed=seed, scheduler=name, num_inference_steps=num_inference_steps
         )

@@ -106,16 +106,17 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     return pipeline
 
 
-def use_scheduler(pipeline: Any, class_name: str, overrides: Mapping[str, Any]) -> None:
-    """Give a diffusers pipeline another scheduler, made from the config of its own.
+def use_scheduler(pipeline: Any, class_name: str, config: Mapping[str, Any]) -> None:
+    """Give a diffusers pipeline the scheduler ``class_name`` of ``config``.
 
     ``clip_sample`` is false, as Stable Diffusion's configs that have it say: where it is left out,
     some classes would clip latents as if they were pixels.
     """
     import diffusers
 
-    config = {**pipeline.scheduler.config, "clip_sample": False, **overrides}
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(config)
+    scheduler_class = getattr(diffusers, class_name)
+    with _quiet():
+        pipeline.scheduler = scheduler_class.from_config({**config, "clip_sample": False})
 
 
 def nsfw_content_detected(
