@@ -13,8 +13,9 @@ from sd_engines.errors import BundleError, ConfigError
 from sd_engines.spec import Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
+from sd_export.memory import peak_bytes
 from sd_export.precision import check_request
-from sd_export.progress import StageLog, peak_bytes, silent
+from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
 from sd_export.work import work_folder
 

@@ -5,12 +5,12 @@ Both come from the same torch module while it is in memory; afterwards it is gon
 
 from __future__ import annotations
 
-import gc
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import ComponentEntry, FileEntry, hash_files
 from sd_engines.spec import TensorSpec
+from sd_export.memory import release
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ def recorded_graph(
     border = _make(
         component, checkpoint=checkpoint, profile=profile, precision=precision, work=work, log=log
     )
-    gc.collect()
+    release()
     folder = work.bundle / component
     names = [f"{component}/{path.name}" for path in sorted(folder.iterdir())]
     data = {
@@ -118,6 +118,10 @@ def _make(
             to_half(graph, precision)
     with log.stage(component, "save") as result:
         result.bytes = save(graph, work.bundle / component)
+    # onnxscript's rewriter remembers its last match, and through it the whole graph: what it
+    # remembers must not be the weights
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.new_empty(0)
     return {
         "opset": OPSET,
         "inputs": [asdict(spec) for spec in inputs],

@@ -30,6 +30,7 @@ from sd_export.build import recorded_engine, verify_graph
 from sd_export.end_to_end import prove_end_to_end
 from sd_export.graph import recorded_graph, stored_proof
 from sd_export.license import copy_license
+from sd_export.memory import peak_bytes, release
 from sd_export.precision import engine_precision, graph_precision
 from sd_export.work import key_of, versions
 
@@ -115,6 +116,7 @@ class Job:
             self._check_unchanged()
             components[component] = self._graph(component)
             made, measured = self._engines(component, components[component])
+            release()
             engines += made
             certificate += measured
         manifest = Manifest(
@@ -245,8 +247,6 @@ class Job:
         return engines, certificate
 
     def _write_record(self) -> dict[str, FileEntry]:
-        from sd_export.progress import peak_bytes
-
         record = {
             "key": self.key,
             "source": self.checkpoint.source,

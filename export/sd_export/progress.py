@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from sd_export.memory import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEvent:
     """A stage of one component started, ended, or was found done.
 
-    ``bytes`` is what the stage read or wrote, ``peak_bytes`` the most memory the process held
-    during it (0 where the system does not say), ``detail`` words for people.
+    ``bytes`` is what the stage read or wrote, ``peak_bytes`` the most memory the process held up
+    to its end, ``detail`` words for people.
     """
 
     component: str
@@ -60,7 +58,6 @@ class StageLog:
     def stage(self, component: str, stage: str) -> Iterator[StageResult]:
         """Time the block; a block that raises ends without an event."""
         self._progress(StageEvent(component=component, stage=stage, state="started"))
-        _reset_peak()
         begin = time.perf_counter()
         result = StageResult()
         yield result
@@ -71,7 +68,7 @@ class StageLog:
                 state="done",
                 seconds=time.perf_counter() - begin,
                 bytes=result.bytes,
-                peak_bytes=_stage_peak_bytes(),
+                peak_bytes=peak_bytes(),
                 detail=result.detail,
             )
         )
@@ -85,27 +82,3 @@ class StageLog:
     def _end(self, event: StageEvent) -> None:
         self.ended.append(event)
         self._progress(event)
-
-
-def peak_bytes() -> int:
-    """The most memory this process ever held resident, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_peak() -> None:
-    """Start the kernel's high-water mark anew, so that each stage has its own."""
-    try:
-        (_PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _stage_peak_bytes() -> int:
-    try:
-        status = (_PROCESS / "status").read_text()
-    except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -113,8 +113,8 @@ def test_record_says_time_and_memory_of_every_stage(report: ExportReport) -> Non
     stages = {(s["component"], s["stage"]): s for s in record["stages"]}
     assert stages["unet", "trace"]["seconds"] > 0
     assert stages["unet", "save"]["bytes"] > 1_000_000
-    assert stages["unet", "load"]["peak_bytes"] > 0
-    assert record["peak_bytes"] >= stages["unet", "load"]["peak_bytes"]
+    peaks = [stage["peak_bytes"] for stage in record["stages"] if stage["state"] == "done"]
+    assert 10_000_000 < peaks[0] <= peaks[-1] <= record["peak_bytes"] <= report.peak_bytes
 
 
 class Stop(BaseException):
