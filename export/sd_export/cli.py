@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sd_engines.errors import ConfigError
-from sd_runtime.command import run_command
+from sd_runtime.command import raise_received_signal, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -161,6 +161,9 @@ def _progress(quiet: bool) -> Progress:
     terminal = sys.stderr.isatty()
 
     def show(event: StageEvent) -> None:
+        raise_received_signal()
+        if quiet:
+            return
         name = f"{event.component:<14} {event.stage:<20}"
         if event.state == "started":
             if terminal:
@@ -173,7 +176,7 @@ def _progress(quiet: bool) -> Progress:
         size = _size(event.bytes) if event.bytes else ""
         click.echo(f"{start}{name} {words:>8}  {size:>9}  {event.detail}".rstrip(), err=True)
 
-    return (lambda _event: None) if quiet else show
+    return show
 
 
 def _show_certificate(manifest: Manifest) -> None:

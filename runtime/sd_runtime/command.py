@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED, TERMINATED = 130, 143
+_received: list[int] = []
+"""Signals that asked this process to stop."""
 
 
 def run_command(
@@ -25,7 +27,8 @@ def run_command(
 
     Any other exception is a bug and keeps its traceback. ``interrupted`` is said after Ctrl-C.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    _received.clear()
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return command.main(arguments, prog_name=command.name, standalone_mode=False) or 0
     except SdError as error:
@@ -41,8 +44,25 @@ def run_command(
         click.echo(interrupted, err=True)
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
+def raise_received_signal() -> None:
+    """Stop again where a library swallowed the first try: in a destructor, say, all is ignored.
+
+    For long work to call between its stages; does nothing where no signal came.
+    """
+    if _received:
+        _raise(_received[0])
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    _received.append(number)
+    _raise(number)
+
+
+def _raise(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(TERMINATED)
