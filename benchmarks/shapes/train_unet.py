@@ -77,6 +77,7 @@ def save(
 ) -> None:
     """A copy in fp16 and the diffusers v1 layout, with PNDM as v1 has it."""
     unet, text_encoder, vae = copy.deepcopy((unet, text_encoder, vae))
+    vae.register_to_config(_name_or_path="shapes")  # not the folder it was trained in
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
