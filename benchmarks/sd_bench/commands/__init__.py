@@ -1,0 +1,1 @@
+"""One command of ``sd-bench`` a file, imported when it is called."""

@@ -1,0 +1,60 @@
+"""``sd-bench parity``, the question whether it is the picture that diffusers draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_PROMPT = "a large red circle on the left and a small blue star in the top right"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
+@click.option("--prompt", default=_PROMPT, show_default=True)
+@click.option("--num-inference-steps", type=int, default=20, show_default=True)
+@click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def parity(
+    bundle: Path,
+    model: str | None,
+    prompt: str,
+    num_inference_steps: int,
+    schedulers: tuple[str, ...],
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Compare a bundle's pictures with diffusers' own, scheduler by scheduler."""
+    from dataclasses import asdict
+
+    from sd_bench.parity import measure_parity
+    from sd_runtime import Pipeline
+    from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name
+
+    names = [scheduler_name(name) for name in schedulers] or list(SCHEDULERS)
+    rows = []
+    with Pipeline.load(bundle, backend=backend) as pipeline:
+        for row in measure_parity(
+            pipeline, prompt, model=model, schedulers=names, num_inference_steps=num_inference_steps
+        ):
+            rows.append(row)
+            if not as_json:
+                click.echo(
+                    f"{row.scheduler:<36} latents {row.latents_error:.1e}  "
+                    f"pixels within 1/255 {row.pixels_within_1:.3%}"
+                )
+    worst = {
+        "schedulers": len(rows),
+        "latents_error": max(row.latents_error for row in rows),
+        "pixels_within_1": min(row.pixels_within_1 for row in rows),
+    }
+    if as_json:
+        click.echo(json.dumps({"worst": worst, "rows": [asdict(row) for row in rows]}))
+    else:
+        click.echo(
+            f"worst of {len(rows)}: latents {worst['latents_error']:.1e}, "
+            f"pixels within 1/255 {worst['pixels_within_1']:.3%}"
+        )

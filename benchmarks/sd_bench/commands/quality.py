@@ -1,0 +1,88 @@
+"""``sd-bench quality``, the question whether a bundle draws what captions ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sd_bench.quality import Answer, Score
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--captions", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--num-inference-steps", type=int, default=50, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Save every picture here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quality(
+    bundle: Path,
+    captions: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    scheduler: str | None,
+    backend: str,
+    pictures: Path | None,
+    as_json: bool,
+) -> None:
+    """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
+    from sd_bench.quality import measure_quality
+    from sd_runtime import Pipeline
+
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+
+    def on_answer(answer: Answer) -> None:
+        if answer.faults:
+            click.echo(
+                f"{answer.seed:4} {answer.prompt}: {'; '.join(map(str, answer.faults))}", err=True
+            )
+        if pictures is not None:
+            answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
+
+    with Pipeline.load(bundle, backend=backend) as pipeline:
+        score = measure_quality(
+            pipeline,
+            captions=captions,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            on_answer=on_answer,
+        )
+    click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
+
+
+def _report(score: Score) -> dict[str, object]:
+    from sd_bench.quality import fault_kinds
+
+    return {
+        "captions": len(score.answers),
+        "obeyed": score.share,
+        "interval_95": score.interval(),
+        "obeyed_by_number_of_shapes": {n: score.share_with(shapes=n) for n in (1, 2, 3)},
+        "obeyed_with_unseen_pair": score.share_with_unseen_pair(),
+        "faults": dict(fault_kinds(score)),
+        "seconds_per_picture": score.seconds / len(score.answers),
+    }
+
+
+def _sentences(score: Score) -> str:
+    from sd_bench.quality import fault_kinds
+
+    low, high = score.interval()
+    by_shapes = ", ".join(f"{n}: {score.share_with(shapes=n):.1%}" for n in (1, 2, 3))
+    counted = ", ".join(f"{kind} {n}" for kind, n in fault_kinds(score).most_common())
+    return (
+        f"{score.share:.1%} of {len(score.answers)} held-out captions fully right "
+        f"(95 % interval {low:.1%} to {high:.1%})\n"
+        f"by number of shapes  {by_shapes}\n"
+        f"with a colour and shape never seen together  {score.share_with_unseen_pair():.1%}\n"
+        f"faults  {counted or 'none'}\n"
+        f"{score.seconds / len(score.answers):.2f} s a picture"
+    )

@@ -1,0 +1,131 @@
+"""What one run of `sd-bench latency` saw: raw samples, and all that is needed to judge them later.
+
+The file that `Measurement.to_json` writes is the instrument's one format: baselines of the
+regression gate, reports and plots are read from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from sd_engines.errors import ConfigError, SdError
+from sd_runtime import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+FORMAT: Final = "sd-bench latency"
+FORMAT_VERSION: Final = 1
+PROMPT: Final = "a large red circle on the left and a small blue star in the top right"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured, in the words of `sd-run`; two measurements compare if these are equal."""
+
+    prompt: str = PROMPT
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    num_images: int = 1
+    backend: str = "auto"
+    threads: int | None = None
+
+    def request(self) -> Request:
+        """The request that every sample answers. Raises `ConfigError` as `Request` does."""
+        return Request(
+            self.prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            num_images_per_prompt=self.num_images,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request answered. ``stages_ms`` holds each stage's sum, "total" and "png" included."""
+
+    started_s: float
+    """When it began, in seconds since the first sample began."""
+    stages_ms: Mapping[str, float]
+    unet_steps_ms: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Samples, warm and in order, with what they were taken of and where.
+
+    ``environment`` is flat and says everything about the machine that may move a latency.
+    ``backend`` and ``precision`` are what "auto" came to. ``cold_start_ms`` holds each run's
+    milliseconds from process start to the first picture; ``ceilings`` what the machine reached in
+    the same run ("matmul_<dtype>_flops", "copy_bytes_per_s"); ``work`` what one call of a
+    component computes and moves at least ({"unet": {"flops": …, "bytes": …}}).
+    """
+
+    bundle: str
+    fingerprint: str
+    backend: str
+    precision: str
+    settings: Settings
+    environment: Mapping[str, str]
+    measured_at: str
+    samples: tuple[Sample, ...]
+    peak_memory_bytes: int
+    cold_start_ms: tuple[float, ...] = ()
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    work: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def stage_ms(self, stage: str) -> list[float]:
+        """``stage`` of every sample in ms; "unet_step" is every single call of the UNet."""
+        if stage == "unet_step":
+            return [step for sample in self.samples for step in sample.unet_steps_ms]
+        return [sample.stages_ms[stage] for sample in self.samples if stage in sample.stages_ms]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The measurement in a file's text; `ConfigError` for anything else."""
+        try:
+            document: dict[str, Any] = json.loads(text)
+            found = document.pop("format"), document.pop("format_version")
+            if found != (FORMAT, FORMAT_VERSION):
+                raise ConfigError(
+                    f"format {found[0]!r} {found[1]!r}, not {FORMAT!r} {FORMAT_VERSION}",
+                    "Measure again with this sd-bench: sd-bench latency BUNDLE --output FILE.",
+                )
+            document["settings"] = Settings(**document["settings"])
+            document["samples"] = tuple(Sample(**sample) for sample in document["samples"])
+            document["cold_start_ms"] = tuple(document["cold_start_ms"])
+            return cls(**document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, SdError):
+                raise
+            raise ConfigError(
+                f"not a measurement of sd-bench: {error}",
+                "Make one: sd-bench latency BUNDLE --output FILE.",
+            ) from error
+
+
+def read_measurement(path: Path) -> Measurement:
+    """The measurement in the file at ``path``; `ConfigError` where it cannot be read."""
+    try:
+        return Measurement.from_json(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", error.hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}",
+            "Make one: sd-bench latency BUNDLE --output FILE.",
+        ) from error
