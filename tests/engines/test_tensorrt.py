@@ -9,6 +9,7 @@ import pytest
 
 from sd_engines import open_bundle, open_engine
 from sd_engines.backends import tensorrt
+from sd_engines.backends.tensorrt_package import compute_capability
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
@@ -25,7 +26,7 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 def _has_gpu() -> bool:
     try:
-        tensorrt._compute_capability()
+        compute_capability()
     except BackendError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""One file per backend: how its engines are built, and how they run."""
+"""One module per backend: how its engines are built, and how they run."""
 
 from __future__ import annotations
 

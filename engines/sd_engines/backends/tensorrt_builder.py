@@ -1,0 +1,201 @@
+"""Builds TensorRT and TensorRT-RTX plans from a bundle's ONNX.
+
+Networks are strongly typed: precision is that of the graph. TensorRT-RTX builds where there is no
+GPU; TensorRT needs the GPU that will run the plan.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.backends.tensorrt_package import (
+    ANY_TARGET,
+    compute_capability,
+    failure,
+    package,
+    package_log,
+)
+from sd_engines.border import shape_at
+from sd_engines.bundle import engine_key, hash_files
+from sd_engines.errors import BackendError, ConfigError
+from sd_engines.manifest import EngineEntry
+from sd_engines.spec import BATCH
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines.engine import Progress
+    from sd_engines.manifest import ComponentEntry
+    from sd_engines.spec import Precision, Profile
+
+
+def build(
+    onnx_path: Path,
+    *,
+    output_dir: Path,
+    backend: str,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    precision: Precision | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+    workspace_bytes: int | None = None,
+    timing_cache: Path | None = None,
+) -> EngineEntry:
+    """Build ``output_dir/engines/<backend>-<version>-<target>/<component>.engine``.
+
+    ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
+    ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
+    largest, tuned for the largest. ``timing_cache`` is read and written back, so that TensorRT's
+    next build measures less. `ConfigError` for a precision the graph has not or a target the
+    package does not know; `BackendError` with the parser's or builder's own words where it fails.
+    """
+    module = package(backend)
+    if precision not in (None, entry.precision):
+        raise ConfigError(
+            f"{backend} computes in the precision of the graph, {entry.precision}, not {precision}",
+            f"Export with --precision {precision}.",
+        )
+    log = package_log(module)
+    log.errors.clear()
+    if backend == "tensorrt":
+        here = f"sm{compute_capability()}"
+        if target not in (None, here):
+            raise ConfigError(f"TensorRT builds for this GPU only, {here}", f"Build on a {target}.")
+        target = here
+    target = target or ANY_TARGET
+    builder = module.Builder(log)
+    network = _parse(module, builder, onnx_path, log)
+    config = builder.create_builder_config()
+    config.clear_flag(module.BuilderFlag.TF32)  # on by default: fp32 would be 10 bits of mantissa
+    if workspace_bytes is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, workspace_bytes)
+    if target != ANY_TARGET and backend == "tensorrt-rtx":
+        _set_compute_capabilities(module, config, target)
+    shapes = builder.create_optimization_profile()
+    max_batch = profile.max_batch(component)
+    for spec in entry.inputs:
+        if BATCH in spec.shape:
+            largest = shape_at(spec, max_batch)
+            shapes.set_shape(spec.name, shape_at(spec, 1), largest, largest)
+    if config.add_optimization_profile(shapes) < 0:
+        raise failure(f"{backend} refuses the profile of {component}", log)
+    timings = None
+    if timing_cache is not None and backend == "tensorrt":  # TensorRT-RTX measures nothing
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        timings = config.create_timing_cache(known)
+        config.set_timing_cache(timings, False)
+    config.progress_monitor = monitor = _monitor(module, progress)
+    plan = builder.build_serialized_network(network, config)
+    if monitor.stopped_by is not None:
+        raise monitor.stopped_by
+    if plan is None:
+        raise failure(f"{backend} cannot build {component}", log)
+    if timing_cache is not None and timings is not None:
+        timing_cache.write_bytes(memoryview(timings.serialize()))
+
+    file = f"engines/{backend}-{module.__version__}-{target}/{component}.engine"
+    path = output_dir / file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(memoryview(plan))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise BackendError(
+            f"{path}: {error}", "Make room on the disk, then run it again."
+        ) from error
+    built = hash_files(output_dir, [file])[file]
+    flags = {"tf32": "off", "workspace_bytes": str(workspace_bytes or "all")}
+    return EngineEntry(
+        component=component,
+        backend=backend,
+        version=module.__version__,
+        target=target,
+        precision=entry.precision,
+        file=file,
+        sha256=built.sha256,
+        bytes=built.bytes,
+        flags=flags,
+        key=engine_key(
+            (onnx.sha256 for onnx in entry.files.values()),
+            profile=profile,
+            precision=entry.precision,
+            backend=backend,
+            version=module.__version__,
+            target=target,
+            flags=flags,
+        ),
+    )
+
+
+def _parse(module: Any, builder: Any, onnx_path: Path, log: Any) -> Any:
+    strongly_typed = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parser = module.OnnxParser(network, log)
+    if not parser.parse_from_file(os.fspath(onnx_path)):  # a path: it finds the external data
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        words = [f"{e.node_operator()} {e.node_name()}: {e.desc()}".lstrip(" :") for e in errors]
+        raise failure(f"{module.__name__} cannot parse {onnx_path}", log, words)
+    _let_attention_decompose(module, network)
+    return network
+
+
+def _let_attention_decompose(module: Any, network: Any) -> None:
+    """Where no fused kernel takes an Attention (fp32, small heads), let it be its parts.
+
+    Without leave to do so the builder fails; with it, it still takes a fused kernel where one fits.
+    """
+    attention = getattr(module.LayerType, "ATTENTION_INPUT", None)
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if attention is not None and layer.type == attention:
+            layer.__class__ = module.IAttentionInputLayer  # the bindings' way to cast a layer
+            layer.attention.decomposable = True
+
+
+def _set_compute_capabilities(module: Any, config: Any, target: str) -> None:
+    known = {
+        name.lower(): value
+        for name, value in module.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    names = target.split("+")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"{module.__name__} {module.__version__} does not build for {unknown[0]!r}",
+            f"Known: {ANY_TARGET}, {', '.join(known)}; join several with '+'.",
+        )
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(known[name], index)
+
+
+def _monitor(module: Any, progress: Progress | None) -> Any:
+    """Progress of a build; what ``progress`` raises, KeyboardInterrupt too, stops the build."""
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.stopped_by: BaseException | None = None
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            self.steps[name] = num_steps
+            self.report(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self.report(name, step + 1)
+            return self.stopped_by is None
+
+        def phase_finish(self, name: str) -> None:
+            self.report(name, self.steps.get(name, 1))
+
+        def report(self, name: str, done: int) -> None:
+            try:
+                if progress is not None and self.stopped_by is None:
+                    progress(name, done, max(self.steps.get(name, 1), 1))
+            except BaseException as error:  # it must not pass through the builder's own frames
+                self.stopped_by = error
+
+    return Monitor()
