@@ -57,6 +57,11 @@ class Sample:
     """When it began, in seconds since the first sample began."""
     stages_ms: Mapping[str, float]
     unet_steps_ms: Sequence[float]
+    scheduler_steps_ms: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("unet_steps_ms", "scheduler_steps_ms"):  # lists, once read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ class Measurement:
 
     ``environment`` is flat and says everything about the machine that may move a latency.
     ``backend`` and ``precision`` are what "auto" came to. ``cold_start_ms`` holds each run's
-    milliseconds from process start to the first picture; ``ceilings`` what the machine reached in
+    milliseconds from process start to the first picture, ``cold_start_stages_ms`` what they went
+    into; ``ceilings`` what the machine reached in
     the same run ("matmul_<dtype>_flops", "copy_bytes_per_s"); ``work`` what one call of a
     component computes and moves at least ({"unet": {"flops": …, "bytes": …}}).
     """
@@ -80,13 +86,19 @@ class Measurement:
     samples: tuple[Sample, ...]
     peak_memory_bytes: int
     cold_start_ms: tuple[float, ...] = ()
+    cold_start_stages_ms: tuple[Mapping[str, float], ...] = ()
     ceilings: Mapping[str, float] = field(default_factory=dict)
     work: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def stage_ms(self, stage: str) -> list[float]:
-        """``stage`` of every sample in ms; "unet_step" is every single call of the UNet."""
+        """``stage`` of every sample in ms.
+
+        "unet_step" is every single call of the UNet, "scheduler_step" every update after it.
+        """
         if stage == "unet_step":
             return [step for sample in self.samples for step in sample.unet_steps_ms]
+        if stage == "scheduler_step":
+            return [step for sample in self.samples for step in sample.scheduler_steps_ms]
         return [sample.stages_ms[stage] for sample in self.samples if stage in sample.stages_ms]
 
     def to_json(self) -> str:
@@ -107,7 +119,8 @@ class Measurement:
                 )
             document["settings"] = Settings(**document["settings"])
             document["samples"] = tuple(Sample(**sample) for sample in document["samples"])
-            document["cold_start_ms"] = tuple(document["cold_start_ms"])
+            for name in ("cold_start_ms", "cold_start_stages_ms"):
+                document[name] = tuple(document.get(name, ()))
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, SdError):

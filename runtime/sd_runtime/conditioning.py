@@ -48,3 +48,7 @@ class PromptEncoder:
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)
         return embeds
+
+    def forget(self) -> None:
+        """Drop every embedding that is kept."""
+        self._known.clear()

@@ -124,8 +124,9 @@ def denoise(
             copy_into(scratch, drawn)
             scratch *= c[row][0]
             state += scratch
-        timings.add("unet", done - ready)
-        timings.add("scheduler", clock() - done + ready - start)
+        timings.add("model_input", start, ready)
+        timings.add("unet", ready, done)
+        timings.add("scheduler", done, clock())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from sd_engines.bundle import open_bundle
+from sd_engines.choice import fastest_engine
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
@@ -83,9 +84,10 @@ class Pipeline(Closing):
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
-        ``backend`` is one of the bundle's, or "auto" for the fastest that runs here; ``threads``
-        bounds a CPU backend's. Raises `BundleError`, `EngineMismatchError`, `BackendError`, or
-        `ConfigError` for an unknown backend.
+        ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
+        is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
+        Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
+        unknown backend.
         """
         bundle = open_bundle(path)
         present = bundle.manifest.components
@@ -139,7 +141,7 @@ class Pipeline(Closing):
                     pixels.append(batch_pixels)
                     flags += batch_flags
                     if first + len(batch) == len(images):
-                        timings.add("total", clock() - start)
+                        timings.add("total", start, clock())
                         result = Result(
                             request=request,
                             pixels=np.concatenate(pixels),
@@ -248,6 +250,10 @@ class Pipeline(Closing):
     def _checker(self) -> Engine | None:
         return self._engines.get("safety_checker")
 
+    def forget_prompts(self) -> None:
+        """Encode the next request's prompts anew, as a first request does: for measurements."""
+        self._prompts.forget()
+
     def close(self) -> None:
         """Free all engines; the pipeline is of no use after it."""
         for engine in self._engines.values():
@@ -258,9 +264,12 @@ def _open_engines(
     bundle: Bundle, names: Sequence[str], *, backend: str, threads: int | None
 ) -> dict[str, Engine]:
     """Open engines side by side: while one is hashed, another is prepared."""
+    prefer = fastest_engine(bundle, "unet", threads=threads) if backend == "auto" else None
     pool = ThreadPoolExecutor(len(names))
     opening = {
-        name: pool.submit(open_engine, bundle, name, backend=backend, threads=threads)
+        name: pool.submit(
+            open_engine, bundle, name, backend=backend, threads=threads, prefer=prefer
+        )
         for name in names
     }
     try:

@@ -224,7 +224,8 @@ def test_timings(tiny_model: TinyModel) -> None:
     timings = tiny_model.pipeline.generate(request).timings
     totals = timings.totals_ms()
     assert set(totals) == {
-        "tokenize", "text_encoder", "noise", "unet", "scheduler", "vae_decoder", "total"
+        "tokenize", "text_encoder", "noise", "model_input", "unet", "scheduler", "vae_decoder",
+        "total",
     }  # fmt: skip
     assert len(timings.runs_ms("unet")) == 4
     assert all(duration > 0 for duration in totals.values())

@@ -1,0 +1,119 @@
+"""Requests, timed one after the other: what `sd-bench latency` counts and others build on.
+
+Every sample is a whole request: its prompts are encoded anew, its pictures become PNG files in
+memory. Nothing is written to a disk.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import TYPE_CHECKING
+
+from sd_bench.environment import environment
+from sd_bench.measurement import Measurement, Sample
+from sd_runtime import Pipeline
+from sd_runtime.timing import Timings, clock
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from sd_bench.measurement import Settings
+
+WARM_UP, RUNS = 2, 10
+
+
+class Sampler:
+    """Answers one request again and again, as often and whenever its owner asks.
+
+    ``timings`` are the newest sample's, for traces; ``backend`` and ``precision`` what the UNet
+    ran on, known after the first sample. Two samplers may take turns in one process.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
+        """Raises `ConfigError` for settings that no request can have."""
+        self.pipeline = pipeline
+        self.settings = settings
+        self.timings = Timings()
+        self.backend = self.precision = ""
+        self._request = settings.request()
+        self._origin_s: float | None = None
+
+    def warm_up(self, runs: int) -> None:
+        """Answer ``runs`` times without counting: engines compile and caches fill."""
+        for _ in range(runs):
+            self.sample()
+        self._origin_s = None
+
+    def sample(self) -> Sample:
+        """Answer once. Raises as `Pipeline.generate` does."""
+        self.pipeline.forget_prompts()
+        began = clock()
+        result = self.pipeline.generate(self._request)
+        for index in range(len(result.pixels)):
+            result.encode(index, "PNG")
+        ended = clock()
+        if self._origin_s is None:
+            self._origin_s = began
+        self.timings = result.timings
+        self.backend, self.precision = result.recipes[0].backend, result.recipes[0].precision
+        stages_ms = result.timings.totals_ms()
+        stages_ms.pop("total")  # it ends before the PNG
+        return Sample(
+            started_s=began - self._origin_s,
+            stages_ms={**stages_ms, "total": 1e3 * (ended - began)},
+            unet_steps_ms=result.timings.runs_ms("unet"),
+            scheduler_steps_ms=result.timings.runs_ms("scheduler"),
+        )
+
+
+def measure_latency(
+    bundle: str | os.PathLike[str],
+    settings: Settings,
+    *,
+    warm_up: int = WARM_UP,
+    runs: int = RUNS,
+    duration_s: float = 0.0,
+    on_sample: Callable[[Sampler, Sample], None] = lambda sampler, sample: None,
+) -> Measurement:
+    """Open ``bundle`` and answer ``settings`` at least ``runs`` times and for ``duration_s``.
+
+    ``on_sample`` is called after every sample that counts. Raises as `Pipeline.load` and
+    `Pipeline.generate` do.
+    """
+    with Pipeline.load(bundle, backend=settings.backend, threads=settings.threads) as pipeline:
+        sampler = Sampler(pipeline, settings)
+        sampler.warm_up(warm_up)
+        samples: list[Sample] = []
+        began = clock()
+        while len(samples) < runs or clock() - began < duration_s:
+            samples.append(sampler.sample())
+            on_sample(sampler, samples[-1])
+        return measurement_of(sampler, samples)
+
+
+def measurement_of(sampler: Sampler, samples: Sequence[Sample]) -> Measurement:
+    """``samples`` of ``sampler`` with what they were taken of and where, as it is now."""
+    return Measurement(
+        bundle=str(sampler.pipeline.bundle.path),
+        fingerprint=sampler.pipeline.fingerprint,
+        backend=sampler.backend,
+        precision=sampler.precision,
+        settings=sampler.settings,
+        environment=environment(),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        samples=tuple(samples),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held in RAM so far."""
+    # Linux hands the ru_maxrss of whoever started a process down to it; VmHWM starts anew.
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
