@@ -9,9 +9,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sd_engines import Bundle
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own, so that what `auto` remembers of this machine is not theirs."""
+    before = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name, folder in (("HF_HOME", "huggingface"), ("MPLCONFIGDIR", "matplotlib")):
+            patch.setenv(name, os.environ.get(name) or str(before / folder))
+        yield
 
 
 @pytest.fixture

@@ -135,11 +135,13 @@ def open_engine(
     backend: str = "auto",
     threads: int | None = None,
     precision: Precision | None = None,
+    prefer: EngineEntry | None = None,
 ) -> Engine:
     """Open ``component`` of ``bundle``, its bytes checked.
 
     ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
-    installed, made for this machine and opens. ``precision`` None takes the first listed.
+    installed, made for this machine and opens; ``prefer`` and its backend's others go before all,
+    and `sd_engines.choice.fastest_engine` says which. ``precision`` None takes the first listed.
     `ConfigError` for an unknown backend, `BundleError` where the bundle lacks what is asked for,
     `EngineMismatchError` for an engine of another machine or version, `BackendError` where the
     backend does not start.
@@ -155,12 +157,11 @@ def open_engine(
         )
     entries = [
         entry
-        for name in (BACKENDS if backend == "auto" else (backend,))
-        for entry in bundle.manifest.engines
-        if entry.component == component
-        and entry.backend == name
-        and precision in (None, entry.precision)
+        for entry in listed_engines(bundle, component)
+        if backend in ("auto", entry.backend) and precision in (None, entry.precision)
     ]
+    if prefer is not None:
+        entries.sort(key=lambda entry: (entry != prefer, entry.backend != prefer.backend))
     if not entries:
         asked = (precision, None if backend == "auto" else backend, "engine of", component)
         raise BundleError(
@@ -184,8 +185,23 @@ def open_engine(
     ) from refusals[0]
 
 
+def listed_engines(bundle: Bundle, component: str) -> list[EngineEntry]:
+    """The engines of ``component`` that ``bundle`` lists, in the order of `BACKENDS`."""
+    entries = (entry for entry in bundle.manifest.engines if entry.component == component)
+    return sorted(entries, key=lambda entry: BACKENDS.index(entry.backend))
+
+
+def check_engine(bundle: Bundle, entry: EngineEntry) -> None:
+    """Whether ``entry`` can run here, as far as can be told without its file.
+
+    `EngineMismatchError` for an engine of another machine or version, `BackendError` where the
+    backend or its device is not here.
+    """
+    _module(entry.backend).check(entry, bundle_path=bundle.path)
+
+
 def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
-    _module(entry.backend).check(entry, bundle_path=bundle.path)  # hashing takes seconds
+    check_engine(bundle, entry)  # hashing takes seconds
     return load_engine(
         bundle.verified_engine(entry),
         component=bundle.manifest.components[entry.component],

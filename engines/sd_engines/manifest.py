@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
-"""Every backend's name, fastest first: the order in which ``auto`` tries them."""
+"""Every backend's name, in the order in which ``auto`` tries what it has not measured."""
 PORTABLE_BACKENDS = ("openvino", "onnxruntime")
 """Backends that run the bundle's ONNX itself, whatever their version."""
 REMAKE_HINT = "Make the bundle again: sd-export --model MODEL --output BUNDLE"

@@ -78,6 +78,8 @@ def run(
 
     level = logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    # A first run measures for some seconds: say so.
+    logging.getLogger("sd_engines.choice").setLevel(level if quiet else logging.INFO)
     options["num_images_per_prompt"] = num_images
     job = Job(
         bundle=bundle,

@@ -1,0 +1,208 @@
+"""Which of a bundle's engines ``auto`` takes: the fastest measured on this machine, remembered.
+
+Speed never costs digits: only engines of one precision compete, that of the first engine in the
+order of `BACKENDS` which can run here. What won is kept in a small file per bundle, machine and
+set of versions below ``$XDG_CACHE_HOME/sd-toolkit``; without it, it is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from sd_engines.cores import usable_cores
+from sd_engines.engine import check_engine, listed_engines, open_engine
+from sd_engines.errors import BackendError, EngineMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sd_engines.bundle import Bundle
+    from sd_engines.engine import Engine
+    from sd_engines.manifest import EngineEntry
+
+logger = logging.getLogger(__name__)
+
+_BUDGET_S: Final = 5.0
+"""A candidate runs again until this is spent; one that is slower runs once."""
+_MOST_RUNS: Final = 10
+_MEASURING = Lock()
+"""Two pipelines that open at once would measure each other."""
+
+
+def fastest_engine(
+    bundle: Bundle, component: str, *, threads: int | None = None
+) -> EngineEntry | None:
+    """The engine of ``component`` that ``auto`` is to take here; None where none can run.
+
+    The first call for a bundle on a machine opens the candidates one after the other and runs
+    each on one guided picture; where only one can run, nothing is measured. `BundleError` for an
+    altered bundle, `ConfigError` for ``threads`` below 1.
+    """
+    entries = listed_engines(bundle, component)
+    if len(entries) < 2:
+        return entries[0] if entries else None
+    with _MEASURING:
+        path = _memory_path(entries, threads or usable_cores())
+        remembered = _recall(path, entries)
+        if remembered is not None:
+            with suppress(BackendError, EngineMismatchError):
+                check_engine(bundle, remembered)
+                return remembered
+        candidates, warnings = _candidates(bundle, entries)
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        logger.info(
+            "Measuring once which is fastest here: %s", ", ".join(e.backend for e in candidates)
+        )
+        runs_ms: dict[str, float] = {}
+        for entry in candidates:
+            try:
+                runs_ms[entry.key] = _run_ms(bundle, entry, threads)
+            except (BackendError, EngineMismatchError) as error:
+                warnings.append(f"{component}: {entry.backend} was not measured: {error.message}")
+                logger.warning(warnings[-1])
+            else:
+                logger.info("%s: %.4g ms by %s", component, runs_ms[entry.key], entry.backend)
+        if not runs_ms:
+            return None
+        fastest = min(candidates, key=lambda entry: runs_ms.get(entry.key, float("inf")))
+        _remember(path, {"engine": fastest.key, "runs_ms": runs_ms, "warnings": warnings})
+        return fastest
+
+
+def _candidates(
+    bundle: Bundle, entries: Sequence[EngineEntry]
+) -> tuple[list[EngineEntry], list[str]]:
+    """The engines that can run here, of the first one's precision; what to warn of whenever."""
+    candidates: list[EngineEntry] = []
+    warnings = []
+    for entry in entries:
+        if candidates and entry.precision != candidates[0].precision:
+            continue
+        try:
+            check_engine(bundle, entry)
+            candidates.append(entry)
+        except (BackendError, EngineMismatchError) as error:
+            message = f"{entry.component}: no {entry.backend} engine here: {error.message}"
+            if isinstance(error, EngineMismatchError):
+                warnings.append(message)
+                logger.warning(message)
+            else:
+                logger.info(message)
+    return candidates, warnings
+
+
+def _run_ms(bundle: Bundle, entry: EngineEntry, threads: int | None) -> float:
+    """The shortest of the first runs of ``entry`` on one guided picture."""
+    with open_engine(
+        bundle, entry.component, backend=entry.backend, precision=entry.precision, threads=threads
+    ) as engine:
+        return _shortest_run_ms(engine, min(2, bundle.manifest.profile.max_batch(entry.component)))
+
+
+def _shortest_run_ms(engine: Engine, batch: int) -> float:
+    binding = engine.bind(batch)
+    for array in binding.inputs.values():
+        array[...] = 1
+    output = next(iter(binding.outputs.values()))
+    runs_s: list[float] = []
+    while len(runs_s) < _MOST_RUNS and sum(runs_s) < _BUDGET_S:
+        start = perf_counter()
+        binding.run()
+        float(output[(0,) * output.ndim])  # on a GPU, waits for the run
+        runs_s.append(perf_counter() - start)
+    return 1e3 * min(runs_s)
+
+
+def _memory_path(entries: Sequence[EngineEntry], threads: int) -> Path | None:
+    """Where the choice among ``entries`` is kept; None where the user has no home.
+
+    The name changes with all that moves a latency: graphs, precisions, versions, the machine.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # such a value is to be ignored: XDG Base Directory Specification
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    situation = {
+        "engines": [entry.key for entry in entries],
+        "packages": [_installed(entry.backend) for entry in entries],
+        "machine": _machine(),
+        "threads": threads,
+    }
+    digest = hashlib.sha256(json.dumps(situation).encode()).hexdigest()
+    return root / "sd-toolkit" / f"auto-{digest[:32]}.json"
+
+
+def _installed(backend: str) -> list[str]:
+    """What pip says is installed for ``backend``, without an import of it or of pip's metadata."""
+    module = backend.replace("-", "_")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return []
+    packages = Path(spec.origin).parents[1]
+    return [spec.origin, *sorted(path.name for path in packages.glob(f"{module}*.dist-info"))]
+
+
+def _machine() -> list[str]:
+    """The processor, the GPUs and their driver."""
+    processor = re.findall(r"^(?:model name|CPU part)\s*:.*", _read("/proc/cpuinfo"), re.MULTILINE)
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    return [
+        platform.machine(),
+        *processor[:1],
+        _read("/proc/driver/nvidia/version"),
+        *(line for gpu in gpus for line in _read(gpu / "information").splitlines()[:1]),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    ]
+
+
+def _read(path: str | Path) -> str:
+    """The start of a file of the kernel's; empty where there is none."""
+    try:
+        with Path(path).open(encoding="utf-8", errors="replace") as file:
+            return file.read(4096)  # of the first of many processors
+    except OSError:
+        return ""
+
+
+def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> EngineEntry | None:
+    """The engine that ``path`` names, its warnings repeated; None where it names none of them."""
+    if path is None:
+        return None
+    try:
+        memory = json.loads(path.read_bytes())
+        remembered = next(entry for entry in entries if entry.key == memory["engine"])
+        for warning in memory["warnings"]:
+            logger.warning("%s", warning)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration):
+        return None
+    return remembered
+
+
+def _remember(path: Path | None, memory: dict[str, Any]) -> None:
+    """Write ``memory`` at ``path``, whole or not at all."""
+    if path is None:
+        return
+    staging = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(json.dumps(memory, indent=1) + "\n", encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        logger.info("The fastest engine is not remembered: %s", error)
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""fastest_engine: the fastest that was measured here, at one precision, remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sd_engines import choice, open_engine
+from sd_engines.bundle import Bundle, EngineEntry, portable_entry
+from sd_engines.choice import fastest_engine
+from sd_engines.errors import BundleError, ConfigError
+from tiny_onnx import PROFILE, needs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines.spec import Precision
+
+needs("onnxruntime")
+needs("openvino")
+
+BINDINGS = {"onnxruntime": "OnnxRuntimeBinding", "openvino": "OpenVinoBinding"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what is remembered; empty, and not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sd-toolkit"
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let every run of ``backend`` take 20 ms more: the graph alone takes well below 1 ms."""
+    binding = getattr(import_module(f"sd_engines.backends.{backend}"), BINDINGS[backend])
+    run = binding.run
+
+    def slow_run(self: object) -> None:
+        time.sleep(0.02)
+        run(self)
+
+    monkeypatch.setattr(binding, "run", slow_run)
+
+
+def backend_of(bundle: Bundle, *, threads: int | None = 1) -> str | None:
+    engine = fastest_engine(bundle, "unet", threads=threads)
+    return None if engine is None else engine.backend
+
+
+def with_engines(bundle: Bundle, *engines: EngineEntry) -> Bundle:
+    return Bundle(bundle.path, replace(bundle.manifest, engines=engines))
+
+
+def portable(bundle: Bundle, backend: str, precision: Precision) -> EngineEntry:
+    unet = bundle.manifest.components["unet"]
+    return portable_entry(
+        "unet", unet, PROFILE, backend, version="1", target="cpu", precision=precision
+    )
+
+
+@pytest.mark.parametrize(("slow", "fast"), [tuple(BINDINGS), tuple(BINDINGS)[::-1]])
+def test_the_fastest_is_taken_and_remembered(
+    tiny_bundle: Bundle,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    slow: str,
+    fast: str,
+) -> None:
+    caplog.set_level(logging.INFO, logger="sd_engines")
+    with monkeypatch.context() as patch:
+        slow_down(patch, slow)
+        assert backend_of(tiny_bundle) == fast
+    assert caplog.text.count("Measuring once") == 1
+    (file,) = cache.iterdir()
+    memory = json.loads(file.read_text())
+    assert min(memory["runs_ms"], key=memory["runs_ms"].get) == memory["engine"]
+    assert max(memory["runs_ms"].values()) >= 20 > min(memory["runs_ms"].values())
+
+    slow_down(monkeypatch, fast)  # measured again, it would lose
+    assert backend_of(tiny_bundle) == fast
+    assert caplog.text.count("Measuring once") == 1
+    engine = fastest_engine(tiny_bundle, "unet", threads=1)
+    with open_engine(tiny_bundle, "unet", prefer=engine) as opened:
+        assert opened.entry == engine
+
+
+def test_a_remembered_choice_imports_only_the_winner(tiny_bundle: Bundle, cache: Path) -> None:
+    fast = backend_of(tiny_bundle)
+    code = (
+        "import sys; from sd_engines.bundle import open_bundle; "
+        "from sd_engines.choice import fastest_engine; "
+        "fastest_engine(open_bundle(sys.argv[1]), 'unet', threads=1); "
+        f"print(*{set(BINDINGS)} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{fast}\n"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_remembered_backend_that_is_gone(
+    tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(monkeypatch, "onnxruntime")
+    assert backend_of(tiny_bundle) == "openvino"
+    (file,) = cache.iterdir()
+    # The same file as before the package went: what a package that fails to import looks like.
+    monkeypatch.setattr(choice, "_memory_path", lambda *_: file)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert backend_of(tiny_bundle) == "onnxruntime"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert backend_of(tiny_bundle) is None
+
+
+def test_speed_never_costs_digits(
+    tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(monkeypatch, "openvino")
+    coarse = portable(tiny_bundle, "onnxruntime", "fp16")
+    exact = portable(tiny_bundle, "openvino", "fp32")
+    assert fastest_engine(with_engines(tiny_bundle, coarse, exact), "unet") == exact
+    assert not cache.exists(), "one candidate is not measured"
+    rival = portable(tiny_bundle, "onnxruntime", "fp32")
+    assert fastest_engine(with_engines(tiny_bundle, coarse, exact, rival), "unet") == rival
+
+
+def test_a_single_engine_is_not_measured(tiny_bundle: Bundle, cache: Path) -> None:
+    single = with_engines(tiny_bundle, portable(tiny_bundle, "onnxruntime", "fp32"))
+    assert backend_of(single) == "onnxruntime"
+    assert backend_of(with_engines(tiny_bundle)) is None
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"engine": 7, "warnings": []}',
+        b'{"engine": "another", "warnings": []}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_corrupt_memory_is_replaced(
+    tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    slow_down(monkeypatch, "openvino")
+    assert backend_of(tiny_bundle) == "onnxruntime"
+    (file,) = cache.iterdir()
+    good = json.loads(file.read_text())
+    file.write_bytes(content)
+    assert backend_of(tiny_bundle) == "onnxruntime"
+    assert json.loads(file.read_text())["engine"] == good["engine"]
+    assert list(cache.iterdir()) == [file], "no staging file stays"
+
+
+def test_no_place_to_remember(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="sd_engines")
+    slow_down(monkeypatch, "openvino")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert backend_of(tiny_bundle) == "onnxruntime"
+    assert caplog.text.count("Measuring once") == 2
+    assert caplog.text.count("is not remembered") == 2
+
+
+def test_where_it_is_remembered(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$XDG_CACHE_HOME where it is absolute, else ~/.cache; apart by threads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    for threads in (1, 2):
+        backend_of(tiny_bundle, threads=threads)
+    assert len(list((tmp_path / ".cache" / "sd-toolkit").glob("auto-*.json"))) == 2
+    assert not (tmp_path / "relative").exists()
+
+
+def test_what_is_wrong_is_not_passed_over(tiny_bundle: Bundle, cache: Path) -> None:
+    with pytest.raises(ConfigError, match="threads is 0"):
+        fastest_engine(tiny_bundle, "unet", threads=0)
+    with (tiny_bundle.path / "unet" / "model.onnx_data").open("r+b") as file:
+        file.write(b"\x01\x02\x03")
+    with pytest.raises(BundleError, match="altered"):
+        fastest_engine(tiny_bundle, "unet")
+    assert not cache.exists()
+
+
+def test_a_stale_plan_is_named_every_time(
+    tiny_bundle: Bundle, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs("tensorrt_rtx")
+    stale = EngineEntry(
+        component="unet",
+        backend="tensorrt-rtx",
+        version="1.0.0",
+        target="any",
+        precision="fp16",
+        file="engines/tensorrt-rtx-1.0.0-any/unet.engine",
+        sha256="0" * 64,
+        bytes=1,
+        flags={},
+        key="0" * 64,
+    )
+    bundle = with_engines(tiny_bundle, *tiny_bundle.manifest.engines, stale)
+    for count in (1, 2, 3):
+        assert backend_of(bundle) in BINDINGS
+        assert caplog.text.count("built by tensorrt-rtx 1.0.0") == count
+    assert len(list(cache.iterdir())) == 1
