@@ -6,13 +6,18 @@ memory. Nothing is written to a disk.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
+from sd_bench.ceiling import measure_ceilings
+from sd_bench.cold_start import measure_cold_start
 from sd_bench.environment import environment
 from sd_bench.measurement import Measurement, Sample
+from sd_bench.work import request_work
+from sd_engines.errors import ConfigError
 from sd_runtime import Pipeline
 from sd_runtime.timing import Timings, clock
 
@@ -28,8 +33,8 @@ WARM_UP, RUNS = 2, 10
 class Sampler:
     """Answers one request again and again, as often and whenever its owner asks.
 
-    ``timings`` are the newest sample's, for traces; ``backend`` and ``precision`` what the UNet
-    ran on, known after the first sample. Two samplers may take turns in one process.
+    ``timings`` are the newest sample's, for traces; ``backend`` and ``precision`` are what the UNet
+    runs on. Two samplers may take turns in one process.
     """
 
     def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
@@ -37,8 +42,9 @@ class Sampler:
         self.pipeline = pipeline
         self.settings = settings
         self.timings = Timings()
-        self.backend = self.precision = ""
-        self._request = settings.request()
+        unet = pipeline.engines["unet"]
+        self.backend, self.precision = unet.backend, unet.precision
+        self.request = settings.request()
         self._origin_s: float | None = None
 
     def warm_up(self, runs: int) -> None:
@@ -51,14 +57,13 @@ class Sampler:
         """Answer once. Raises as `Pipeline.generate` does."""
         self.pipeline.forget_prompts()
         began = clock()
-        result = self.pipeline.generate(self._request)
+        result = self.pipeline.generate(self.request)
         for index in range(len(result.pixels)):
             result.encode(index, "PNG")
         ended = clock()
         if self._origin_s is None:
             self._origin_s = began
         self.timings = result.timings
-        self.backend, self.precision = result.recipes[0].backend, result.recipes[0].precision
         stages_ms = result.timings.totals_ms()
         stages_ms.pop("total")  # it ends before the PNG
         return Sample(
@@ -76,13 +81,21 @@ def measure_latency(
     warm_up: int = WARM_UP,
     runs: int = RUNS,
     duration_s: float = 0.0,
+    cold_starts: int = 0,
+    ceilings: bool = False,
     on_sample: Callable[[Sampler, Sample], None] = lambda sampler, sample: None,
 ) -> Measurement:
     """Open ``bundle`` and answer ``settings`` at least ``runs`` times and for ``duration_s``.
 
-    ``on_sample`` is called after every sample that counts. Raises as `Pipeline.load` and
-    `Pipeline.generate` do.
+    Then, with the engines closed, start `sd-run` ``cold_starts`` times, and measure the machine's
+    ``ceilings`` and count the work, if asked to. ``on_sample`` is called after every sample that
+    counts. Raises as `Pipeline.load` and `Pipeline.generate` do, `ConfigError` for ``runs`` < 1.
     """
+    if runs < 1 or warm_up < 0 or cold_starts < 0:
+        raise ConfigError(
+            f"runs {runs}, warm-up {warm_up}, cold starts {cold_starts}",
+            "Count at least one run; the others may be 0.",
+        )
     with Pipeline.load(bundle, backend=settings.backend, threads=settings.threads) as pipeline:
         sampler = Sampler(pipeline, settings)
         sampler.warm_up(warm_up)
@@ -91,7 +104,18 @@ def measure_latency(
         while len(samples) < runs or clock() - began < duration_s:
             samples.append(sampler.sample())
             on_sample(sampler, samples[-1])
-        return measurement_of(sampler, samples)
+        measurement = measurement_of(sampler, samples)
+        engines = tuple(pipeline.engines.values())
+        if ceilings:
+            work = request_work(pipeline, sampler.request, sampler.timings)
+            measurement = replace(measurement, work=work)
+    started = [measure_cold_start(Path(bundle), settings) for _ in range(cold_starts)]
+    return replace(
+        measurement,
+        cold_start_ms=tuple(start.first_picture_ms for start in started),
+        cold_start_stages_ms=tuple(start.stages_ms for start in started),
+        ceilings=measure_ceilings(engines, threads=settings.threads) if ceilings else {},
+    )
 
 
 def measurement_of(sampler: Sampler, samples: Sequence[Sample]) -> Measurement:
@@ -101,6 +125,7 @@ def measurement_of(sampler: Sampler, samples: Sequence[Sample]) -> Measurement:
         fingerprint=sampler.pipeline.fingerprint,
         backend=sampler.backend,
         precision=sampler.precision,
+        precisions={name: e.precision for name, e in sampler.pipeline.engines.items()},
         settings=sampler.settings,
         environment=environment(),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -69,11 +69,12 @@ class Measurement:
     """Samples, warm and in order, with what they were taken of and where.
 
     ``environment`` is flat and says everything about the machine that may move a latency.
-    ``backend`` and ``precision`` are what "auto" came to. ``cold_start_ms`` holds each run's
-    milliseconds from process start to the first picture, ``cold_start_stages_ms`` what they went
-    into; ``ceilings`` what the machine reached in
-    the same run ("matmul_<dtype>_flops", "copy_bytes_per_s"); ``work`` what one call of a
-    component computes and moves at least ({"unet": {"flops": …, "bytes": …}}).
+    ``backend`` and ``precision`` are what "auto" came to for the UNet, ``precisions`` those of
+    every component. ``cold_start_ms`` holds each run's milliseconds from process start to the
+    first picture, ``cold_start_stages_ms`` what they went into; ``ceilings`` what the machine
+    reached in the same run ("matmul_<precision>_flops", "copy_bytes_per_s"); ``work`` what one
+    call of a component computes and moves at least, and its calls a sample
+    ({"unet": {"flops": …, "bytes": …, "calls": …}}).
     """
 
     bundle: str
@@ -85,6 +86,7 @@ class Measurement:
     measured_at: str
     samples: tuple[Sample, ...]
     peak_memory_bytes: int
+    precisions: Mapping[str, str] = field(default_factory=dict)
     cold_start_ms: tuple[float, ...] = ()
     cold_start_stages_ms: tuple[Mapping[str, float], ...] = ()
     ceilings: Mapping[str, float] = field(default_factory=dict)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Array, Engine
-    from sd_engines.manifest import Manifest
+    from sd_engines.manifest import EngineEntry, Manifest
     from sd_engines.spec import Profile
     from sd_runtime.denoise import Row
     from sd_runtime.request import ImageRequest, Request
@@ -234,6 +234,11 @@ class Pipeline(Closing):
             revision=model.revision,
             fingerprint=self.fingerprint,
         )
+
+    @property
+    def engines(self) -> dict[str, EngineEntry]:
+        """What the manifest says of the engine that each component runs on."""
+        return {name: engine.entry for name, engine in self._engines.items()}
 
     @property
     def profile(self) -> Profile:

@@ -1,0 +1,173 @@
+"""What this machine reaches at its best, in the run that is measured: products and copies.
+
+A component's share of these says how much is left to gain. The matrix product runs through the
+backend, threads and precision that the component runs in; in float32 numpy tries as well, so that a
+backend's own weakness does not pass for the machine's. The best repetition counts: other programs
+only take away.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sd_engines.border import import_package
+from sd_engines.bundle import hash_files
+from sd_engines.cores import usable_cores
+from sd_engines.engine import build_engine, load_engine
+from sd_engines.manifest import ComponentEntry
+from sd_engines.spec import BATCH, Profile, TensorSpec
+from sd_runtime.arrays import copy_into, to_host
+from sd_runtime.timing import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from sd_engines.engine import Engine
+    from sd_engines.manifest import EngineEntry
+
+COPY_BYTES: Final = 256 << 20
+"""Of one array: many times what a processor's last cache holds."""
+PRODUCT_SIZE: Final = 2048
+"""Rows and columns: long enough to reach the peak, 17 GFLOP."""
+PRODUCT_SIZE_GPU: Final = 8192
+_BUDGET_S: Final = 1.5
+_FEWEST_RUNS: Final = 3
+
+
+def measure_ceilings(
+    engines: Iterable[EngineEntry], *, threads: int | None = None
+) -> dict[str, float]:
+    """The ceilings of a pipeline on ``engines``, as `Measurement.ceilings` names them.
+
+    One product for each precision among them. ``threads`` None: every core this process may use.
+    Copies are measured on the CPU only. Takes some seconds and half a GiB. Raises `BackendError`
+    where a backend does not run a product.
+    """
+    ceilings: dict[str, float] = {}
+    everything = threads in (None, usable_cores())
+    for precision, engine in {engine.precision: engine for engine in engines}.items():
+        on_cpu = engine.target == "cpu"
+        size = PRODUCT_SIZE if on_cpu else PRODUCT_SIZE_GPU
+        flops = backend_product_flops(engine, size=size, threads=threads)
+        if on_cpu and precision == "fp32" and everything:
+            flops = max(flops, numpy_product_flops(size=size))
+        ceilings[f"matmul_{precision}_flops"] = flops
+        if on_cpu:
+            ceilings.setdefault("copy_bytes_per_s", copy_bytes_per_s(threads=threads))
+    return ceilings
+
+
+def copy_bytes_per_s(*, num_bytes: int = COPY_BYTES, threads: int | None = None) -> float:
+    """Bytes read plus bytes written a second by plain copies, one slice a thread, as in STREAM."""
+    threads = threads or usable_cores()
+    source = np.ones(num_bytes, np.uint8)
+    target = np.zeros_like(source)
+    pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        return 2 * num_bytes / _best_s(lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))
+
+
+def numpy_product_flops(*, size: int = PRODUCT_SIZE) -> float:
+    """FLOP/s of numpy's float32 matrix product on every core this process may use."""
+    a, b = _random(size, size), _random(size, size)
+    out = np.empty_like(a)
+    # A BLAS that was told to use one thread, by OMP_NUM_THREADS say, gets one call for each core.
+    blocks = [slice(rows[0], rows[-1] + 1) for rows in np.array_split(range(size), usable_cores())]
+    with ThreadPoolExecutor(len(blocks)) as pool:
+        return (
+            2
+            * size**3
+            / _best_s(
+                lambda: list(pool.map(lambda rows: np.matmul(a[rows], b, out=out[rows]), blocks))
+            )
+        )
+
+
+def backend_product_flops(
+    engine: EngineEntry, *, size: int = PRODUCT_SIZE, threads: int | None = None
+) -> float:
+    """FLOP/s of a product with a constant matrix in the backend and precision of ``engine``."""
+    with TemporaryDirectory() as folder, _product(engine, size, threads, Path(folder)) as product:
+        binding = product.bind(1)
+        copy_into(binding.inputs["a"], _random(1, size, size))
+
+        def run() -> None:
+            binding.run()
+            to_host(binding.outputs["product"][0, 0, :1])  # waits for a GPU
+
+        return 2 * size**3 / _best_s(run)
+
+
+def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) -> Engine:
+    """An engine as ``engine`` is, of one matrix product."""
+    # OpenVINO is told its precision; the others find it in the graph.
+    precision = "fp32" if engine.backend == "openvino" else engine.precision
+    path = folder / "product.onnx"
+    _write_product(path, size, precision)
+    border = (BATCH, size, size)
+    entry = ComponentEntry(
+        file=path.name,
+        files=hash_files(folder, [path.name]),
+        precision=precision,
+        opset=20,
+        inputs=(TensorSpec("a", "float32", border),),
+        outputs=(TensorSpec("product", "float32", border),),
+    )
+    profile = Profile(batch_size=1, height=size, width=size, vae_scale_factor=1)
+    built = build_engine(
+        engine.backend,
+        path,
+        output_dir=folder,
+        component="product",
+        entry=entry,
+        profile=profile,
+        precision=engine.precision,
+        target=engine.target,
+    )
+    return load_engine(
+        folder / built.file, component=entry, engine=built, max_batch=1, threads=threads
+    )
+
+
+def _write_product(path: Path, size: int, precision: str) -> None:
+    """``product = a · b`` for float32 [batch, size, size], computed in ``precision``."""
+    onnx = import_package("onnx", extra="bench")
+    helper, types = onnx.helper, onnx.TensorProto
+    inner = {"fp32": types.FLOAT, "fp16": types.FLOAT16, "bf16": types.BFLOAT16}[precision]
+    shape = [BATCH, size, size]
+    weights = _random(size, size).astype(helper.tensor_dtype_to_np_dtype(inner))
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["a"], ["x"], to=inner),
+            helper.make_node("MatMul", ["x", "b"], ["y"]),
+            helper.make_node("Cast", ["y"], ["product"], to=types.FLOAT),
+        ],
+        "product",
+        [helper.make_tensor_value_info("a", types.FLOAT, shape)],
+        [helper.make_tensor_value_info("product", types.FLOAT, shape)],
+        [helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True)],
+    )
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+
+
+def _random(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def _best_s(run: Callable[[], Any]) -> float:
+    """The shortest of as many runs as fit into the budget, after one that is not counted."""
+    run()
+    durations: list[float] = []
+    while len(durations) < _FEWEST_RUNS or sum(durations) < _BUDGET_S:
+        began = clock()
+        run()
+        durations.append(clock() - began)
+    return min(durations)

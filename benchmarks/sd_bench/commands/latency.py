@@ -1,0 +1,111 @@
+"""``sd-bench latency``, the question where the time goes, answered by stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sd_bench.latency import Sampler
+    from sd_bench.measurement import Sample
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("bundle", type=_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, metavar="FILE.json")
+@click.option("--prompt", help="[default: one that the shipped checkpoint can draw]")
+@click.option("--negative-prompt", default="")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--num-inference-steps", type=int, default=20, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--scheduler", help="Any name of sd-run. [default: the checkpoint's own]")
+@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures a request.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
+@click.option(
+    "--warm-up", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before."
+)
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=10, show_default=True, help="At least so many."
+)
+@click.option(
+    "--duration", type=click.FloatRange(min=0), default=0.0, help="And at least so many seconds."
+)
+@click.option(
+    "--cold-starts",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="New sd-run processes to their first picture.",
+)
+@click.option("--trace", type=_FILE, metavar="FILE.json", help="Opens in ui.perfetto.dev.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
+def latency(
+    *,
+    bundle: Path,
+    output: Path,
+    prompt: str | None,
+    negative_prompt: str,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    scheduler: str | None,
+    num_images: int,
+    backend: str,
+    threads: int | None,
+    warm_up: int,
+    runs: int,
+    duration: float,
+    cold_starts: int,
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    """Time requests to BUNDLE by stage, beside what this machine reaches at its best.
+
+    OUTPUT holds every sample, for sd-bench compare and gate. A request is from its text to its
+    PNG in memory; its prompts are encoded anew each time.
+    """
+    from sd_bench.latency import measure_latency
+    from sd_bench.measurement import PROMPT, Settings
+    from sd_bench.summary import report, table
+    from sd_bench.trace import Trace
+    from sd_runtime.files import check_writable, write_files
+
+    files = [output] if trace is None else [output, trace]
+    for path in files:
+        check_writable(path)
+    drawn = Trace(f"sd-bench latency {bundle}")
+
+    def on_sample(sampler: Sampler, sample: Sample) -> None:
+        drawn.add(sampler.timings)
+
+    measurement = measure_latency(
+        bundle,
+        Settings(
+            prompt=PROMPT if prompt is None else prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            num_images=num_images,
+            backend=backend,
+            threads=threads,
+        ),
+        warm_up=warm_up,
+        runs=runs,
+        duration_s=duration,
+        cold_starts=cold_starts,
+        ceilings=True,
+        on_sample=on_sample,
+    )
+    texts = [measurement.to_json()] if trace is None else [measurement.to_json(), drawn.to_json()]
+    write_files({path: text.encode() for path, text in zip(files, texts, strict=True)})
+    click.echo(json.dumps(report(measurement)) if as_json else table(measurement))
+    if not as_json:
+        click.echo(f"Written: {', '.join(map(str, files))}", err=True)
