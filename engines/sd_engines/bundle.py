@@ -18,15 +18,14 @@ from sd_engines.files import check_file, hash_files, listed_files, read_manifest
 from sd_engines.manifest import (
     BACKENDS,
     FORMAT_VERSION,
-    MANIFEST_NAME,
     PORTABLE_BACKENDS,
-    REMAKE_HINT,
     CertificateEntry,
     ComponentEntry,
     EngineEntry,
     FileEntry,
     Manifest,
 )
+from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 from sd_engines.seal import add_engines, seal
 
 if TYPE_CHECKING:

@@ -8,13 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import BundleError
-from sd_engines.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    REMAKE_HINT,
-    FileEntry,
-    Manifest,
-)
+from sd_engines.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

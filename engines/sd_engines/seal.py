@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from sd_engines.errors import BundleError
 from sd_engines.files import check_file, listed_files, read_manifest
-from sd_engines.manifest import MANIFEST_NAME, PORTABLE_BACKENDS, Manifest
+from sd_engines.manifest import PORTABLE_BACKENDS, Manifest
+from sd_engines.node import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

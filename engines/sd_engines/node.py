@@ -1,0 +1,173 @@
+"""The strict reader of `bundle.json`: one `Node` per object, every field accounted for.
+
+A bundle may come from a stranger, so nothing is taken on trust: every field must be there, be of
+its type and within its range; no field may be unknown; no path may leave the folder.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from sd_engines.errors import BundleError
+from sd_engines.spec import Precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MANIFEST_NAME = "bundle.json"
+REMAKE_HINT = "Make the bundle again: sd-export --model MODEL --output BUNDLE"
+
+_T = TypeVar("_T")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Node:
+    """One JSON object being read: each field is taken once, with its type and range.
+
+    Every method takes the field it is named after and raises `BundleError` where it is missing or
+    not what it must be; `end` where a field was not taken.
+    """
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise wrong(where, "must be an object")
+        self._fields: dict[str, Any] = dict(value)
+        self.where = where
+
+    def _at(self, key: str) -> str:
+        return f"{self.where}.{key}" if self.where else key
+
+    def _take(self, key: str) -> Any:
+        if key not in self._fields:
+            raise wrong(self._at(key), "is missing")
+        return self._fields.pop(key)
+
+    def text(self, key: str, *, one_of: tuple[str, ...] | None = None) -> str:
+        """A text that is not empty and has no control characters; one of ``one_of`` where given."""
+        value = self._take(key)
+        if not isinstance(value, str) or not value:
+            raise wrong(self._at(key), "must be a text that is not empty")
+        if _UNPRINTABLE.search(value):
+            raise wrong(self._at(key), "holds control characters")
+        if one_of is not None and value not in one_of:
+            raise wrong(self._at(key), f"{value!r} is none of {', '.join(one_of)}")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """A text, or None where the field is null."""
+        if self._fields.get(key, "") is None:
+            self._take(key)
+            return None
+        return self.text(key)
+
+    def precision(self) -> Precision:
+        """One of the precisions of `sd_engines.spec`."""
+        value: Precision = self.text("precision", one_of=get_args(Precision))  # type: ignore[assignment]
+        return value
+
+    def integer(self, key: str, *, low: int = 0, high: int = 2**53) -> int:
+        """A whole number from ``low`` to ``high``; true and 1.0 are none."""
+        value = self._take(key)
+        if type(value) is not int or not low <= value <= high:
+            raise wrong(self._at(key), f"must be a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number, as float."""
+        value = self._take(key)
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+        raise wrong(self._at(key), "must be a finite number")
+
+    def sha256(self, key: str) -> str:
+        """64 lower-case hexadecimal digits."""
+        value = self.text(key)
+        if not _SHA256.fullmatch(value):
+            raise wrong(self._at(key), "must be 64 lower-case hexadecimal digits")
+        return value
+
+    def path(self, key: str) -> str:
+        """A relative path that stays inside the bundle."""
+        return relative_path(self.text(key), self._at(key))
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Any object, as it is."""
+        value = self._take(key)
+        if not isinstance(value, dict):
+            raise wrong(self._at(key), "must be an object")
+        return value
+
+    def array(self, key: str) -> list[Any]:
+        """Any array, as it is."""
+        value = self._take(key)
+        if not isinstance(value, list):
+            raise wrong(self._at(key), "must be an array")
+        return value
+
+    def node(self, key: str) -> Node:
+        """The object in ``key``, to be read in turn."""
+        return Node(self._take(key), self._at(key))
+
+    def entries(self, key: str, read: Callable[[Node], _T]) -> tuple[_T, ...]:
+        """An array of objects, each read by ``read``."""
+        where = self._at(key)
+        return tuple(read(Node(v, f"{where}[{i}]")) for i, v in enumerate(self.array(key)))
+
+    def named(
+        self, key: str, read: Callable[[Node], _T], check_name: Callable[[str, str], str]
+    ) -> dict[str, _T]:
+        """An object of objects: names checked, each value read by ``read``."""
+        where = self._at(key)
+        return {
+            check_name(name, where): read(Node(value, f"{where}.{name}"))
+            for name, value in self.mapping(key).items()
+        }
+
+    def texts(self) -> dict[str, str]:
+        """All fields that are left, each a text."""
+        return {key: self.text(key) for key in tuple(self._fields)}
+
+    def end(self) -> None:
+        """Refuse what was not taken."""
+        if self._fields:
+            raise wrong(self._at(next(iter(self._fields))), "is unknown")
+
+
+def wrong(where: str, problem: str) -> BundleError:
+    """The error that names the field ``where``, such as ``engines[0].file``."""
+    where = where if where.isprintable() else ascii(where)
+    where = where if len(where) <= 300 else where[:300] + "…"
+    return BundleError(": ".join(filter(None, (MANIFEST_NAME, where, problem))), REMAKE_HINT)
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of `json.loads` that refuses a name given twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object names one field twice")
+    return value
+
+
+def refuse_constant(name: str) -> None:
+    """``parse_constant`` of `json.loads` that refuses NaN and the infinities."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def relative_path(text: str, where: str) -> str:
+    """A relative POSIX path in its one normal form that stays inside the folder."""
+    parts = text.split("/")
+    if (
+        _UNPRINTABLE.search(text)
+        or "\\" in text
+        or len(text) > 1024
+        or any(part in ("", ".", "..") or len(part) > 255 for part in parts)
+        or ":" in parts[0]
+        or PurePosixPath(text).is_absolute()
+        or text == MANIFEST_NAME
+    ):
+        raise wrong(where, f"{text[:200]!r} is no path of a file inside the bundle")
+    return text
