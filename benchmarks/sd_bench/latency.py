@@ -131,6 +131,10 @@ def measurement_of(sampler: Sampler, samples: Sequence[Sample]) -> Measurement:
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         samples=tuple(samples),
         peak_memory_bytes=peak_memory_bytes(),
+        profile={
+            name: getattr(sampler.pipeline.profile, name)
+            for name in ("batch_size", "height", "width")
+        },
     )
 
 

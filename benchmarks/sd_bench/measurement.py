@@ -69,6 +69,7 @@ class Measurement:
     """Samples, warm and in order, with what they were taken of and where.
 
     ``environment`` is flat and says everything about the machine that may move a latency.
+    ``profile`` holds the bundle's batch_size, height and width.
     ``backend`` and ``precision`` are what "auto" came to for the UNet, ``precisions`` those of
     every component. ``cold_start_ms`` holds each run's milliseconds from process start to the
     first picture, ``cold_start_stages_ms`` what they went into; ``ceilings`` what the machine
@@ -86,6 +87,7 @@ class Measurement:
     measured_at: str
     samples: tuple[Sample, ...]
     peak_memory_bytes: int
+    profile: Mapping[str, int] = field(default_factory=dict)
     precisions: Mapping[str, str] = field(default_factory=dict)
     cold_start_ms: tuple[float, ...] = ()
     cold_start_stages_ms: tuple[Mapping[str, float], ...] = ()
