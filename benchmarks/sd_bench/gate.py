@@ -1,0 +1,144 @@
+"""The gate's measuring: a bundle against a file of earlier samples, or two bundles in turns.
+
+In turns is the strong form. Base and new answer as A B B A, so whatever the machine does over
+seconds meets both alike, and their pairs go on only until the interval is narrow enough: Chow and
+Robbins' sequential interval of a given width (1965). Its width decides when to stop, never what it
+says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Final
+
+from sd_bench.comparison import (
+    Comparison,
+    check_environment,
+    check_profile,
+    compare,
+    stage_ms,
+)
+from sd_bench.environment import environment
+from sd_bench.judgement import ABBA, judge_pairs
+from sd_bench.latency import WARM_UP, Sampler, measure_latency, measurement_of
+from sd_engines.bundle import open_bundle
+from sd_engines.errors import ConfigError
+from sd_runtime import Pipeline
+from sd_runtime.timing import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sd_bench.judgement import Criterion, Judgement
+    from sd_bench.measurement import Measurement, Sample, Settings
+
+FIRST_LOOK: Final = 24
+MAX_PAIRS: Final = 240
+FEWEST_RUNS: Final = 20
+
+
+def gate_by_file(
+    base: Measurement,
+    bundle: Path,
+    criterion: Criterion,
+    *,
+    runs: int | None = None,
+    on_sample: Callable[[int], None] = lambda count: None,
+) -> Comparison:
+    """Measure ``bundle`` afresh with the settings of ``base``, then judge.
+
+    ``runs`` None: as many as the base has, 20 at least. ``on_sample`` is told how many there are.
+    `ConfigError`, before anything is measured, where ``base`` is foreign to this machine or
+    bundle; and as `measure_latency` raises.
+    """
+    check_environment(base.environment, environment())
+    check_profile(base.profile, asdict(open_bundle(bundle).manifest.profile))
+    counted = 0
+
+    def on_each(sampler: Sampler, sample: Sample) -> None:
+        nonlocal counted
+        counted += 1
+        on_sample(counted)
+
+    new = measure_latency(
+        bundle,
+        base.settings,
+        runs=runs or max(len(base.samples), FEWEST_RUNS),
+        on_sample=on_each,
+    )
+    return compare(base, new, criterion)
+
+
+def gate_in_turns(
+    base: Path,
+    new: Path,
+    criterion: Criterion,
+    *,
+    settings: Settings,
+    max_pairs: int = MAX_PAIRS,
+    on_pair: Callable[[int, Judgement | None], None] = lambda count, judgement: None,
+) -> Comparison:
+    """Open both bundles, let them answer in turns, then judge the pairs.
+
+    ``on_pair`` is told how many there are, and the judgement where one was made. Raises as
+    `Pipeline.load` and `Pipeline.generate` do, and `ConfigError` for bundles of other shapes.
+    """
+    shapes = [asdict(open_bundle(bundle).manifest.profile) for bundle in (base, new)]
+    check_profile(*shapes)
+    with (
+        Pipeline.load(base, backend=settings.backend, threads=settings.threads) as base_pipeline,
+        Pipeline.load(new, backend=settings.backend, threads=settings.threads) as new_pipeline,
+    ):
+        samplers = [Sampler(base_pipeline, settings), Sampler(new_pipeline, settings)]
+        for sampler in samplers:
+            sampler.warm_up(WARM_UP)
+        sides = take_turns(
+            samplers[0].sample,
+            samplers[1].sample,
+            criterion,
+            max_pairs=max_pairs,
+            on_pair=on_pair,
+        )
+        base_side, new_side = map(measurement_of, samplers, sides)
+    return compare(base_side, new_side, criterion, paired=True)
+
+
+def take_turns(
+    base: Callable[[], Sample],
+    new: Callable[[], Sample],
+    criterion: Criterion,
+    *,
+    max_pairs: int = MAX_PAIRS,
+    on_pair: Callable[[int, Judgement | None], None] = lambda count, judgement: None,
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples of both as A B B A, in pairs by index, until precise or ``max_pairs``.
+
+    Precise is `Judgement.precise`; it is looked at after 24 pairs and then at every quarter more.
+    All samples' ``started_s`` count from the first one. `ConfigError` for too few pairs.
+    """
+    if max_pairs < 2 * ABBA or max_pairs % ABBA:
+        raise ConfigError(f"{max_pairs} pairs", "Allow an even number, 24 or more.")
+    sides: tuple[list[Sample], list[Sample]] = ([], [])
+    looks = set(_looks(max_pairs))
+    began = clock()
+    for count in range(1, max_pairs + 1):
+        turns = [(base, sides[0]), (new, sides[1])]
+        for take, samples in turns if count % 2 else reversed(turns):
+            started_s = clock() - began
+            samples.append(replace(take(), started_s=started_s))
+        judgement = None
+        if count in looks:
+            base_ms, new_ms = (stage_ms(samples, criterion.stage) for samples in sides)
+            judgement = judge_pairs(base_ms, new_ms, criterion)
+        on_pair(count, judgement)
+        if judgement is not None and judgement.precise:
+            break
+    return sides
+
+
+def _looks(max_pairs: int) -> Iterator[int]:
+    count = FIRST_LOOK
+    while count < max_pairs:
+        yield count
+        count += max(ABBA, count // 4 // ABBA * ABBA)
