@@ -68,7 +68,7 @@ def measure_peak_memory(load: Load) -> int:
     Python and what it imports are in it. `BackendError` where the process fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "sd_bench.load"],
+        [sys.executable, "-P", "-m", "sd_bench.load"],
         input=json.dumps(asdict(load)),
         capture_output=True,
         text=True,

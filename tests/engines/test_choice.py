@@ -195,6 +195,25 @@ def test_where_it_is_remembered(
     assert not (tmp_path / "relative").exists()
 
 
+def test_the_other_components_follow(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any component goes to the backend of the engine that is preferred, while it opens."""
+    unet = tiny_bundle.manifest.components["unet"]
+    engines = tuple(
+        portable_entry(name, unet, PROFILE, backend, version="1", target="cpu", precision="fp32")
+        for name in ("unet", "other")
+        for backend in BINDINGS
+    )
+    components = {"unet": unet, "other": unet}
+    manifest = replace(tiny_bundle.manifest, components=components, engines=engines)
+    bundle = Bundle(tiny_bundle.path, manifest)
+    for engine in engines[:2]:
+        with open_engine(bundle, "other", prefer=engine) as opened:
+            assert opened.entry.backend == engine.backend
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with open_engine(bundle, "other", prefer=engines[0]) as opened:
+        assert opened.entry.backend == "openvino"
+
+
 def test_what_is_wrong_is_not_passed_over(tiny_bundle: Bundle, cache: Path) -> None:
     with pytest.raises(ConfigError, match="threads is 0"):
         fastest_engine(tiny_bundle, "unet", threads=0)

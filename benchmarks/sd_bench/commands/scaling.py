@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sd_bench.scaling import Scaling
 
 _MIB = 2**20
+_COUNT = click.IntRange(min=1)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -33,16 +34,18 @@ _counts = partial(click.option, callback=_numbers, metavar="N,N,…", show_defau
 
 @click.command()
 @click.argument("bundles", metavar="BUNDLE…", nargs=-1, required=True, type=click.Path())
-@_counts("--steps", default="5,10,20,40")
-@_counts("--images", default="1,2,3,4")
-@_counts("--requests", default="1,2,3,4")
+@_counts("--steps", default="5,10,20,40", help="Steps per picture.")
+@_counts("--images", default="1,2,3,4", help="Pictures per request.")
+@_counts("--requests", default="1,2,3,4", help="At once, in threads of one process.")
 @click.option("--num-inference-steps", type=int, default=20, show_default=True)
 @click.option("--guidance-scale", type=float, default=7.5, show_default=True)
 @click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
 @click.option("--backend", default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
-@click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--memory-runs", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--threads", type=_COUNT, help="For backends on the CPU.")
+@click.option("--runs", type=_COUNT, default=7, show_default=True, help="Requests timed per load.")
+@click.option(
+    "--memory-runs", type=_COUNT, default=3, show_default=True, help="Processes per load."
+)
 @click.option("--plot", type=_FILE, help="Draw points and lines to this .svg, .png or .pdf.")
 @click.option("--output", type=_FILE, help="Write every sample to this .json.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
