@@ -59,8 +59,8 @@ def measure_ceilings(
         if on_cpu and precision == "fp32" and everything:
             flops = max(flops, numpy_product_flops(size=size))
         ceilings[f"matmul_{precision}_flops"] = flops
-        if on_cpu:
-            ceilings.setdefault("copy_bytes_per_s", copy_bytes_per_s(threads=threads))
+        if on_cpu and "copy_bytes_per_s" not in ceilings:
+            ceilings["copy_bytes_per_s"] = copy_bytes_per_s(num_bytes=COPY_BYTES, threads=threads)
     return ceilings
 
 

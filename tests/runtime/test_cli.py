@@ -73,6 +73,7 @@ def test_every_option_reaches_the_picture(
         "--width", "64", "--backend", "onnxruntime", "--threads", "1",
         "--save-latents", "latents.npy", "--json",
     ]  # fmt: skip
+    began = time.perf_counter()
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     result = tiny_model.pipeline.generate(
@@ -98,6 +99,9 @@ def test_every_option_reaches_the_picture(
     assert len(timings["unet_steps"]) == 6, "two batches of three steps"
     stages = ("load", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder", "webp")
     assert 0 < sum(timings[stage] for stage in stages) < timings["total"]
+    assert timings["load"] < timings["first_picture"] < timings["total"]
+    assert timings["unet"] < timings["generate"] < timings["total"] - timings["load"]
+    assert began < report["started_s"] < time.perf_counter()
 
 
 def test_prompts_from_a_file(tiny_model: TinyModel, folder: Path) -> None:
