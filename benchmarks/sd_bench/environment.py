@@ -41,6 +41,7 @@ _THREAD_PREFIXES: Final = (
 _UNRELATED: Final = frozenset({"ORT_DISABLE_TELEMETRY", "CUDA_HOME", "CUDA_PATH"})
 _THREAD_VARIABLES: Final = frozenset({"LD_PRELOAD", "GLIBC_TUNABLES"})
 _CPU0: Final = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GPU_QUERY: Final = {
     "gpu": "name",
     "gpu_driver": "driver_version",
@@ -59,6 +60,7 @@ def environment() -> dict[str, str]:
         "cores": str(usable_cores()),
         "affinity": _ranges(sorted(os.sched_getaffinity(0))),
         "memory": _memory(),
+        "huge_pages": _chosen(_read(_HUGE_PAGES)),
         "os": _os_name(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
@@ -165,6 +167,11 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def _chosen(text: str) -> str:
+    """What stands in brackets, as the kernel marks one choice of several."""
+    return text.partition("[")[2].partition("]")[0]
 
 
 def _ranges(numbers: list[int]) -> str:

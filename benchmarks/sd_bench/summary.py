@@ -104,6 +104,10 @@ def report(measurement: Measurement) -> dict[str, Any]:
         "precision": measurement.precision,
         "throughput_pictures_per_s": throughput(measurement),
         "latency_ms": {stage: asdict(found) for stage, found in latencies(measurement).items()},
+        "unet_steps_median_ms": [
+            float(np.median(step))
+            for step in zip(*(s.unet_steps_ms for s in measurement.samples), strict=True)
+        ],
         "cold_start_ms": asdict(Latency.of(cold)) if cold else None,
         "achieved": {name: asdict(found) for name, found in achieved(measurement).items()},
         "ceilings": dict(measurement.ceilings),

@@ -84,6 +84,7 @@ def test_the_table_says_the_same_as_the_report() -> None:
     assert "median = 1000 ms (process 200, load 800)" in text
     assert "Peak memory  3 MiB" in text
     assert figures["cold_start_ms"]["median"] == 1000
+    assert figures["unet_steps_median_ms"] == [4.0, 6.0, 5.0, 5.0]
 
 
 def test_the_table_is_aligned() -> None:
