@@ -1,4 +1,4 @@
-"""Latencies of a machine that drifts and is disturbed, made up with a fixed seed.
+"""Latencies of a machine that drifts and is disturbed, and files of them, made up from a seed.
 
 Parts of the logarithm of a latency: what differs from run to run (normal), a drift that a sample
 shares with its neighbours (autoregressive, half gone after 23), and now and then a disturbance
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.signal import lfilter
 
-from sd_bench.measurement import Sample
+from sd_bench.measurement import Measurement, Sample, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,4 +53,31 @@ def samplers(
     return (
         lambda: Sample(0.0, {"total": next(machine)}, ()),
         lambda: Sample(0.0, {"total": slowdown * next(machine)}, ()),
+    )
+
+
+def measurement(
+    noise: Noise = QUIET, *, slowdown: float = 1.0, seed: int = 0, count: int = 40
+) -> Measurement:
+    """A file's content: ``count`` samples on that machine, three steps each, the PNG unchanging."""
+    rng = np.random.default_rng(seed)
+    samples = [
+        Sample(
+            started_s=0.4 * index,
+            stages_ms={"tokenize": 0.1, "unet": 0.9 * ms, "png": 5.0, "total": ms},
+            unet_steps_ms=[0.2 * ms, 0.3 * ms, 0.4 * ms],
+        )
+        for index, ms in enumerate((slowdown * noise.draw(count, rng)).tolist())
+    ]
+    return Measurement(
+        bundle="build/shapes.bundle",
+        fingerprint="f" * 64,
+        backend="openvino",
+        precision="fp32",
+        settings=Settings(),
+        environment={"cpu": "one", "cores": "2", "commit": "aaa", "load_average": "1.0 1.0 1.0"},
+        measured_at="2026-11-20T12:00:00+00:00",
+        samples=tuple(samples),
+        peak_memory_bytes=1,
+        profile={"batch_size": 1, "height": 128, "width": 128},
     )

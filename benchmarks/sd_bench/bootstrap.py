@@ -7,6 +7,7 @@ samples are drawn in runs of neighbours, never one by one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -74,7 +75,7 @@ def median_difference_interval(
 
 def block_length(count: int) -> int:
     """√n: longer than most of a machine's moods, short enough to leave √n blocks."""
-    return max(1, round(count**0.5))
+    return max(1, round(math.sqrt(count)))
 
 
 def circular_blocks(count: int, *, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:

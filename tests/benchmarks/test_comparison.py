@@ -4,40 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from latency_noise import QUIET
+from latency_noise import measurement
 from sd_bench.comparison import check_comparable, compare, stage_ms
 from sd_bench.judgement import Criterion, Verdict
-from sd_bench.measurement import Measurement, Sample, Settings
+from sd_bench.measurement import Settings
 from sd_engines.errors import ConfigError
 
 CRITERION = Criterion(allowed_regression=0.05)
-
-
-def measurement(*, slowdown: float = 1.0, seed: int = 0) -> Measurement:
-    rng = np.random.default_rng(seed)
-    samples = [
-        Sample(
-            started_s=0.4 * index,
-            stages_ms={"tokenize": 0.1, "unet": 0.9 * ms, "png": 5.0, "total": ms},
-            unet_steps_ms=[0.2 * ms, 0.3 * ms, 0.4 * ms],
-        )
-        for index, ms in enumerate((slowdown * QUIET.draw(40, rng)).tolist())
-    ]
-    return Measurement(
-        bundle="build/shapes.bundle",
-        fingerprint="f" * 64,
-        backend="openvino",
-        precision="fp32",
-        settings=Settings(),
-        environment={"cpu": "one", "cores": "2", "commit": "aaa", "load_average": "1.0 1.0 1.0"},
-        measured_at="2026-11-20T12:00:00+00:00",
-        samples=tuple(samples),
-        peak_memory_bytes=1,
-        profile={"batch_size": 1, "height": 128, "width": 128},
-    )
 
 
 def test_every_stage_is_judged_and_one_decides() -> None:

@@ -1,0 +1,143 @@
+"""``sd-bench gate``, the question whether a bundle has become slower, asked of the machine now."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sd_bench.commands.compare import FILE, check_files, criterion_of, criterion_options, deliver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sd_bench.comparison import Comparison
+    from sd_bench.judgement import Criterion, Judgement
+
+
+@click.command()
+@click.argument("base", type=FILE)
+@click.argument("bundle", type=FILE)
+@click.option("--num-inference-steps", type=int, help="[default: 20]")
+@click.option("--guidance-scale", type=float, help="[default: 7.5]")
+@click.option("--scheduler", help="Any name of sd-run. [default: the checkpoint's own]")
+@click.option("--num-images", type=int, help="Pictures a request. [default: 1]")
+@click.option("--backend", help="[default: auto]")
+@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
+@click.option(
+    "--max-pairs",
+    type=click.IntRange(min=24),
+    help="At most, where BASE is a bundle; an even number. [default: 240]",
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(min=8),
+    help="Where BASE is a file. [default: as many as it holds, 20 at least]",
+)
+@click.option("-o", "--output", type=FILE, metavar="FILE.json", help="Keep BUNDLE's samples here.")
+@criterion_options
+def gate(
+    base: Path,
+    bundle: Path,
+    *,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    scheduler: str | None,
+    num_images: int | None,
+    backend: str | None,
+    threads: int | None,
+    max_pairs: int | None,
+    runs: int | None,
+    output: Path | None,
+    stage: str,
+    allowed_regression: float | None,
+    confidence: float,
+    strict: bool,
+    github: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure BUNDLE and judge it by BASE; exits 1 where BUNDLE is slower for sure.
+
+    BASE is another bundle: both answer in turns, A B B A, until the interval is narrow enough. A
+    slowdown of twice what is allowed is caught in 95 of 100 runs, and no change alarms in at most
+    2. Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
+    with its settings, and what the machine does differently since then is judged along.
+    """
+    from sd_engines.errors import ConfigError
+
+    chosen = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "num_images": num_images,
+        "backend": backend,
+        "threads": threads,
+    }
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    in_turns = base.is_dir()
+    surplus = ["runs"] * (runs is not None) if in_turns else [*settings]
+    surplus += ["max_pairs"] * (max_pairs is not None and not in_turns)
+    if surplus:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
+        raise ConfigError(
+            f"{options} with BASE {base}",
+            "Leave it out: two bundles take turns until the interval is narrow enough."
+            if in_turns
+            else "Leave it out: a file brings its own settings and number of runs.",
+        )
+    criterion = criterion_of(stage, allowed_regression, confidence, paired=in_turns)
+    check_files(output, github, html)
+    if in_turns:
+        comparison = _gate_in_turns(base, bundle, criterion, settings, max_pairs)
+    else:
+        comparison = _gate_by_file(base, bundle, criterion, runs)
+    kept = [] if output is None else [(output, comparison.new.to_json())]
+    deliver(comparison, strict=strict, github=github, html=html, as_json=as_json, others=kept)
+
+
+def _gate_in_turns(
+    base: Path,
+    bundle: Path,
+    criterion: Criterion,
+    settings: Mapping[str, Any],
+    max_pairs: int | None,
+) -> Comparison:
+    from sd_bench.gate import MAX_PAIRS, gate_in_turns
+    from sd_bench.measurement import Settings
+
+    most = MAX_PAIRS if max_pairs is None else max_pairs
+    with _bar(most, "Pairs at most") as bar:
+
+        def on_pair(count: int, judgement: Judgement | None) -> None:
+            if bar is not None:
+                bar.update(1)
+
+        return gate_in_turns(
+            base, bundle, criterion, settings=Settings(**settings), max_pairs=most, on_pair=on_pair
+        )
+
+
+def _gate_by_file(base: Path, bundle: Path, criterion: Criterion, runs: int | None) -> Comparison:
+    from sd_bench.gate import FEWEST_RUNS, gate_by_file
+    from sd_bench.measurement import read_measurement
+
+    measurement = read_measurement(base)
+    count = runs or max(len(measurement.samples), FEWEST_RUNS)
+    with _bar(count, "Runs") as bar:
+
+        def on_sample(count: int) -> None:
+            if bar is not None:
+                bar.update(1)
+
+        return gate_by_file(measurement, bundle, criterion, runs=count, on_sample=on_sample)
+
+
+def _bar(length: int, label: str) -> Any:
+    """A progress bar on a terminal, None elsewhere."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    return click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True, width=30)

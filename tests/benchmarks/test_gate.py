@@ -1,0 +1,142 @@
+"""Turns are taken as A B B A and end when the interval is narrow; then the machine is judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from latency_noise import QUIET, Noise, samplers
+from sd_bench.cli import main
+from sd_bench.gate import FIRST_LOOK, gate_by_file, gate_in_turns, take_turns
+from sd_bench.judgement import Criterion, Judgement, Verdict
+from sd_bench.latency import measure_latency
+from sd_bench.measurement import Sample, Settings, read_measurement
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_bench.measurement import Measurement
+
+CRITERION = Criterion(allowed_regression=0.025)
+GENEROUS = Criterion(allowed_regression=9.0)
+SETTINGS = Settings(num_inference_steps=1, scheduler="ddim", backend="onnxruntime", threads=1)
+
+
+def test_pairs_are_a_b_b_a_and_pair_by_index() -> None:
+    asked: list[str] = []
+
+    def sampler(name: str, ms: float) -> Sample:
+        asked.append(name)
+        return Sample(99.0, {"total": ms}, ())
+
+    base, new = take_turns(
+        lambda: sampler("A", 1.0 + len(asked)), lambda: sampler("B", 1.0 + len(asked)), CRITERION,
+        max_pairs=24,
+    )  # fmt: skip
+    assert "".join(asked) == "ABBA" * 12
+    assert [round(s.stages_ms["total"]) for s in base[:4]] == [1, 4, 5, 8]
+    assert [round(s.stages_ms["total"]) for s in new[:4]] == [2, 3, 6, 7]
+    times = [s.started_s for pair in zip(base, new, strict=True) for s in pair]
+    assert 0 <= times[0] == min(times)
+    assert max(times) < 90, "the samplers' own clocks are replaced by one"
+
+
+def test_turns_end_when_the_interval_is_narrow() -> None:
+    seen: list[tuple[int, Judgement | None]] = []
+    for noise, end in ((QUIET, FIRST_LOOK), (Noise(jitter=0.3), 60)):
+        rng = np.random.default_rng(0)
+        base, new = take_turns(
+            *samplers(noise, rng, slowdown=1.0, count=200),
+            CRITERION,
+            max_pairs=60,
+            on_pair=lambda *told: seen.append(told),
+        )
+        assert len(base) == len(new) == end
+    assert [count for count, _ in seen] == [*range(1, 25), *range(1, 61)]
+    looks = [(count, judgement.precise) for count, judgement in seen if judgement is not None]
+    assert looks[0] == (24, True)
+    assert looks[1:] == [(24, False), (30, False), (36, False), (44, False), (54, False)]
+
+
+def test_an_odd_number_of_pairs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="25 pairs"):
+        take_turns(*samplers(QUIET, np.random.default_rng(0), slowdown=1, count=99), CRITERION,
+                   max_pairs=25)  # fmt: skip
+
+
+def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path) -> None:
+    comparison = gate_in_turns(
+        shapes_bundle, shapes_bundle, GENEROUS, settings=SETTINGS, max_pairs=24
+    )
+    assert comparison.judgement.paired
+    assert comparison.judgement.verdict is Verdict.PASS
+    assert comparison.base.settings == comparison.new.settings == SETTINGS
+    assert len(comparison.base.samples) == len(comparison.new.samples) == 24
+    starts = [[s.started_s for s in side.samples] for side in (comparison.base, comparison.new)]
+    assert (np.diff(np.ravel(np.transpose(starts)).reshape(12, 4)[:, [0, 1, 3, 2]]) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def baseline(shapes_bundle: Path) -> Measurement:
+    return measure_latency(shapes_bundle, SETTINGS, warm_up=1, runs=8)
+
+
+def faster(base: Measurement, factor: float) -> Measurement:
+    samples = [
+        replace(s, stages_ms={name: ms / factor for name, ms in s.stages_ms.items()})
+        for s in base.samples
+    ]
+    return replace(base, samples=tuple(samples))
+
+
+def test_a_file_is_judged_by_a_fresh_run(
+    shapes_bundle: Path, baseline: Measurement, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[int] = []
+    fine = gate_by_file(
+        faster(baseline, 0.01), shapes_bundle, CRITERION, runs=8, on_sample=told.append
+    )
+    assert fine.judgement.verdict is Verdict.PASS
+    assert told == list(range(1, 9))
+
+    base, fresh = tmp_path / "base.json", tmp_path / "fresh.json"
+    base.write_text(faster(baseline, 100).to_json(), encoding="utf-8")
+    arguments = [str(base), str(shapes_bundle), "--runs", "8", "--output", str(fresh), "--json"]
+    assert main(["gate", *arguments]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] == "FAIL"
+    assert answer["ratio"]["value"] > 2
+    assert read_measurement(fresh).settings == SETTINGS
+
+
+def test_a_foreign_baseline_is_refused_before_anything_is_measured(
+    shapes_bundle: Path, baseline: Measurement
+) -> None:
+    def never(count: int) -> None:
+        raise AssertionError("measured")
+
+    foreign = replace(baseline, environment={**baseline.environment, "cpu": "another"})
+    with pytest.raises(ConfigError, match="cpu 'another', now"):
+        gate_by_file(foreign, shapes_bundle, CRITERION, on_sample=never)
+    larger = replace(baseline, profile={**baseline.profile, "width": 512})
+    with pytest.raises(ConfigError, match="width 512, now 128"):
+        gate_by_file(larger, shapes_bundle, CRITERION, on_sample=never)
+
+
+def test_options_of_the_other_form_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gate", str(tmp_path), str(tmp_path), "--runs", "9"]) == 2
+    assert "--runs" in capsys.readouterr().err
+    file = str(tmp_path / "base.json")
+    assert main(["gate", file, str(tmp_path), "--num-inference-steps", "9"]) == 2
+    assert "--num-inference-steps" in capsys.readouterr().err
+    assert main(["gate", file, str(tmp_path), "--max-pairs", "48"]) == 2
+    assert "--max-pairs" in capsys.readouterr().err
+    assert main(["gate", file, str(tmp_path)]) == 2
+    assert "sd-bench latency" in capsys.readouterr().err
