@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from sd_bench.trace import Trace
 from sd_runtime.timing import Timings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def timings(began: float) -> Timings:
@@ -63,3 +67,17 @@ def test_events_nest_on_one_line_with_a_name() -> None:
 
 def test_nothing_timed_is_an_empty_trace() -> None:
     assert [event["ph"] for event in events()] == ["M", "M"]
+
+
+def test_events_are_of_the_kind_that_torch_writes(tmp_path: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(2).sum()
+    profile.export_chrome_trace(str(tmp_path / "torch.json"))
+    document = json.loads((tmp_path / "torch.json").read_text())
+    ours = {event["ph"]: event for event in events(timings(1.0))}
+    theirs = {event["ph"]: event for event in document["traceEvents"]}
+    assert ours["X"].keys() == theirs["X"].keys()
+    assert ours["M"].keys() <= theirs["M"].keys()
+    for name, value in ours["X"].items():
+        kinds = (int, float) if name in ("ts", "dur", "pid", "tid") else type(theirs["X"][name])
+        assert isinstance(value, kinds), name
