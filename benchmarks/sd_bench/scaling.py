@@ -141,9 +141,11 @@ def scaling_axes(
     """
     settings.request()
     opened = [open_bundle(path) for path in bundles]
-    if any(bundle.manifest.model != opened[0].manifest.model for bundle in opened):
+    checkpoints = {(b.manifest.model.source, b.manifest.model.revision) for b in opened}
+    if len(checkpoints) > 1:
+        names = ", ".join(sorted(source for source, _ in checkpoints))
         raise ConfigError(
-            "the bundles are of different checkpoints",
+            f"the bundles are of different checkpoints: {names}",
             "Export one checkpoint in several sizes: sd-export --model MODEL --height … --width …",
         )
     if settings.backend == "auto":

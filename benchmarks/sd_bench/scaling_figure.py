@@ -52,7 +52,7 @@ def _draw(
 ) -> None:
     ends = (0.0, max(x))
     fixed, per_unit = line.fixed / scale, line.per_unit / scale
-    label = f"{fixed:.3g} {'−' if per_unit < 0 else '+'} {abs(per_unit):.3g} a {unit}"
+    label = f"{fixed:.3g} {'−' if per_unit < 0 else '+'} {abs(per_unit):.3g} per {unit}"
     axes.plot(ends, [fixed + per_unit * end for end in ends], color=COLORS[1], label=label)
     axes.plot(x, y, "o", color=COLORS[0], markersize=4)
     axes.set_xlim(0, 1.05 * max(x))

@@ -120,7 +120,7 @@ def _formula(line: Line, unit: str, per: str, *, scale: float = 1.0) -> str:
     per_unit = _figure(abs(line.per_unit), line.per_unit_error, scale)
     sign = "−" if line.per_unit < 0 else "+"
     fit = "" if line.r_squared is None else f"; R² {line.r_squared:.4f}"
-    return f"{fixed} {sign} {per_unit} {unit} a {per}{fit}, off by {line.residual / scale:.2g}"
+    return f"{fixed} {sign} {per_unit} {unit} per {per}{fit}, off by {line.residual / scale:.3g}"
 
 
 def _figure(value: float, error: float | None, scale: float) -> str:
