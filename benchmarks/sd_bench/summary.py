@@ -150,13 +150,14 @@ def _latency_lines(found: dict[str, Latency]) -> list[str]:
 
 
 def _work_lines(measurement: Measurement) -> list[str]:
-    header = ("Work", "calls", "GFLOP", "MB at least", "TFLOP/s", "of matmul", "GB/s", "of copy")
+    header = ("Work", "", "calls", "GFLOP", "MB", "TFLOP/s", "of matmul", "GB/s", "of copy")
     rows: list[tuple[str, ...]] = [header]
     for name, reached in achieved(measurement).items():
         work = measurement.work[name]
         rows.append(
             (
                 name,
+                _precision(measurement, name),
                 f"{work['calls']:.0f}",
                 f"{work['flops'] / 1e9:.4g}",
                 f"{work['bytes'] / 1e6:.4g}",
@@ -172,7 +173,7 @@ def _work_lines(measurement: Measurement) -> list[str]:
             precision = ceiling.removeprefix("matmul_").removesuffix("_flops")
             flops = f"{best / 1e12:.3f}"
             bandwidth = f"{copy / 1e9:.2f}" if copy else "–"
-            rows.append((f"ceiling, {precision}", "", "", "", flops, "", bandwidth, ""))
+            rows.append(("ceiling", precision, "", "", "", flops, "", bandwidth, ""))
     return _aligned(rows)
 
 
