@@ -145,3 +145,6 @@ def test_the_command_checks_before_it_measures(
     where = str(tmp_path / "none" / "a.json")
     assert main(["latency", str(shapes_bundle), "--output", where]) == 2
     assert "mkdir" in capsys.readouterr().err
+    twice = str(tmp_path / "a.json")
+    assert main(["latency", str(shapes_bundle), "--output", twice, "--trace", twice]) == 2
+    assert list(tmp_path.iterdir()) == []

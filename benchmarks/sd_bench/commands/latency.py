@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option(
-    "--warm-up", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before."
+    "--warm-up", type=click.IntRange(min=0), default=2, show_default=True, help="Runs not counted."
 )
 @click.option(
     "--runs", type=click.IntRange(min=1), default=10, show_default=True, help="At least so many."
@@ -67,15 +68,18 @@ def latency(
 ) -> None:
     """Time requests to BUNDLE by stage, beside what this machine reaches at its best.
 
-    OUTPUT holds every sample, for sd-bench compare and gate. A request is from its text to its
-    PNG in memory; its prompts are encoded anew each time.
+    A request is from its text to its PNG in memory; its prompts are encoded anew each time.
+    FILE.json holds every sample, for sd-bench compare and gate.
     """
     from sd_bench.latency import measure_latency
     from sd_bench.measurement import PROMPT, Settings
     from sd_bench.summary import report, table
     from sd_bench.trace import Trace
+    from sd_engines.errors import ConfigError
     from sd_runtime.files import check_writable, write_files
 
+    if trace == output:
+        raise ConfigError(f"{output} is both --output and --trace", "Name two files.")
     files = [output] if trace is None else [output, trace]
     for path in files:
         check_writable(path)
@@ -83,6 +87,8 @@ def latency(
 
     def on_sample(sampler: Sampler, sample: Sample) -> None:
         drawn.add(sampler.timings)
+        if sys.stderr.isatty():
+            click.echo(f"{sample.started_s:9.1f} s  {sample.stages_ms['total']:.1f} ms", err=True)
 
     measurement = measure_latency(
         bundle,
