@@ -1,0 +1,60 @@
+"""Worker of `sd-bench peers`: ONNX Runtime through Hugging Face's optimum, on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers_pipeline import draw, scheduler
+from protocol import Drawing, Job, serve
+
+
+class Optimum:
+    """`ORTStableDiffusionPipeline` over what `optimum-cli export onnx` wrote."""
+
+    packages = (
+        *("optimum", "optimum-onnx", "onnxruntime", "diffusers", "torch", "transformers"),
+        "numpy",
+    )
+
+    def __init__(self) -> None:
+        self._pipeline: Any = None
+
+    def prepare(self, job: Job, folder: Path) -> None:
+        """Export to ONNX, fp32, as optimum's guide does."""
+        program = Path(sys.executable).parent / "optimum-cli"
+        options = ["--model", job.model, "--task", "text-to-image"]
+        command = [program, "export", "onnx", *options, folder / "onnx"]
+        subprocess.run(command, check=True)  # noqa: S603 - the command is ours
+
+    def load(self, job: Job) -> dict[str, str]:
+        """Open the sessions."""
+        import onnxruntime
+        import torch
+        from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+        torch.set_num_threads(job.threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        self._pipeline = ORTStableDiffusionPipeline.from_pretrained(
+            Path(job.prepared) / "onnx",
+            export=False,
+            provider="CPUExecutionProvider",
+            session_options=options,
+            local_files_only=True,
+        )
+        self._pipeline.scheduler = scheduler(job)
+        self._pipeline.set_progress_bar_config(disable=True)
+        settings = {"graph_optimization_level": "all", "provider": "CPUExecutionProvider"}
+        return settings | ({"safety checker": "not run"} if job.safety_checker else {})
+
+    def generate(self, job: Job, *, with_latents: bool) -> Drawing:
+        """Draw from the job's own starting noise."""
+        return draw(self._pipeline, job, with_latents=with_latents)
+
+
+if __name__ == "__main__":
+    serve(Optimum())

@@ -1,0 +1,321 @@
+"""One run of `sd-bench peers`: who is here, what they draw, and in which order they take turns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sd_bench.environment import environment
+from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
+from sd_bench.peers.comparison import Comparison, Row, judge
+from sd_bench.peers.peer import OURS, REFERENCE, how_to_install, interpreter, missing
+from sd_bench.peers.worker import Worker, WorkerError
+from sd_engines.bundle import open_bundle
+from sd_engines.cores import usable_cores
+from sd_engines.errors import BundleError, ConfigError
+from sd_runtime.noise import NoiseStream
+from sd_runtime.pipeline import pipeline_scheduler_config, plan
+from sd_runtime.recipe import fingerprint
+from sd_runtime.scheduler_config import effective_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from sd_bench.measurement import Settings
+    from sd_bench.peers.peer import Peer
+    from sd_engines.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+_FREE_HINT: Final = "Close other programs, or name fewer peers: --peer NAME."
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How often: cold starts per peer, and rounds in which each peer draws once, warm."""
+
+    cold_starts: int = 3
+    rounds: int = 8
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A peer, its row, and what its worker is started with and asked."""
+
+    peer: Peer
+    row: Row
+    command: tuple[str | Path, ...]
+    log: Path
+    job: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+    @property
+    def taking_part(self) -> bool:
+        """Whether nothing went wrong so far."""
+        return self.row.state == "measured"
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Note a worker's error in the row; one of ours ends the run, for all is measured by it."""
+        try:
+            yield
+        except WorkerError as error:
+            if self.peer is OURS:
+                raise
+            logger.warning("%s failed: %s", self.peer.name, error.message)
+            self.row.fail(error.message, error.hint, state="failed")
+
+    def worker(self) -> Worker:
+        """Start a process."""
+        return Worker(self.command, log=self.log, environment=self.environment)
+
+    def question(self, do: str) -> dict[str, Any]:
+        """A question that carries the whole job."""
+        return {"do": do, **self.job}
+
+
+def measure_peers(
+    bundle_path: Path,
+    settings: Settings,
+    *,
+    peers: Sequence[Peer],
+    model: str | None,
+    turns: Turns,
+    cache: Path,
+    folder: Path,
+) -> Comparison:
+    """Draw the same picture by ``bundle_path`` and by each of ``peers``, in turns.
+
+    ``model`` None: the checkpoint that the bundle names. ``cache`` keeps what peers convert, and
+    ``folder`` gets every picture, the latents and the workers' logs. A peer that fails or is not
+    installed says so in its row. Raises `SdError` and its kin where the bundle, the checkpoint or
+    the request is at fault, `WorkerError` where ours fails.
+    """
+    bundle = open_bundle(bundle_path)
+    source = model or bundle.manifest.model.source
+    if not source:
+        raise BundleError("the bundle does not name its checkpoint", "Give it: --model MODEL.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not OURS.worker.exists():
+        raise ConfigError(
+            f"there are no workers at {OURS.worker.parent}",
+            "They are no part of the wheel: run from a checkout, pip install --editable .",
+        )
+    threads = settings.threads or usable_cores()
+    job = _job(bundle, settings, threads=threads, folder=folder)
+    original = checkpoint_folder(source)
+    key = checkpoint_key(original)
+    staged = cache / "checkpoints" / key
+    if not staged.exists():
+        partial = staged.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        stage_checkpoint(original, partial)
+        partial.rename(staged)
+    job |= {"model": str(staged)}
+    contestants = [
+        _contestant(peer, job, key=key, bundle=bundle, cache=cache, folder=folder)
+        for peer in (OURS, *peers)
+    ]
+    for contestant in contestants:
+        _prepare(contestant, cache)
+    for start in range(turns.cold_starts):
+        for contestant in _in_turn(contestants, start):
+            with contestant.attempt():
+                _start_cold(contestant, folder)
+    with ExitStack() as stack:
+        workers = _start_all(contestants, folder, stack)
+        for turn in range(-1, turns.rounds):  # the first is for what only repeats settle
+            for contestant in _in_turn(contestants, turn):
+                with contestant.attempt():
+                    _draw(contestant, workers[contestant.peer.name], count=turn >= 0)
+    rows = [contestant.row for contestant in contestants]
+    judge(rows, _pictures(rows, folder), reference=REFERENCE)
+    return Comparison(
+        bundle=str(bundle_path),
+        fingerprint=fingerprint(bundle.manifest),
+        model=str(source),
+        settings=settings,
+        threads=threads,
+        environment=environment(),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        reference=REFERENCE,
+        rows=rows,
+    )
+
+
+def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
+    """What `protocol.Job` holds, apart from what differs by peer; writes its files."""
+    request, profile = settings.request(), bundle.manifest.profile
+    name, table = plan(request, bundle.manifest)
+    config = effective_config(pipeline_scheduler_config(bundle.manifest.model.scheduler), name)
+    scheduler = folder / "scheduler_config.json"
+    known = {key: value for key, value in config.items() if value is not None}
+    scheduler.write_text(json.dumps(known, indent=1), "utf-8")
+    channels = bundle.manifest.model.latent_channels
+    stream = NoiseStream(settings.seed)
+    shape = (1, channels, profile.latent_height, profile.latent_width)
+    noise = np.stack([stream.normal(shape) for _ in range(table.num_rows + 1)])
+    np.save(folder / "noise.npy", noise.astype(np.float32))
+    return {
+        "bundle": str(bundle.path),
+        "threads": threads,
+        "backend": settings.backend,
+        "safety_checker": "safety_checker" in bundle.manifest.components,
+        "scheduler_name": name,
+        "scheduler": str(scheduler),
+        "sigmas": (table.sigma / table.alpha).tolist(),
+        "noise": str(folder / "noise.npy"),
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": settings.seed,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "height": profile.height,
+        "width": profile.width,
+    }
+
+
+def _contestant(
+    peer: Peer, job: Mapping[str, Any], *, key: str, bundle: Bundle, cache: Path, folder: Path
+) -> Contestant:
+    if peer is OURS:
+        key = fingerprint(bundle.manifest)[:16]
+    elif peer.prepared_by_size:
+        key = f"{key}-{job['height']}x{job['width']}"
+    own = {
+        "precision": peer.precision,
+        "prepared": str(cache / "prepared" / f"{peer.prepared}-{key}"),
+    }
+    return Contestant(
+        peer=peer,
+        row=Row(name=peer.name, precision=peer.precision),
+        command=(interpreter(peer, cache), peer.worker, *peer.arguments),
+        log=folder / f"{peer.name}.log",
+        job={**job, **own},
+        environment=_variables(job["threads"]),
+    )
+
+
+def _variables(threads: int) -> dict[str, str]:
+    """The worker's environment: as many threads for all, nothing fetched, nothing reported."""
+    foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    switches = (
+        *("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"),
+        *("HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONNOUSERSITE"),
+    )
+    return {**kept, **counts, **dict.fromkeys(switches, "1")}
+
+
+def _in_turn(contestants: Sequence[Contestant], turn: int) -> list[Contestant]:
+    """Those taking part: A B C, then C B A, so that a drift hits all alike."""
+    present = [contestant for contestant in contestants if contestant.taking_part]
+    return present if turn % 2 == 0 else present[::-1]
+
+
+def _prepare(contestant: Contestant, cache: Path) -> None:
+    """Convert once, in a process that ends; rows of what is not installed say so."""
+    lacking = missing(contestant.peer, cache)
+    if lacking:
+        hint = how_to_install(contestant.peer)
+        contestant.row.fail(lacking, hint, state="not installed")
+        return
+    logger.info("%s: prepares", contestant.peer.name)
+    with contestant.attempt(), contestant.worker() as worker:
+        contestant.row.prepare_s = worker.ask(contestant.question("prepare"))["seconds"]
+
+
+def _start_cold(contestant: Contestant, folder: Path) -> None:
+    """From a new process to its first picture, which is then closed."""
+    logger.info("%s: starts cold", contestant.peer.name)
+    picture = folder / f"{contestant.peer.name}.png"
+    with contestant.worker() as worker:
+        worker.tell(contestant.question("load"))
+        worker.tell({"do": "generate", "picture": str(picture), "latents": None})
+        loaded = worker.answer()
+        drawn = worker.answer()
+        contestant.row.cold_start_ms.append(1e3 * (perf_counter() - worker.started_s))
+        contestant.row.load_ms.append(1e3 * loaded["seconds"])
+        contestant.row.peak_memory_bytes = max(
+            contestant.row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0
+        )
+
+
+def _start_all(
+    contestants: Sequence[Contestant], folder: Path, stack: ExitStack
+) -> dict[str, Worker]:
+    """Workers that stay, each with its picture and latents on disk, all of them paused."""
+    workers: dict[str, Worker] = {}
+    for contestant in _in_turn(contestants, 0):
+        needed, free = contestant.row.peak_memory_bytes or 0, _available_memory_bytes()
+        if free is not None and needed > free:
+            message = f"needs {needed / 1e9:.1f} GB beside the others, {free / 1e9:.1f} GB are free"
+            if contestant.peer is OURS:
+                raise WorkerError(f"sd-toolkit {message}", _FREE_HINT)
+            contestant.row.fail(message, _FREE_HINT, state="failed")
+            continue
+        name = contestant.peer.name
+        (folder / f"{name}.npy").unlink(missing_ok=True)  # of an earlier run
+        with contestant.attempt():
+            worker = workers[name] = stack.enter_context(contestant.worker())
+            loaded = worker.ask(contestant.question("load"))
+            contestant.row.versions = loaded["versions"]
+            contestant.row.settings = loaded["settings"]
+            drawn = worker.ask(
+                {
+                    "do": "generate",
+                    "picture": str(folder / f"{name}.png"),
+                    "latents": str(folder / f"{name}.npy"),
+                }
+            )
+            contestant.row.settings |= drawn["settings"]
+            contestant.row.precision = drawn["settings"].get("precision", contestant.row.precision)
+            worker.pause()
+    return workers
+
+
+def _draw(contestant: Contestant, worker: Worker, *, count: bool) -> None:
+    worker.resume()
+    drawn = worker.ask({"do": "generate", "picture": None, "latents": None})
+    worker.pause()
+    row = contestant.row
+    row.peak_memory_bytes = max(row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0)
+    if count:
+        row.warm_ms.append(1e3 * drawn["seconds"])
+
+
+def _pictures(
+    rows: Sequence[Row], folder: Path
+) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.float32] | None]]:
+    from PIL import Image
+
+    found = {}
+    for row in rows:
+        picture, latents = folder / f"{row.name}.png", folder / f"{row.name}.npy"
+        if row.state == "measured" and picture.exists():
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            found[row.name] = (pixels, np.load(latents) if latents.exists() else None)
+    return found
+
+
+def _available_memory_bytes() -> int | None:
+    """What the system could give without swapping; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(found["MemAvailable"].split()[0])
