@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sd_bench.measurement import Measurement, Sample
 
 _STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
-_ACROSS_COMMITS: Final = ("sd-toolkit", "commit")
+_PROGRAM: Final = ("sd-toolkit", "commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def compare(
     `ConfigError` for measurements that do not compare, a stage that one of them lacks, or too few
     samples.
     """
-    check_comparable(base, new)
+    check_comparable(base, new, paired=paired)
     judge = judge_pairs if paired else judge_apart
     stages = [name for name in _stages(base.samples) if name in _stages(new.samples)]
     if criterion.stage not in stages:
@@ -83,9 +83,13 @@ def stage_ms(samples: Sequence[Sample], stage: str) -> list[float]:
     return [_value_ms(sample, stage) for sample in samples]
 
 
-def check_comparable(base: Measurement, new: Measurement) -> None:
-    """`ConfigError` that says what differs: environment, settings or the bundles' shapes."""
-    check_environment(base.environment, new.environment)
+def check_comparable(base: Measurement, new: Measurement, *, paired: bool = False) -> None:
+    """`ConfigError` that says what differs: environment, settings or the bundles' shapes.
+
+    Those that took turns share their machine; packages that differ are then what is judged.
+    """
+    if not paired:
+        check_environment(base.environment, new.environment)
     settings = _differing(asdict(base.settings), asdict(new.settings))
     if settings:
         raise ConfigError(
@@ -151,11 +155,13 @@ def _notes(base: Measurement, new: Measurement, *, paired: bool) -> list[str]:
         notes.append(f"the base ran on {ran[0]}, the new one on {ran[1]}")
     if base.fingerprint != new.fingerprint:
         notes.append("the bundles hold different graphs, so their pictures may differ as well")
-    notes += [
-        f"{name} {base.environment.get(name)}, now {new.environment.get(name)}"
-        for name in _ACROSS_COMMITS
-        if name in INFORMATIVE and base.environment.get(name) != new.environment.get(name)
+    moment = INFORMATIVE - set(_PROGRAM)
+    environments = [
+        {name: value for name, value in side.environment.items() if name not in moment}
+        for side in (base, new)
     ]
+    changes = _differing(*environments)
+    notes += [changes] if changes else []
     if not paired:
         notes.append(
             "two runs apart: what the machine does differently between them counts as a change; "

@@ -154,6 +154,7 @@ def _side_report(measurement: Measurement) -> dict[str, Any]:
         "precision": measurement.precision,
         "measured_at": measurement.measured_at,
         "samples": len(measurement.samples),
+        "peak_memory_bytes": measurement.peak_memory_bytes,
         "environment": dict(measurement.environment),
     }
 

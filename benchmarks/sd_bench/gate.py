@@ -8,7 +8,11 @@ says.
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 from sd_bench.comparison import (
@@ -20,17 +24,18 @@ from sd_bench.comparison import (
 )
 from sd_bench.environment import environment
 from sd_bench.judgement import ABBA, judge_pairs
-from sd_bench.latency import WARM_UP, Sampler, measure_latency, measurement_of
+from sd_bench.latency import WARM_UP, measure_latency
+from sd_bench.sampler_process import SamplerProcess
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime import Pipeline
+from sd_runtime.pipeline import plan
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from sd_bench.judgement import Criterion, Judgement
+    from sd_bench.latency import Sampler
     from sd_bench.measurement import Measurement, Sample, Settings
 
 FIRST_LOOK: Final = 24
@@ -50,10 +55,11 @@ def gate_by_file(
 
     ``runs`` None: as many as the base has, 20 at least. ``on_sample`` is told how many there are.
     `ConfigError`, before anything is measured, where ``base`` is foreign to this machine or
-    bundle; and as `measure_latency` raises.
+    bundle, or lacks the stage; and as `measure_latency` raises.
     """
     check_environment(base.environment, environment())
     check_profile(base.profile, asdict(open_bundle(bundle).manifest.profile))
+    stage_ms(base.samples, criterion.stage)
     counted = 0
 
     def on_each(sampler: Sampler, sample: Sample) -> None:
@@ -76,32 +82,45 @@ def gate_in_turns(
     criterion: Criterion,
     *,
     settings: Settings,
+    base_python: Path | None = None,
     max_pairs: int = MAX_PAIRS,
     on_pair: Callable[[int, Judgement | None], None] = lambda count, judgement: None,
 ) -> Comparison:
-    """Open both bundles, let them answer in turns, then judge the pairs.
+    """Open both bundles, each in its own process, let them answer in turns, then judge the pairs.
 
-    ``on_pair`` is told how many there are, and the judgement where one was made. Raises as
-    `Pipeline.load` and `Pipeline.generate` do, and `ConfigError` for bundles of other shapes.
+    ``base_python`` is the interpreter that runs the base: another version of the toolkit or of a
+    backend; None is this one. ``on_pair`` is told how many pairs there are, and the judgement
+    where one was made. Raises `BackendError` with the words of a side that fails, and
+    `ConfigError` for bundles of other shapes or settings that they cannot take.
     """
-    shapes = [asdict(open_bundle(bundle).manifest.profile) for bundle in (base, new)]
-    check_profile(*shapes)
-    with (
-        Pipeline.load(base, backend=settings.backend, threads=settings.threads) as base_pipeline,
-        Pipeline.load(new, backend=settings.backend, threads=settings.threads) as new_pipeline,
-    ):
-        samplers = [Sampler(base_pipeline, settings), Sampler(new_pipeline, settings)]
-        for sampler in samplers:
-            sampler.warm_up(WARM_UP)
-        sides = take_turns(
-            samplers[0].sample,
-            samplers[1].sample,
+    manifests = [open_bundle(bundle).manifest for bundle in (base, new)]
+    check_profile(*(asdict(manifest.profile) for manifest in manifests))
+    for manifest in manifests:
+        plan(settings.request(), manifest)
+    interpreters = (sys.executable if base_python is None else base_python, sys.executable)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="sd-bench-gate-")))
+        base_side, new_side = (
+            stack.enter_context(
+                SamplerProcess(
+                    bundle,
+                    settings,
+                    python=python,
+                    warm_up=WARM_UP,
+                    log=folder / f"{name}.log",
+                )
+            )
+            for name, bundle, python in zip(("base", "new"), (base, new), interpreters, strict=True)
+        )
+        base_samples, new_samples = take_turns(
+            base_side.sample,
+            new_side.sample,
             criterion,
             max_pairs=max_pairs,
             on_pair=on_pair,
         )
-        base_side, new_side = map(measurement_of, samplers, sides)
-    return compare(base_side, new_side, criterion, paired=True)
+        measured = (base_side.measurement_of(base_samples), new_side.measurement_of(new_samples))
+    return compare(*measured, criterion, paired=True)
 
 
 def take_turns(
@@ -117,8 +136,8 @@ def take_turns(
     Precise is `Judgement.precise`; it is looked at after 24 pairs and then at every quarter more.
     All samples' ``started_s`` count from the first one. `ConfigError` for too few pairs.
     """
-    if max_pairs < 2 * ABBA or max_pairs % ABBA:
-        raise ConfigError(f"{max_pairs} pairs", "Allow an even number, 24 or more.")
+    if max_pairs < FIRST_LOOK or max_pairs % ABBA:
+        raise ConfigError(f"{max_pairs} pairs", f"Allow an even number, {FIRST_LOOK} or more.")
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     looks = set(_looks(max_pairs))
     began = clock()
@@ -128,8 +147,9 @@ def take_turns(
             started_s = clock() - began
             samples.append(replace(take(), started_s=started_s))
         judgement = None
-        if count in looks:
+        if count == 1 or count in looks:  # the first tells whether the stage is there at all
             base_ms, new_ms = (stage_ms(samples, criterion.stage) for samples in sides)
+        if count in looks:
             judgement = judge_pairs(base_ms, new_ms, criterion)
         on_pair(count, judgement)
         if judgement is not None and judgement.precise:

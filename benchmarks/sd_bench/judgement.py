@@ -143,5 +143,5 @@ def _check_enough(base_ms: Sequence[float], new_ms: Sequence[float]) -> None:
     if fewest < FEWEST_SAMPLES:
         raise ConfigError(
             f"{fewest} samples are too few to judge by",
-            f"Measure {FEWEST_SAMPLES} or more of each; 40 tell much more.",
+            f"Take {FEWEST_SAMPLES} or more; 40 tell much more: sd-bench latency BUNDLE --runs 40.",
         )

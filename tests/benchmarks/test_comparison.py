@@ -50,6 +50,8 @@ def test_another_environment_is_refused_and_named() -> None:
         compare(base, foreign, CRITERION)
     assert error.value.exit_code == 2
     assert "sd-bench gate" in error.value.hint
+    in_turns = compare(base, foreign, CRITERION, paired=True)
+    assert in_turns.notes == ("cpu 'one', now 'another'",)
 
 
 def test_other_settings_and_shapes_are_refused_and_named() -> None:
@@ -72,7 +74,7 @@ def test_what_is_no_reason_to_refuse_is_noted() -> None:
     notes = " / ".join(compare(base, new, CRITERION).notes)
     assert "openvino fp32, the new one on onnxruntime fp32" in notes
     assert "different graphs" in notes
-    assert "commit aaa, now bbb" in notes
+    assert "commit 'aaa', now 'bbb'" in notes
     assert "load 9.0 on 2 cores with the new one" in notes
     assert "two runs apart" in notes
     assert compare(base, base, CRITERION, paired=True).notes == ()

@@ -15,7 +15,7 @@ from sd_bench.gate import FIRST_LOOK, gate_by_file, gate_in_turns, take_turns
 from sd_bench.judgement import Criterion, Judgement, Verdict
 from sd_bench.latency import measure_latency
 from sd_bench.measurement import Sample, Settings, read_measurement
-from sd_engines.errors import ConfigError
+from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +69,17 @@ def test_an_odd_number_of_pairs_is_refused() -> None:
                    max_pairs=25)  # fmt: skip
 
 
+def test_a_stage_that_is_not_there_is_said_after_one_pair() -> None:
+    counts: list[int] = []
+    with pytest.raises(ConfigError, match="no stage 'vae_decoder'"):
+        take_turns(
+            *samplers(QUIET, np.random.default_rng(0), slowdown=1, count=99),
+            Criterion(stage="vae_decoder", allowed_regression=0.025),
+            on_pair=lambda count, judgement: counts.append(count),
+        )
+    assert counts == []
+
+
 def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path) -> None:
     comparison = gate_in_turns(
         shapes_bundle, shapes_bundle, GENEROUS, settings=SETTINGS, max_pairs=24
@@ -77,8 +88,22 @@ def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path) -> None:
     assert comparison.judgement.verdict is Verdict.PASS
     assert comparison.base.settings == comparison.new.settings == SETTINGS
     assert len(comparison.base.samples) == len(comparison.new.samples) == 24
+    assert comparison.base.peak_memory_bytes != comparison.new.peak_memory_bytes, "own processes"
     starts = [[s.started_s for s in side.samples] for side in (comparison.base, comparison.new)]
     assert (np.diff(np.ravel(np.transpose(starts)).reshape(12, 4)[:, [0, 1, 3, 2]]) > 0).all()
+
+
+def test_what_a_side_cannot_do_is_said(shapes_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nosuch"):
+        gate_in_turns(shapes_bundle, shapes_bundle, GENEROUS, settings=Settings(scheduler="nosuch"))
+    with pytest.raises(BackendError, match="no_python"):
+        gate_in_turns(
+            shapes_bundle,
+            shapes_bundle,
+            GENEROUS,
+            settings=SETTINGS,
+            base_python=tmp_path / "no_python",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +151,10 @@ def test_a_foreign_baseline_is_refused_before_anything_is_measured(
     larger = replace(baseline, profile={**baseline.profile, "width": 512})
     with pytest.raises(ConfigError, match="width 512, now 128"):
         gate_by_file(larger, shapes_bundle, CRITERION, on_sample=never)
+    with pytest.raises(ConfigError, match="no stage 'safety_checker'"):
+        gate_by_file(
+            baseline, shapes_bundle, replace(CRITERION, stage="safety_checker"), on_sample=never
+        )
 
 
 def test_options_of_the_other_form_are_refused(

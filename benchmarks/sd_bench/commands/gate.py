@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 @click.option("--backend", help="[default: auto]")
 @click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option(
+    "--base-python",
+    type=FILE,
+    metavar="PYTHON",
+    help="Interpreter of another environment, whose sd-toolkit and packages run BASE.",
+)
+@click.option(
     "--max-pairs",
     type=click.IntRange(min=24),
     help="At most, where BASE is a bundle; an even number. [default: 240]",
@@ -49,6 +55,7 @@ def gate(
     num_images: int | None,
     backend: str | None,
     threads: int | None,
+    base_python: Path | None,
     max_pairs: int | None,
     runs: int | None,
     output: Path | None,
@@ -64,7 +71,9 @@ def gate(
 
     BASE is another bundle: both answer in turns, A B B A, until the interval is narrow enough. A
     slowdown of twice what is allowed is caught in 95 of 100 runs, and no change alarms in at most
-    2. Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
+    2. With --base-python, another version of the toolkit runs it.
+
+    Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
     with its settings, and what the machine does differently since then is judged along.
     """
     from sd_engines.errors import ConfigError
@@ -80,7 +89,9 @@ def gate(
     settings = {name: value for name, value in chosen.items() if value is not None}
     in_turns = base.is_dir()
     surplus = ["runs"] * (runs is not None) if in_turns else [*settings]
-    surplus += ["max_pairs"] * (max_pairs is not None and not in_turns)
+    if not in_turns:
+        pairs_only = {"max_pairs": max_pairs, "base_python": base_python}
+        surplus += [name for name, value in pairs_only.items() if value is not None]
     if surplus:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
         raise ConfigError(
@@ -92,7 +103,14 @@ def gate(
     criterion = criterion_of(stage, allowed_regression, confidence, paired=in_turns)
     check_files(output, github, html)
     if in_turns:
-        comparison = _gate_in_turns(base, bundle, criterion, settings, max_pairs)
+        comparison = _gate_in_turns(
+            base,
+            bundle,
+            criterion,
+            settings=settings,
+            base_python=base_python,
+            max_pairs=max_pairs,
+        )
     else:
         comparison = _gate_by_file(base, bundle, criterion, runs)
     kept = [] if output is None else [(output, comparison.new.to_json())]
@@ -103,7 +121,9 @@ def _gate_in_turns(
     base: Path,
     bundle: Path,
     criterion: Criterion,
+    *,
     settings: Mapping[str, Any],
+    base_python: Path | None,
     max_pairs: int | None,
 ) -> Comparison:
     from sd_bench.gate import MAX_PAIRS, gate_in_turns
@@ -117,7 +137,13 @@ def _gate_in_turns(
                 bar.update(1)
 
         return gate_in_turns(
-            base, bundle, criterion, settings=Settings(**settings), max_pairs=most, on_pair=on_pair
+            base,
+            bundle,
+            criterion,
+            settings=Settings(**settings),
+            base_python=base_python,
+            max_pairs=most,
+            on_pair=on_pair,
         )
 
 
