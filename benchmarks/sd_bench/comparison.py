@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sd_bench.environment import INFORMATIVE, difference
+from sd_bench.environment import ABSENT, difference
 from sd_bench.judgement import judge_apart, judge_pairs
 from sd_engines.errors import ConfigError, nearest
 
@@ -93,7 +93,7 @@ def check_comparable(base: Measurement, new: Measurement, *, paired: bool = Fals
     settings = _differing(asdict(base.settings), asdict(new.settings))
     if settings:
         raise ConfigError(
-            f"measured with other settings: {settings}",
+            f"measured with other settings: {_words(settings)}",
             "Measure both with the same; sd-bench gate BASE.json BUNDLE takes the baseline's.",
         )
     check_profile(base.profile, new.profile)
@@ -104,8 +104,7 @@ def check_environment(base: Mapping[str, str], new: Mapping[str, str]) -> None:
     foreign = difference(base, new)
     if foreign:
         raise ConfigError(
-            "the baseline is of another environment: "
-            + "; ".join(f"{name} {was!r}, now {now!r}" for name, (was, now) in foreign.items()),
+            f"the baseline is of another environment: {_words(foreign)}",
             "Measure the base here and now: sd-bench gate BASE_BUNDLE BUNDLE does it in pairs.",
         )
 
@@ -118,14 +117,20 @@ def check_profile(base: Mapping[str, int], new: Mapping[str, int]) -> None:
     )
     if shapes:
         raise ConfigError(
-            f"the bundles are built for other shapes: {shapes}",
+            f"the bundles are built for other shapes: {_words(shapes)}",
             "Compare bundles of one shape; sd-bench scaling shows what a size costs.",
         )
 
 
-def _differing(base: Mapping[str, object], new: Mapping[str, object]) -> str:
+def _differing(
+    base: Mapping[str, object], new: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
     names = [name for name in {**base, **new} if base.get(name) != new.get(name)]
-    return "; ".join(f"{name} {base.get(name)!r}, now {new.get(name)!r}" for name in names)
+    return {name: (base.get(name), new.get(name)) for name in names}
+
+
+def _words(differing: Mapping[str, tuple[object, object]]) -> str:
+    return "; ".join(f"{name} {was!r}, now {now!r}" for name, (was, now) in differing.items())
 
 
 def _stages(samples: Sequence[Sample]) -> list[str]:
@@ -155,13 +160,9 @@ def _notes(base: Measurement, new: Measurement, *, paired: bool) -> list[str]:
         notes.append(f"the base ran on {ran[0]}, the new one on {ran[1]}")
     if base.fingerprint != new.fingerprint:
         notes.append("the bundles hold different graphs, so their pictures may differ as well")
-    moment = INFORMATIVE - set(_PROGRAM)
-    environments = [
-        {name: value for name, value in side.environment.items() if name not in moment}
-        for side in (base, new)
-    ]
-    changes = _differing(*environments)
-    notes += [changes] if changes else []
+    program = ({n: side.environment.get(n, ABSENT) for n in _PROGRAM} for side in (base, new))
+    changes = (difference(base.environment, new.environment), _differing(*program))
+    notes += [_words(found) for found in changes if found]
     if not paired:
         notes.append(
             "two runs apart: what the machine does differently between them counts as a change; "
