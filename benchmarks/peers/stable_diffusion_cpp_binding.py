@@ -60,6 +60,11 @@ class StableDiffusionCpp:
             vae_decode_only=True,
             verbose=True,
         )
+        if not self._model.model:  # a null pointer, which the binding takes for a model
+            raise ValueError(
+                "stable-diffusion.cpp cannot load this checkpoint: it has the sizes of Stable "
+                "Diffusion's own models built in"
+            )
         settings = {"noise": "its own, from the same seed by torch's algorithm"}
         return settings | ({"safety checker": "not run"} if job.safety_checker else {})
 
