@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build
-PROMPT ?= a large red circle on the left, a small blue square in the top right and a green star at the bottom, on a white background
+PROMPT ?= a large red circle on the left, a small blue square in the top right and a green star in the bottom right, on a white background
 
 .PHONY: demo test lint format quality gpu clean
 
 demo: $(BUILD)/shapes.bundle/bundle.json ## export the shipped checkpoint, make a picture, say where it is
-	@$(BIN)/sd-run $(BUILD)/shapes.bundle "$(PROMPT)" --seed 7 --output $(BUILD)/demo.png
+	@$(BIN)/sd-run $(BUILD)/shapes.bundle "$(PROMPT)" --guidance-scale 3 --seed 7 --output $(BUILD)/demo.png
 	@echo "The picture: $(CURDIR)/$(BUILD)/demo.png"
 
 test: $(VENV)/.stamp ## lint, types and tests

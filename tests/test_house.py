@@ -33,7 +33,7 @@ MODEL_LIBRARIES = {"diffusers", "transformers"}
 HEAVY = {
     *("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
     *("huggingface_hub", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cupy"),
-    *("polygraphy", "sympy", "scipy"),
+    *("polygraphy", "sympy", "scipy", "matplotlib"),
 }
 
 

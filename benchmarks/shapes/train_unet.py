@@ -72,13 +72,14 @@ def encode_scenes(
 def save(
     folder: Path,
     *,
-    unet: torch.nn.Module,
-    text_encoder: torch.nn.Module,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
     vae: AutoencoderKL,
 ) -> None:
     """FOLDER/checkpoint: a copy in fp16 and the diffusers v1 layout, with PNDM as v1 has it."""
     unet, text_encoder, vae = copy.deepcopy((unet, text_encoder, vae))
-    vae.register_to_config(_name_or_path="shapes")  # not the folder it was trained in
+    for model in (unet, vae):
+        model.register_to_config(_name_or_path="shapes")  # not the folder it was trained in
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -104,7 +105,7 @@ def save(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--minutes", type=float, default=105, help="0: only put the parts together")
     parser.add_argument("--layout-minutes", type=float, default=12, help="first, of a new UNet")
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -128,8 +129,10 @@ def main() -> None:
     scenes, means, stds = encode_scenes(vae, count=args.scenes, seed=int(rng.integers(2**31)))
     scale = vae.config.scaling_factor if resumed else 1 / float(means.float().std())
     vae.register_to_config(scaling_factor=scale)
-    seconds = time.time() - started
-    print(f"{len(scenes)} scenes in {seconds:.0f} s, scaling factor {scale:.4f}", flush=True)
+    print(
+        f"{len(scenes)} scenes in {time.time() - started:.0f} s, scaling factor {scale:.4f}",
+        flush=True,
+    )
 
     # Backgrounds are most of a latent's energy. Predicting noise barely weighs them where they are
     # decided, near pure noise; predicting v (Salimans & Ho 2022) does.
@@ -140,7 +143,8 @@ def main() -> None:
         prediction_type="v_prediction",
     )
     step, running, reported = 0, 1.0, time.time()
-    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
+    seconds = max(60 * args.minutes, 1e-9)
+    while (progress := (time.time() - started) / seconds) < 1:
         layout = 1.0 if resumed else (time.time() - started) / (60 * args.layout_minutes)
         rate = min(1.0, step / 200) * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = args.learning_rate * rate

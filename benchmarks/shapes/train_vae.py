@@ -87,7 +87,7 @@ def main() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(time.time_ns())
     vae = AutoencoderKL.from_pretrained(args.resume) if args.resume else new_vae()
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = vae.float().to(memory_format=torch.channels_last)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)

@@ -119,9 +119,11 @@ def _make(
     with log.stage(component, "save") as result:
         result.bytes = save(graph, work.bundle / component)
     # onnxscript's rewriter remembers its last match, and through it the whole graph: what it
-    # remembers must not be the weights
+    # remembers, transposed views included, must not be the weights
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.new_empty(0)
+        storage = tensor.untyped_storage()
+        if storage.resizable():  # a mapped file is not, and costs no memory
+            storage.resize_(0)
     return {
         "opset": OPSET,
         "inputs": [asdict(spec) for spec in inputs],

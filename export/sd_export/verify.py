@@ -15,6 +15,7 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
+from sd_export.memory import release
 from sd_export.precision import coarser
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def run_engine(
         for first in range(0, rows, batch):
             results = opened(**{n: a[first : first + batch] for n, a in inputs.items()})
             parts.append({name: _on_host(array) for name, array in results.items()})
+    release()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

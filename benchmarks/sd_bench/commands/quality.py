@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--captions", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--num-inference-steps", type=int, default=50, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--guidance-scale", type=float, default=3.0, show_default=True)
 @click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--pictures", type=click.Path(path_type=Path), help="Save every picture here.")
