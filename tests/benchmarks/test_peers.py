@@ -18,10 +18,11 @@ from compvis import original_state
 from sd_bench.measurement import Settings
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, likeness
-from sd_bench.peers.contest import Turns, measure_peers
+from sd_bench.peers.contest import Turns, check_unchanged, measure_peers
 from sd_bench.peers.peer import PEERS, REFERENCE, WORKERS, Peer, find_peers, set_up
 from sd_bench.peers.ratio import paired_ratio
 from sd_bench.peers.worker import Worker, WorkerError
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from tiny import WORDS, make_checkpoint, make_smallest_checkpoint
 
@@ -218,6 +219,17 @@ def test_checkpoint_key_changes_with_any_file(tmp_path: Path) -> None:
     assert checkpoint_key(tmp_path) == first
     (tmp_path / "unet" / "weights").write_bytes(b"three")
     assert checkpoint_key(tmp_path) != first
+
+
+def test_checkpoint_that_changes_between_turns_is_refused(
+    shapes_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_bytes(b"one")
+    key, bundle = checkpoint_key(tmp_path), open_bundle(shapes_bundle)
+    check_unchanged(tmp_path, key, bundle)
+    (tmp_path / "weights").write_bytes(b"three")
+    with pytest.raises(ConfigError, match="changed while it was measured"):
+        check_unchanged(tmp_path, key, bundle)
 
 
 def test_single_file_is_refused(tmp_path: Path) -> None:

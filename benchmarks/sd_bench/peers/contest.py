@@ -140,6 +140,7 @@ def measure_peers(
             for contestant in _in_turn(contestants, turn):
                 with contestant.attempt():
                     _draw(contestant, workers[contestant.peer.name], count=turn >= 0)
+    check_unchanged(original, key, bundle)
     rows = [contestant.row for contestant in contestants]
     judge(rows, _pictures(rows, folder), reference=REFERENCE)
     return Comparison(
@@ -153,6 +154,15 @@ def measure_peers(
         reference=REFERENCE,
         rows=rows,
     )
+
+
+def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
+    """`ConfigError` where the checkpoint or the bundle is no longer what the first turn read."""
+    now = open_bundle(bundle.path).manifest
+    if checkpoint_key(checkpoint) != key or fingerprint(now) != fingerprint(bundle.manifest):
+        raise ConfigError(
+            "the checkpoint or the bundle changed while it was measured", "Measure again."
+        )
 
 
 def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
