@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sd_engines.bundle import (
     Bundle,
     ComponentEntry,
+    EngineEntry,
     Manifest,
     hash_files,
     open_bundle,
@@ -51,6 +52,22 @@ def needs(package: str) -> None:
     """Skip the test where ``package`` is not installed, without importing it."""
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
+def stale_plan(precision: Precision) -> EngineEntry:
+    """A plan of the UNet by a TensorRT-RTX that nobody has any more."""
+    return EngineEntry(
+        component="unet",
+        backend="tensorrt-rtx",
+        version="1.0.0",
+        target="any",
+        precision=precision,
+        file="engines/tensorrt-rtx-1.0.0-any/unet.engine",
+        sha256="0" * 64,
+        bytes=1,
+        flags={},
+        key="0" * 64,
+    )
 
 
 def _info(spec: TensorSpec) -> onnx.ValueInfoProto:

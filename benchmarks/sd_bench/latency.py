@@ -6,11 +6,9 @@ memory. Nothing is written to a disk.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import TYPE_CHECKING
 
 from sd_bench.ceiling import measure_ceilings
@@ -21,6 +19,7 @@ from sd_bench.work import request_work
 from sd_engines.bundle import open_bundle
 from sd_engines.choice import fastest_engine
 from sd_engines.errors import ConfigError
+from sd_engines.memory import peak_memory_bytes, reset_peak_memory
 from sd_runtime import Pipeline
 from sd_runtime.timing import Timings, clock
 
@@ -141,19 +140,3 @@ def measurement_of(sampler: Sampler, samples: Sequence[Sample]) -> Measurement:
             for name in ("batch_size", "height", "width")
         },
     )
-
-
-def peak_memory_bytes() -> int:
-    """The most that this process has held in RAM since `reset_peak_memory`, or ever."""
-    # Linux hands the ru_maxrss of whoever started a process down to it; VmHWM starts anew.
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak_memory() -> None:
-    """Let `peak_memory_bytes` start from what is held now, where the kernel can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from threading import Barrier
 from typing import TYPE_CHECKING
 
-from sd_bench.latency import Sampler, peak_memory_bytes
+from sd_bench.latency import Sampler
 from sd_bench.measurement import Settings
 from sd_engines.errors import BackendError, SdError
+from sd_engines.memory import peak_memory_bytes
 from sd_runtime import Pipeline
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_engines.errors import BundleError
 from sd_export.load import load_pipeline, use_scheduler
 from sd_export.source import find_checkpoint
 from sd_export.verify import relative_l2
@@ -43,13 +42,11 @@ def measure_parity(
     """Draw ``prompt`` twice per scheduler, by the bundle and by diffusers in fp32 on the CPU.
 
     ``model`` is the checkpoint, None: the one that the bundle names. diffusers gets the same seed
-    through ``torch.Generator("cpu")``. Raises `BundleError` where the checkpoint is not found.
+    through ``torch.Generator("cpu")``. Raises `ExportError` where the checkpoint is not found.
     """
     import torch
 
     source = model or pipeline.bundle.manifest.model.source
-    if not source:
-        raise BundleError("the bundle does not name its checkpoint", "Give it: --model MODEL.")
     oracle = load_pipeline(find_checkpoint(source))
     config, profile = dict(oracle.scheduler.config), pipeline.profile
     for name in schedulers:

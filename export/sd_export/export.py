@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
 from sd_engines.errors import BundleError, ConfigError
+from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
-from sd_export.memory import peak_bytes
 from sd_export.precision import check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
@@ -91,7 +91,7 @@ def export(
         manifest=manifest,
         license=license_words(checkpoint),
         stages=tuple(log.ended),
-        peak_bytes=peak_bytes(),
+        peak_bytes=peak_memory_bytes(),
         was_done=was_done,
     )
 

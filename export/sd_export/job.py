@@ -25,12 +25,13 @@ from sd_engines.bundle import (
     hash_files,
 )
 from sd_engines.errors import ExportError
+from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
 from sd_export.build import recorded_engine, verify_graph
 from sd_export.end_to_end import prove_end_to_end
 from sd_export.graph import recorded_graph, stored_proof
 from sd_export.license import copy_license
-from sd_export.memory import peak_bytes, release
+from sd_export.memory import release
 from sd_export.precision import engine_precision, graph_precision
 from sd_export.work import key_of, versions
 
@@ -251,7 +252,7 @@ class Job:
             "key": self.key,
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_memory_bytes(),
             "stages": [asdict(event) for event in self.log.ended],
         }
         path = self.work.bundle / RECORD_FILE

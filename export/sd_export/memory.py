@@ -1,15 +1,9 @@
-"""Memory: how much was held, and how to give it back between components."""
+"""Memory, given back between components."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import resource
-
-
-def peak_bytes() -> int:
-    """The most memory this process ever held resident, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def release() -> None:

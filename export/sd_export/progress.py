@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from sd_export.memory import peak_bytes
+from sd_engines.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ class StageLog:
                 state="done",
                 seconds=time.perf_counter() - begin,
                 bytes=result.bytes,
-                peak_bytes=peak_bytes(),
+                peak_bytes=peak_memory_bytes(),
                 detail=result.detail,
             )
         )

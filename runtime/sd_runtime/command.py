@@ -1,9 +1,11 @@
-"""How every command of the toolkit ends: errors caught once, and their exit codes."""
+"""What every command of the toolkit shares: how it shows progress, and how it ends."""
 
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, NoReturn
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -46,6 +48,13 @@ def run_command(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def progress_bar(length: int, label: str) -> Any:
+    """A context manager that gives a bar of ``length`` steps on a terminal, None elsewhere."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    return click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True, width=30)
 
 
 def raise_received_signal() -> None:

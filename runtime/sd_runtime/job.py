@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import secrets
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
+from sd_runtime.command import progress_bar
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
 from sd_runtime.pipeline import Pipeline, plan
@@ -92,7 +92,8 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     timings, results = Timings(), []
     with timings.measure("load"):
         pipeline = Pipeline.load(job.bundle, backend=order.backend, threads=job.threads)
-    with pipeline, _progress_bar(num_steps, quiet=quiet) as bar:
+    bar_or_none = nullcontext() if quiet else progress_bar(num_steps, "Denoising")
+    with pipeline, bar_or_none as bar:
         for request in order.requests:
             for step in pipeline.stream(request):
                 if bar is not None:
@@ -183,14 +184,6 @@ def _seeded(requests: Sequence[Request], seed: int | None) -> list[Request]:
         else:
             seeded.append(request)
     return seeded
-
-
-def _progress_bar(length: int, *, quiet: bool) -> Any:
-    if quiet or not sys.stderr.isatty():
-        return nullcontext()
-    return click.progressbar(
-        length=length, label="Denoising", file=sys.stderr, show_pos=True, width=30
-    )
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

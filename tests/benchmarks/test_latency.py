@@ -90,7 +90,7 @@ def test_settings_that_nobody_can_measure(shapes_bundle: Path, pipeline: Pipelin
 
 def test_peak_memory_holds_what_was_let_go() -> None:
     code = (
-        "from sd_bench.latency import peak_memory_bytes as peak, reset_peak_memory as reset;"
+        "from sd_engines.memory import peak_memory_bytes as peak, reset_peak_memory as reset;"
         "before = peak(); held = bytearray(300 << 20); del held; most = peak();"
         "reset(); print(before, most, peak())"
     )

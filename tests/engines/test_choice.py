@@ -17,7 +17,7 @@ from sd_engines import choice, open_engine
 from sd_engines.bundle import Bundle, EngineEntry, portable_entry
 from sd_engines.choice import fastest_engine
 from sd_engines.errors import BundleError, ConfigError
-from tiny_onnx import PROFILE, needs
+from tiny_onnx import PROFILE, needs, stale_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -228,18 +228,7 @@ def test_a_stale_plan_is_named_every_time(
     tiny_bundle: Bundle, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs("tensorrt_rtx")
-    stale = EngineEntry(
-        component="unet",
-        backend="tensorrt-rtx",
-        version="1.0.0",
-        target="any",
-        precision="fp16",
-        file="engines/tensorrt-rtx-1.0.0-any/unet.engine",
-        sha256="0" * 64,
-        bytes=1,
-        flags={},
-        key="0" * 64,
-    )
+    stale = stale_plan("fp16")
     bundle = with_engines(tiny_bundle, *tiny_bundle.manifest.engines, stale)
     for count in (1, 2, 3):
         assert backend_of(bundle) in BINDINGS

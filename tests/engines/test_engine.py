@@ -13,11 +13,11 @@ import pytest
 
 import sd_engines
 from sd_engines import open_engine
-from sd_engines.bundle import Bundle, EngineEntry
+from sd_engines.bundle import Bundle
 from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError
-from tiny_onnx import PROFILE, needs, unet_arrays
+from tiny_onnx import PROFILE, needs, stale_plan, unet_arrays
 
 if TYPE_CHECKING:
     from sd_engines import Engine
@@ -51,18 +51,7 @@ def test_auto_says_why_it_passes_over_a_stale_plan(
     tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs("tensorrt_rtx")
-    stale = EngineEntry(
-        component="unet",
-        backend="tensorrt-rtx",
-        version="1.0.0",
-        target="any",
-        precision="fp32",
-        file="engines/tensorrt-rtx-1.0.0-any/unet.engine",
-        sha256="0" * 64,
-        bytes=1,
-        flags={},
-        key="0" * 64,
-    )
+    stale = stale_plan("fp32")
     manifest = replace(tiny_bundle.manifest, engines=(*tiny_bundle.manifest.engines, stale))
     bundle = Bundle(tiny_bundle.path, manifest)
     with (

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-_PROMPT = "a large red circle on the left and a small blue star in the top right"
+from sd_bench.measurement import PROMPT
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
-@click.option("--prompt", default=_PROMPT, show_default=True)
+@click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--num-inference-steps", type=int, default=20, show_default=True)
 @click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
 @click.option("--backend", default="auto", show_default=True)
