@@ -62,6 +62,8 @@ def sd_run_command(bundle: Path, settings: Settings, *, output: Path) -> list[st
         "--num-images": settings.num_images,
         "--num-inference-steps": settings.num_inference_steps,
         "--guidance-scale": settings.guidance_scale,
+        "--guidance-start": settings.guidance_start,
+        "--guidance-stop": settings.guidance_stop,
         "--scheduler": settings.scheduler,
         "--backend": None if settings.backend == "auto" else settings.backend,
         "--threads": settings.threads,

@@ -31,6 +31,8 @@ class Settings:
     seed: int = 0
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     scheduler: str | None = None
     num_images: int = 1
     backend: str = "auto"
@@ -45,6 +47,8 @@ class Settings:
             num_images_per_prompt=self.num_images,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_start=self.guidance_start,
+            guidance_stop=self.guidance_stop,
             scheduler=self.scheduler,
         )
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,14 +19,11 @@ from sd_bench.scene import Scene, caption, has_unseen_pair, random_scene
 from sd_runtime import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from PIL import Image
 
     from sd_runtime import Pipeline
-
-GUIDANCE_SCALE: Final = 3.0
-"""Where the shipped checkpoint obeys best; at 7.5 its colours overshoot."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +86,19 @@ def held_out_captions(count: int) -> list[tuple[str, Scene]]:
 
 def measure_quality(
     pipeline: Pipeline,
+    options: Mapping[str, Any],
     *,
     captions: int = 200,
-    num_inference_steps: int = 50,
-    guidance_scale: float = GUIDANCE_SCALE,
-    scheduler: str | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> Score:
-    """One picture per held-out caption, seed = its index, each judged by `checker.faults`."""
+    """One picture per held-out caption, seed = its index, each judged by `checker.faults`.
+
+    ``options`` are `Request`'s, all but the prompt and the seed.
+    """
     started = time.perf_counter()
     answers = []
     for seed, (prompt, scene) in enumerate(held_out_captions(captions)):
-        request = Request(
-            prompt=prompt,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-        )
-        image = pipeline.generate(request).images[0]
+        image = pipeline.generate(Request(prompt, seed=seed, **options)).images[0]
         answer = Answer(prompt, scene, seed, image, tuple(faults(image, scene)))
         on_answer(answer)
         answers.append(answer)

@@ -45,17 +45,21 @@ def request_work(
     """
     size, left = pipeline.profile.batch_size, request.num_images
     batches = [min(size, left - first) for first in range(0, left, size)]
-    doubled = [n * (2 if request.guided else 1) for n in batches]
-    rows = {"text_encoder": [1], "unet": doubled, "vae_decoder": batches, "safety_checker": batches}
+    num_rows = len(timings.spans["unet"]) // len(batches)
+    guided = request.guided_rows(num_rows)
+    samples = [n * (2 if row in guided else 1) for n in batches for row in range(num_rows)]
+    rows = {"text_encoder": [1], "unet": samples, "vae_decoder": batches, "safety_checker": batches}
     components = pipeline.bundle.manifest.components
     work: dict[str, dict[str, float]] = {}
     for name, engine in pipeline.engines.items():
         if name not in rows or name not in timings.spans:
             continue
         path = pipeline.bundle.path / components[name].file
-        calls = [
-            count_work(path, dimensions={BATCH: n}, precision=engine.precision) for n in rows[name]
-        ]
+        counted = {
+            n: count_work(path, dimensions={BATCH: n}, precision=engine.precision)
+            for n in set(rows[name])
+        }
+        calls = [counted[n] for n in rows[name]]
         work[name] = {
             "flops": sum(call.flops for call in calls) / len(calls),
             "bytes": sum(call.bytes for call in calls) / len(calls),

@@ -39,6 +39,14 @@ _FILE = click.Path(path_type=Path)
 @click.option("--num-inference-steps", type=int, help="[default: 50]")
 @click.option("--guidance-scale", type=float, help="≤ 1 is none. [default: 7.5]")
 @click.option(
+    "--guidance-start", type=float, help="Share of the steps it begins after. [default: 0]"
+)
+@click.option(
+    "--guidance-stop",
+    type=float,
+    help="Share of the steps it ends after; the others take half the work. [default: 1]",
+)
+@click.option(
     "--scheduler",
     help="Such as ddim, euler_a, dpm++_2m_karras, unipc. [default: the checkpoint's own]",
 )

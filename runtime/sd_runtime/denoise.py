@@ -21,7 +21,7 @@ from sd_runtime.timing import clock
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from sd_engines.engine import Array, Engine
+    from sd_engines.engine import Array, Binding, Engine
     from sd_runtime.noise import NoiseStream
     from sd_runtime.table import SchedulerTable
     from sd_runtime.timing import Timings
@@ -58,30 +58,27 @@ def denoise(
     latents: Array,
     *,
     prompt_embeds: Sequence[Array],
-    negative_prompt_embeds: Sequence[Array] | None,
+    negative_prompt_embeds: Sequence[Array],
     guidance_scale: float,
+    guided_rows: range,
     table: SchedulerTable,
     noise: Sequence[NoiseStream],
     timings: Timings,
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
-    Embeddings are [tokens, d], one per picture. Without negative ones the UNet runs on n rows,
-    otherwise on 2n, negative first. ``noise`` is one stream per picture, read on the rows that
-    draw, used there or not, so that later rows see the noise they would see in diffusers.
-    Closing the generator cancels.
+    Embeddings are [tokens, d], one per picture. On ``guided_rows`` the UNet runs on 2n samples,
+    negative first, and on n elsewhere, where nobody reads the negative ones. ``noise`` is one
+    stream per picture, read on the rows that draw, used there or not, so that later rows see the
+    noise they would see in diffusers. Closing the generator cancels.
     """
     n = len(latents)
-    guided = negative_prompt_embeds is not None
-    binding = unet.bind(2 * n if guided else n)
-    sample_in, timestep_in = binding.inputs["sample"], binding.inputs["timestep"]
-    noise_pred = binding.outputs["noise_pred"]
-    embeds_in = binding.inputs["encoder_hidden_states"]
-    for row_in, embeds in enumerate([*(negative_prompt_embeds or ()), *prompt_embeds]):
-        copy_into(embeds_in[row_in], embeds)
+    bindings = {
+        guided: _bound(unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds])
+        for guided in {row in guided_rows for row in range(table.num_rows)}
+    }
 
-    before = sample_in[:n]
-    state = np.empty_like(before)
+    state = np.empty_like(next(iter(bindings.values())).inputs["sample"][:n])
     copy_into(state, latents)
     scratch, model_output = np.empty_like(state), np.empty_like(state)
     drawn = np.empty(state.shape, dtype=np.float32)
@@ -96,10 +93,14 @@ def denoise(
 
     for row, timestep in enumerate(timesteps):
         start = clock()
+        guided = row in guided_rows
+        binding = bindings[guided]
+        sample_in, noise_pred = binding.inputs["sample"], binding.outputs["noise_pred"]
+        before = sample_in[:n]
         before[...] = state
         if guided:
             sample_in[n:] = state
-        timestep_in[...] = timestep
+        binding.inputs["timestep"][...] = timestep
         ready = clock()
         binding.run()
         done = clock()
@@ -128,6 +129,14 @@ def denoise(
         timings.add("unet", ready, done)
         timings.add("scheduler", done, clock())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
+
+
+def _bound(unet: Engine, embeds: Sequence[Array]) -> Binding:
+    """The UNet's buffers for as many rows as there are embeddings, and those written to them."""
+    binding = unet.bind(len(embeds))
+    for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
+        copy_into(row_in, row)
+    return binding
 
 
 def predicted_original_sample(row: Row, prediction_type: str) -> Array:

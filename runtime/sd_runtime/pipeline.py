@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from sd_engines.bundle import open_bundle
-from sd_engines.choice import fastest_engine
 from sd_engines.closing import Closing
-from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
+from sd_runtime.engine_set import EngineSet
 from sd_runtime.noise import NoiseStream
 from sd_runtime.recipe import Recipe, fingerprint
 from sd_runtime.result import Result, Step
@@ -72,10 +70,10 @@ def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, 
 class Pipeline(Closing):
     """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer) -> None:
+    def __init__(self, bundle: Bundle, engines: EngineSet, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
-        self._engines = dict(engines)
-        self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
+        self._engines = engines
+        self._prompts = PromptEncoder(tokenizer, engines["text_encoder"])
         self.fingerprint = fingerprint(bundle.manifest)
 
     @classmethod
@@ -102,7 +100,7 @@ class Pipeline(Closing):
             bundle.verified_path(TOKENIZER_FILE),
             max_tokens=bundle.manifest.model.max_prompt_tokens,
         )
-        engines = _open_engines(bundle, names, backend=backend, threads=threads)
+        engines = EngineSet.open(bundle, names, backend=backend, threads=threads)
         return cls(bundle, engines, tokenizer)
 
     def generate(self, request: Request) -> Result:
@@ -125,10 +123,12 @@ class Pipeline(Closing):
         start, timings = clock(), Timings()
         images = request.images()
         texts = [image.prompt for image in images]
-        if request.guided:
+        guided_rows = request.guided_rows(table.num_rows)
+        if guided_rows:
             texts += [image.negative_prompt for image in images]
-        embeds = self._prompts.encode(texts, timings=timings)
         size = self.profile.batch_size
+        self._bind(min(size, len(images)), guided_rows=guided_rows, num_rows=table.num_rows)
+        embeds = self._prompts.encode(texts, timings=timings)
         num_steps = table.num_rows * -(-len(images) // size)
         latents, pixels, flags = [], [], []
         for first in range(0, len(images), size):
@@ -160,6 +160,16 @@ class Pipeline(Closing):
                     result=result,
                 )
 
+    def _bind(self, batch: int, *, guided_rows: range, num_rows: int) -> None:
+        """Bind every engine to what a batch of this request needs."""
+        unet_batches = [2 * batch] * bool(guided_rows) + [batch] * (len(guided_rows) < num_rows)
+        others = self._engines.engines.keys() - {"unet", "text_encoder"}
+        self._engines.bind(
+            {("text_encoder", 1)}
+            | {("unet", rows) for rows in unet_batches}
+            | {(component, batch) for component in others}
+        )
+
     def _denoise(
         self,
         batch: Sequence[ImageRequest],
@@ -171,13 +181,15 @@ class Pipeline(Closing):
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
             latents = initial_latents(noise, self.latents_shape, table)
-        negative = [embeds[image.negative_prompt] for image in batch] if request.guided else None
+        guided_rows = request.guided_rows(table.num_rows)
+        negative = [embeds[image.negative_prompt] for image in batch] if guided_rows else []
         return denoise(
             self._engines["unet"],
             latents,
             prompt_embeds=[embeds[image.prompt] for image in batch],
             negative_prompt_embeds=negative,
             guidance_scale=float(request.guidance_scale),
+            guided_rows=guided_rows,
             table=table,
             noise=noise,
             timings=timings,
@@ -224,6 +236,8 @@ class Pipeline(Closing):
             seed=image.seed,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=float(request.guidance_scale),
+            guidance_start=float(request.guidance_start),
+            guidance_stop=float(request.guidance_stop),
             scheduler=scheduler,
             eta=float(request.eta),
             height=profile.height,
@@ -238,7 +252,7 @@ class Pipeline(Closing):
     @property
     def engines(self) -> dict[str, EngineEntry]:
         """What the manifest says of the engine that each component runs on."""
-        return {name: engine.entry for name, engine in self._engines.items()}
+        return {name: engine.entry for name, engine in self._engines.engines.items()}
 
     @property
     def profile(self) -> Profile:
@@ -253,7 +267,7 @@ class Pipeline(Closing):
 
     @property
     def _checker(self) -> Engine | None:
-        return self._engines.get("safety_checker")
+        return self._engines.engines.get("safety_checker")
 
     def forget_prompts(self) -> None:
         """Encode the next request's prompts anew, as a first request does: for measurements."""
@@ -261,34 +275,7 @@ class Pipeline(Closing):
 
     def close(self) -> None:
         """Free all engines; the pipeline is of no use after it."""
-        for engine in self._engines.values():
-            engine.close()
-
-
-def _open_engines(
-    bundle: Bundle, names: Sequence[str], *, backend: str, threads: int | None
-) -> dict[str, Engine]:
-    """Open engines side by side: while one is hashed, another is prepared."""
-    prefer = fastest_engine(bundle, "unet", threads=threads) if backend == "auto" else None
-    pool = ThreadPoolExecutor(len(names))
-    opening = {
-        name: pool.submit(
-            open_engine, bundle, name, backend=backend, threads=threads, prefer=prefer
-        )
-        for name in names
-    }
-    try:
-        # An interrupt is to arrive here, not in the threads' join: Python 3.11 takes a thread whose
-        # join was interrupted for ended, and a backend that is cut off in C++ aborts the process.
-        wait(opening.values())
-        return {name: future.result() for name, future in opening.items()}
-    except BaseException:
-        for future in as_completed(opening.values()):
-            if future.exception() is None:
-                future.result().close()
-        raise
-    finally:
-        pool.shutdown()
+        self._engines.close()
 
 
 def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:

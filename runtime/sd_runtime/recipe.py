@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from sd_engines.errors import ConfigError
@@ -44,6 +44,8 @@ class Recipe:
     model: str
     revision: str | None
     fingerprint: str
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
 
     def request(self) -> Request:
         """The request that draws this one picture again."""
@@ -53,6 +55,8 @@ class Recipe:
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_start=self.guidance_start,
+            guidance_stop=self.guidance_stop,
             scheduler=self.scheduler,
             eta=self.eta,
             height=self.height,
@@ -74,6 +78,8 @@ class Recipe:
             "Model": self.model.replace(",", " "),
             "Version": GENERATOR,
         }
+        if (self.guidance_start, self.guidance_stop) != (0, 1):
+            values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
         if self.eta:
             values["Eta"] = f"{self.eta:g}"
         lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
@@ -83,8 +89,9 @@ class Recipe:
     def from_json(cls, values: object) -> Self:
         """Read what ``asdict`` gave; `ConfigError` where a field is missing or of a wrong type."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            found = set(values) if isinstance(values, dict) else set()
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        found = set(values) if isinstance(values, dict) else set()
+        if not isinstance(values, dict) or not needed <= found <= names:
             raise _unreadable(f"fields differ: {', '.join(sorted(found ^ names))}")
         texts = ("backend", "precision", "model", "fingerprint", "scheduler")
         if not all(isinstance(values[name], str) for name in texts):

@@ -57,8 +57,6 @@ class SchedulerTable:
     """[R + 1] noise level before each row, and after the last."""
     init_noise_scale: float
     """diffusers' init_noise_sigma in this scale: 1, or sigma[0] for k-diffusion's samplers."""
-    guidance_scale: NDArray[np.float64] | None = None
-    """[R] guidance per row, or None: the request's throughout."""
 
     @property
     def num_rows(self) -> int:

@@ -31,7 +31,9 @@ def test_it_obeys_after_the_export(shapes_bundle: Path, backend: str) -> None:
     # A guard against a broken export or sampler, not the score, which the model card states.
     with Pipeline.load(shapes_bundle, backend=backend) as pipeline:
         score = measure_quality(
-            pipeline, captions=12, num_inference_steps=12, scheduler="dpm++_2m_karras"
+            pipeline,
+            {"num_inference_steps": 12, "guidance_scale": 3.0, "scheduler": "dpm++_2m_karras"},
+            captions=12,
         )
     assert score.share >= 0.6, fault_kinds(score)
 

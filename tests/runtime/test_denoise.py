@@ -8,9 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 
 from sd_engines.engine import open_engine
 from sd_engines.errors import ConfigError
+from sd_runtime import Request
 from sd_runtime.denoise import Row, denoise, initial_latents, predicted_original_sample
 from sd_runtime.noise import NoiseStream
 from sd_runtime.table import compile_table
@@ -57,7 +59,7 @@ def expected(
     scheduler: Any,
     *,
     steps: int,
-    guidance_scale: float | None,
+    guider: ClassifierFreeGuidance,
     **step_options: Any,
 ) -> np.ndarray:
     """diffusers' loop for `SEEDS`, with the engine in the UNet's place."""
@@ -65,30 +67,37 @@ def expected(
     scheduler.set_timesteps(steps)
     sample = torch.cat([torch.randn((1, *SHAPE), generator=g) for g in generators])
     sample = sample * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, timestep).numpy()
-        rows, texts = (scaled, embeds[2:]) if guidance_scale is None else (
-            np.concatenate([scaled, scaled]), embeds
-        )  # fmt: skip
-        output = unet(
-            sample=rows.astype(np.float32),
-            timestep=np.full(len(rows), timestep, np.float32),
-            encoder_hidden_states=texts,
-        )["noise_pred"]
-        if guidance_scale is not None:
-            negative, positive = output[:2], output[2:]
-            output = negative + guidance_scale * (positive - negative)
-        sample = scheduler.step(
-            torch.from_numpy(output), timestep, sample, return_dict=False, **step_options
-        )[0]
+    for step, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(sample, timestep).numpy().astype(np.float32)
+        guider.set_state(step, len(scheduler.timesteps), timestep)
+        predictions = [
+            torch.from_numpy(
+                unet(
+                    sample=scaled,
+                    timestep=np.full(len(scaled), timestep, np.float32),
+                    encoder_hidden_states=texts,
+                )["noise_pred"]
+            )
+            for texts in (embeds[2:], embeds[:2])[: guider.num_conditions]
+        ]
+        output = guider.forward(*predictions).pred
+        sample = scheduler.step(output, timestep, sample, return_dict=False, **step_options)[0]
     return sample.numpy()
 
 
 def drawn(
-    unet: Engine, embeds: np.ndarray, *, guidance_scale: float | None, **table_options: Any
+    unet: Engine,
+    embeds: np.ndarray,
+    *,
+    guidance_scale: float,
+    start: float = 0.0,
+    stop: float = 1.0,
+    **table_options: Any,
 ) -> np.ndarray:
     """Our loop for `SEEDS`."""
     table = compile_table(CONFIG, **table_options)
+    request = Request("", guidance_scale=guidance_scale, guidance_start=start, guidance_stop=stop)
+    guided_rows = request.guided_rows(table.num_rows)
     noise = [NoiseStream(seed) for seed in SEEDS]
     latents = initial_latents(noise, SHAPE, table)
     assert latents.dtype == np.float32
@@ -96,8 +105,9 @@ def drawn(
         unet,
         latents,
         prompt_embeds=list(embeds[2:]),
-        negative_prompt_embeds=None if guidance_scale is None else list(embeds[:2]),
-        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        negative_prompt_embeds=list(embeds[:2]) if guided_rows else [],
+        guidance_scale=guidance_scale,
+        guided_rows=guided_rows,
         table=table,
         noise=noise,
         timings=Timings(),
@@ -108,7 +118,15 @@ def drawn(
     return row.latents
 
 
-@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "start": 0.3, "stop": 0.7},
+        {"guidance_scale": 3.0, "stop": 0.1},
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "kind", "stochastic"),
     [
@@ -127,7 +145,7 @@ def test_the_loop_steps_as_diffusers_does(
     name: str,
     kind: str,
     stochastic: bool,
-    guidance_scale: float | None,
+    guidance: dict[str, float],
 ) -> None:
     options: dict[str, Any] = {}
     if stochastic:
@@ -135,10 +153,9 @@ def test_the_loop_steps_as_diffusers_does(
         for generator in options["generator"]:
             torch.randn((1, *SHAPE), generator=generator)  # the first latents, drawn in expected
     scheduler = getattr(diffusers, kind).from_config(CONFIG)
-    reference = expected(unet, embeds, scheduler, steps=5, guidance_scale=guidance_scale, **options)
-    latents = drawn(
-        unet, embeds, scheduler=name, num_inference_steps=5, guidance_scale=guidance_scale
-    )
+    guider = ClassifierFreeGuidance(**guidance)
+    reference = expected(unet, embeds, scheduler, steps=5, guider=guider, **options)
+    latents = drawn(unet, embeds, scheduler=name, num_inference_steps=5, **guidance)
     assert np.linalg.norm(latents - reference) <= 1e-4 * np.linalg.norm(reference)
 
 
@@ -171,8 +188,9 @@ def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
         unet,
         initial_latents(noise, SHAPE, table),
         prompt_embeds=[embeds[0]],
-        negative_prompt_embeds=None,
+        negative_prompt_embeds=[],
         guidance_scale=1.0,
+        guided_rows=range(0),
         table=table,
         noise=noise,
         timings=timings,

@@ -61,6 +61,7 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"seed": "7"},
         {"num_inference_steps": 0},
         {"guidance_scale": None},
+        {"guidance_stop": 0.0},
         {"prompt": 7},
         {"scheduler": None},
         {"revision": 7},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sd_bench.commands.compare import FILE, check_files, criterion_of, criterion_options, deliver
+from sd_bench.commands.request import DEFAULTS, request_options
+from sd_runtime.command import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("base", type=FILE)
 @click.argument("bundle", type=FILE)
-@click.option("--num-inference-steps", type=int, help="[default: 20]")
-@click.option("--guidance-scale", type=float, help="[default: 7.5]")
-@click.option("--scheduler", help="Any name of sd-run. [default: the checkpoint's own]")
-@click.option("--num-images", type=int, help="Pictures a request. [default: 1]")
-@click.option("--backend", help="[default: auto]")
-@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
+@request_options(**dict.fromkeys(DEFAULTS))
+@click.option("--num-images", type=int, help="Pictures a request.")
 @click.option(
     "--base-python",
     type=FILE,
@@ -49,12 +45,6 @@ def gate(
     base: Path,
     bundle: Path,
     *,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    scheduler: str | None,
-    num_images: int | None,
-    backend: str | None,
-    threads: int | None,
     base_python: Path | None,
     max_pairs: int | None,
     runs: int | None,
@@ -66,6 +56,7 @@ def gate(
     github: Path | None,
     html: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure BUNDLE and judge it by BASE; exits 1 where BUNDLE is slower for sure.
 
@@ -75,27 +66,21 @@ def gate(
 
     Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
     with its settings, and what the machine does differently since then is judged along.
+
+    Options of the request that are not given are those of sd-bench latency.
     """
     from sd_engines.errors import ConfigError
 
-    chosen = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "num_images": num_images,
-        "backend": backend,
-        "threads": threads,
-    }
-    settings = {name: value for name, value in chosen.items() if value is not None}
+    settings = {name: value for name, value in options.items() if value is not None}
     in_turns = base.is_dir()
     surplus = ["runs"] * (runs is not None) if in_turns else [*settings]
     if not in_turns:
         pairs_only = {"max_pairs": max_pairs, "base_python": base_python}
         surplus += [name for name, value in pairs_only.items() if value is not None]
     if surplus:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
         raise ConfigError(
-            f"{options} with BASE {base}",
+            f"{names} with BASE {base}",
             "Leave it out: two bundles take turns until the interval is narrow enough."
             if in_turns
             else "Leave it out: a file brings its own settings and number of runs.",
@@ -130,7 +115,7 @@ def _gate_in_turns(
     from sd_bench.measurement import Settings
 
     most = MAX_PAIRS if max_pairs is None else max_pairs
-    with _bar(most, "Pairs at most") as bar:
+    with progress_bar(most, "Pairs at most") as bar:
 
         def on_pair(count: int, judgement: Judgement | None) -> None:
             if bar is not None:
@@ -153,17 +138,10 @@ def _gate_by_file(base: Path, bundle: Path, criterion: Criterion, runs: int | No
 
     measurement = read_measurement(base)
     count = runs or max(len(measurement.samples), FEWEST_RUNS)
-    with _bar(count, "Runs") as bar:
+    with progress_bar(count, "Runs") as bar:
 
         def on_sample(count: int) -> None:
             if bar is not None:
                 bar.update(1)
 
         return gate_by_file(measurement, bundle, criterion, runs=count, on_sample=on_sample)
-
-
-def _bar(length: int, label: str) -> Any:
-    """A progress bar on a terminal, None elsewhere."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    return click.progressbar(length=length, label=label, file=sys.stderr, show_pos=True, width=30)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from sd_bench.commands.request import request_options
 
 if TYPE_CHECKING:
     from sd_bench.latency import Sampler
@@ -22,12 +24,8 @@ _FILE = click.Path(path_type=Path)
 @click.option("--prompt", help="[default: one that the shipped checkpoint can draw]")
 @click.option("--negative-prompt", default="")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--num-inference-steps", type=int, default=20, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
-@click.option("--scheduler", help="Any name of sd-run. [default: the checkpoint's own]")
+@request_options()
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures a request.")
-@click.option("--backend", default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option(
     "--warm-up", type=click.IntRange(min=0), default=2, show_default=True, help="Runs not counted."
 )
@@ -51,20 +49,13 @@ def latency(
     bundle: Path,
     output: Path,
     prompt: str | None,
-    negative_prompt: str,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    scheduler: str | None,
-    num_images: int,
-    backend: str,
-    threads: int | None,
     warm_up: int,
     runs: int,
     duration: float,
     cold_starts: int,
     trace: Path | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Time requests to BUNDLE by stage, beside what this machine reaches at its best.
 
@@ -92,17 +83,7 @@ def latency(
 
     measurement = measure_latency(
         bundle,
-        Settings(
-            prompt=PROMPT if prompt is None else prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            num_images=num_images,
-            backend=backend,
-            threads=threads,
-        ),
+        Settings(prompt=PROMPT if prompt is None else prompt, **settings),
         warm_up=warm_up,
         runs=runs,
         duration_s=duration,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from sd_bench.commands.request import request_options
 
 if TYPE_CHECKING:
     from sd_bench.quality import Answer, Score
@@ -15,21 +17,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--captions", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--num-inference-steps", type=int, default=50, show_default=True)
-@click.option("--guidance-scale", type=float, default=3.0, show_default=True)
-@click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
-@click.option("--backend", default="auto", show_default=True)
+@request_options(num_inference_steps=50, guidance_scale=3.0)
 @click.option("--pictures", type=click.Path(path_type=Path), help="Save every picture here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quality(
     bundle: Path,
     captions: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    scheduler: str | None,
     backend: str,
+    threads: int | None,
     pictures: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
     from sd_bench.quality import measure_quality
@@ -46,15 +44,8 @@ def quality(
         if pictures is not None:
             answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
 
-    with Pipeline.load(bundle, backend=backend) as pipeline:
-        score = measure_quality(
-            pipeline,
-            captions=captions,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            on_answer=on_answer,
-        )
+    with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
+        score = measure_quality(pipeline, options, captions=captions, on_answer=on_answer)
     click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sd_bench.commands.request import request_options
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,11 +39,7 @@ _counts = partial(click.option, callback=_numbers, metavar="N,N,…", show_defau
 @_counts("--steps", default="5,10,20,40", help="Steps per picture.")
 @_counts("--images", default="1,2,3,4", help="Pictures per request.")
 @_counts("--requests", default="1,2,3,4", help="At once, in threads of one process.")
-@click.option("--num-inference-steps", type=int, default=20, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
-@click.option("--scheduler", help="Any name of sd-run; default: the checkpoint's own.")
-@click.option("--backend", default="auto", show_default=True)
-@click.option("--threads", type=_COUNT, help="For backends on the CPU.")
+@request_options()
 @click.option("--runs", type=_COUNT, default=7, show_default=True, help="Requests timed per load.")
 @click.option(
     "--memory-runs", type=_COUNT, default=3, show_default=True, help="Processes per load."
