@@ -2,7 +2,8 @@
 
 A worker is a script of this folder, run by the Python of its peer's environment, so this file
 needs nothing but numpy and Pillow. Questions are ``{"do": "prepare" | "load" | "generate", …}``;
-an answer is ``{"ok": true, …}`` or ``{"ok": false, "error": …}``. A worker ends with its input.
+an answer is ``{"ok": true, …}`` or ``{"ok": false, "error": …}``. "generate" may name as "instead"
+what differs from the job that was loaded: prompt, seed and noise. A worker ends with its input.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -131,8 +132,9 @@ def _answer(peer: Peer, question: Mapping[str, Any], jobs: list[Job]) -> dict[st
         return {"seconds": seconds, "settings": settings, "versions": versions(peer.packages)}
     if question["do"] != "generate" or not jobs:
         raise ValueError(f"cannot {question['do']!r} now")
+    job = replace(jobs[0], **question.get("instead", {}))
     start = time.perf_counter()
-    drawing = peer.generate(jobs[0], with_latents=question["latents"] is not None)
+    drawing = peer.generate(job, with_latents=question["latents"] is not None)
     seconds = time.perf_counter() - start
     if question["picture"] is not None:
         _save_picture(drawing.pixels, question["picture"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from compvis import original_state
 from sd_bench.measurement import Settings
@@ -257,7 +258,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Pa
         Settings(prompt="raise", seed=5, num_inference_steps=3, scheduler="euler", threads=1),
         peers=[diffusers, failing, absent],
         model=str(checkpoint),
-        turns=Turns(cold_starts=1, rounds=2),
+        turns=Turns(cold_starts=1, rounds=2, captions=2),
         cache=folder / "cache",
         folder=folder / "pictures",
     )
@@ -276,6 +277,20 @@ def test_ours_and_diffusers_draw_the_same_picture(comparison: tuple[Comparison, 
     assert theirs.likeness_to_ours is not None
     assert theirs.likeness_to_ours.pixels_within_1 > 0.999
     assert (comparison[1] / "pictures" / f"{REFERENCE}.png").exists()
+
+
+def test_captions_are_drawn_each_from_its_seed(comparison: tuple[Comparison, Path]) -> None:
+    folder = comparison[1] / "pictures"
+    ours, theirs = (
+        [np.asarray(Image.open(folder / f"{name}-{seed:04}.png"), dtype=int) for seed in (0, 1)]
+        for name in ("sd-toolkit", REFERENCE)
+    )
+    assert (ours[0] != ours[1]).any()
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert (np.abs(found - wanted) <= 1).mean() > 0.999
+    for name in ("sd-toolkit", REFERENCE):  # random weights obey nobody
+        assert (row(comparison, name).captions, row(comparison, name).captions_obeyed) == (2, 0)
+    assert comparison[0].table().splitlines()[1].endswith("0.0%")
 
 
 def test_everything_is_measured_of_those_that_draw(comparison: tuple[Comparison, Path]) -> None:

@@ -27,6 +27,13 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Warm pictures each."
 )
+@click.option(
+    "--captions",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Have each draw so many captions of sd-bench quality, to score what its speed costs.",
+)
 @click.option("--cache", type=_PATH, help="Environments and conversions. [default: XDG's cache]")
 @click.option("--pictures", type=_PATH, help="Keep pictures, latents and the peers' logs here.")
 @click.option("-o", "--output", type=_PATH, metavar="FILE.json", help="Everything, as JSON.")
@@ -47,6 +54,7 @@ def peers(
     threads: int | None,
     cold_starts: int,
     rounds: int,
+    captions: int,
     cache: Path | None,
     pictures: Path | None,
     output: Path | None,
@@ -87,7 +95,7 @@ def peers(
             settings,
             peers=find_peers(names),
             model=model,
-            turns=Turns(cold_starts, rounds),
+            turns=Turns(cold_starts, rounds, captions),
             cache=cache,
             folder=(pictures or Path(temporary)).absolute(),
         )

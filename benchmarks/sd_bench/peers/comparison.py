@@ -58,6 +58,10 @@ class Row:
     """Warm, to ours of the same round."""
     likeness_to_ours: Likeness | None = None
     likeness_to_reference: Likeness | None = None
+    captions: int = 0
+    """How many held-out captions of the shipped checkpoint it drew."""
+    captions_obeyed: int = 0
+    """In how many of them `checker.faults` finds nothing wrong."""
 
     def fail(self, error: str, hint: str, *, state: Literal["not installed", "failed"]) -> None:
         """Note why there are no figures."""
@@ -87,7 +91,7 @@ class Comparison:
         """For a terminal; what was not measured is listed below it, with what to do."""
         head = (
             *("", "precision", "warm, ms", "÷ ours (95 %)", "cold start, s", "peak, MB"),
-            *("prepare, s", "like ours", f"like {self.reference}", "latents"),
+            *("prepare, s", "like ours", f"like {self.reference}", "latents", "obeys"),
         )
         lines = [head, *(_cells(row) for row in self.rows if row.state == "measured")]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -155,6 +159,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{ours.pixels_within_1:.2%}" if ours else "–",
         f"{right.pixels_within_1:.2%}" if right else "–",
         f"{right.latents_error:.1e}" if right and right.latents_error is not None else "–",
+        f"{row.captions_obeyed / row.captions:.1%}" if row.captions else "–",
     )
 
 

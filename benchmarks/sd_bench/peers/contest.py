@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sd_bench.checker import faults
 from sd_bench.environment import environment
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, judge
-from sd_bench.peers.peer import OURS, REFERENCE, how_to_install, interpreter, missing
-from sd_bench.peers.worker import Worker, WorkerError
+from sd_bench.peers.contestant import enlist
+from sd_bench.peers.peer import OURS, REFERENCE, how_to_install, missing
+from sd_bench.peers.worker import WorkerError
+from sd_bench.quality import held_out_captions
 from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
@@ -29,12 +31,15 @@ from sd_runtime.recipe import fingerprint
 from sd_runtime.scheduler_config import effective_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from sd_bench.measurement import Settings
+    from sd_bench.peers.contestant import Contestant
     from sd_bench.peers.peer import Peer
+    from sd_bench.peers.worker import Worker
+    from sd_bench.scene import Scene
     from sd_engines.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -44,46 +49,14 @@ _FREE_HINT: Final = "Close other programs, or name fewer peers: --peer NAME."
 
 @dataclass(frozen=True)
 class Turns:
-    """How often: cold starts per peer, and rounds in which each peer draws once, warm."""
+    """How often: cold starts per peer, rounds in which each peer draws once, warm, and captions.
+
+    ``captions`` of `sd_bench.quality` are then drawn by each peer and judged, untimed.
+    """
 
     cold_starts: int = 3
     rounds: int = 8
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A peer, its row, and what its worker is started with and asked."""
-
-    peer: Peer
-    row: Row
-    command: tuple[str | Path, ...]
-    log: Path
-    job: Mapping[str, Any]
-    environment: Mapping[str, str]
-
-    @property
-    def taking_part(self) -> bool:
-        """Whether nothing went wrong so far."""
-        return self.row.state == "measured"
-
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Note a worker's error in the row; one of ours ends the run, for all is measured by it."""
-        try:
-            yield
-        except WorkerError as error:
-            if self.peer is OURS:
-                raise
-            logger.warning("%s failed: %s", self.peer.name, error.message)
-            self.row.fail(error.message, error.hint, state="failed")
-
-    def worker(self) -> Worker:
-        """Start a process."""
-        return Worker(self.command, log=self.log, environment=self.environment)
-
-    def question(self, do: str) -> dict[str, Any]:
-        """A question that carries the whole job."""
-        return {"do": do, **self.job}
+    captions: int = 0
 
 
 def measure_peers(
@@ -123,23 +96,28 @@ def measure_peers(
         partial.rename(staged)
     job |= {"model": str(staged)}
     contestants = [
-        _contestant(peer, job, key=key, bundle=bundle, cache=cache, folder=folder)
+        enlist(peer, job, key=key, bundle=bundle, cache=cache, folder=folder)
         for peer in (OURS, *peers)
     ]
-    for contestant in contestants:
-        _prepare(contestant, cache)
+    for each in contestants:
+        _prepare(each, cache)
     for start in range(turns.cold_starts):
-        for contestant in _in_turn(contestants, start):
-            with contestant.attempt():
-                _start_cold(contestant, folder)
+        for each in _in_turn(contestants, start):
+            with each.attempt():
+                _start_cold(each, folder)
     with ExitStack() as stack:
         workers = _start_all(contestants, folder, stack)
         for turn in range(-1, turns.rounds):  # the first is for what only repeats settle
-            for contestant in _in_turn(contestants, turn):
-                with contestant.attempt():
-                    _draw(contestant, workers[contestant.peer.name], count=turn >= 0)
+            for each in _in_turn(contestants, turn):
+                with each.attempt():
+                    _draw(each, workers[each.peer.name], count=turn >= 0)
+        if turns.captions:
+            questions = _caption_questions(turns.captions, job, folder)
+            for each in _in_turn(contestants, 0):
+                with each.attempt():
+                    _answer_captions(each, workers[each.peer.name], questions)
     check_unchanged(original, key, bundle)
-    rows = [contestant.row for contestant in contestants]
+    rows = [each.row for each in contestants]
     judge(rows, _pictures(rows, folder), reference=REFERENCE)
     return Comparison(
         bundle=str(bundle_path),
@@ -193,39 +171,6 @@ def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> d
         "height": profile.height,
         "width": profile.width,
     }
-
-
-def _contestant(
-    peer: Peer, job: Mapping[str, Any], *, key: str, bundle: Bundle, cache: Path, folder: Path
-) -> Contestant:
-    if peer is OURS:
-        key = fingerprint(bundle.manifest)[:16]
-    elif peer.prepared_by_size:
-        key = f"{key}-{job['height']}x{job['width']}"
-    own = {
-        "precision": peer.precision,
-        "prepared": str(cache / "prepared" / f"{peer.prepared}-{key}"),
-    }
-    return Contestant(
-        peer=peer,
-        row=Row(name=peer.name, precision=peer.precision),
-        command=(interpreter(peer, cache), peer.worker, *peer.arguments),
-        log=folder / f"{peer.name}.log",
-        job={**job, **own},
-        environment=_variables(job["threads"]),
-    )
-
-
-def _variables(threads: int) -> dict[str, str]:
-    """The worker's environment: as many threads for all, nothing fetched, nothing reported."""
-    foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    kept = {name: value for name, value in os.environ.items() if name not in foreign}
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    switches = (
-        *("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"),
-        *("HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONNOUSERSITE"),
-    )
-    return {**kept, **counts, **dict.fromkeys(switches, "1")}
 
 
 def _in_turn(contestants: Sequence[Contestant], turn: int) -> list[Contestant]:
@@ -303,6 +248,38 @@ def _draw(contestant: Contestant, worker: Worker, *, count: bool) -> None:
     row.peak_memory_bytes = max(row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0)
     if count:
         row.warm_ms.append(1e3 * drawn["seconds"])
+
+
+def _caption_questions(
+    captions: int, job: Mapping[str, Any], folder: Path
+) -> list[tuple[Scene, dict[str, Any]]]:
+    """Held-out scenes, and what differs from the job where each is asked for; writes the noise."""
+    shape = np.load(job["noise"]).shape
+    questions = []
+    for seed, (prompt, scene) in enumerate(held_out_captions(captions)):
+        stream, path = NoiseStream(seed), folder / f"noise-{seed:04}.npy"
+        np.save(path, np.stack([stream.normal(shape[1:]) for _ in range(shape[0])]))
+        questions.append((scene, {"prompt": prompt, "seed": seed, "noise": str(path)}))
+    return questions
+
+
+def _answer_captions(
+    contestant: Contestant, worker: Worker, questions: Sequence[tuple[Scene, dict[str, Any]]]
+) -> None:
+    from PIL import Image
+
+    logger.info("%s: draws %d captions", contestant.peer.name, len(questions))
+    worker.resume()
+    obeyed = 0
+    for scene, instead in questions:
+        picture = Path(instead["noise"]).with_name(
+            f"{contestant.peer.name}-{instead['seed']:04}.png"
+        )
+        worker.ask({"do": "generate", "picture": str(picture), "latents": None, "instead": instead})
+        with Image.open(picture) as image:
+            obeyed += not faults(image, scene)
+    worker.pause()
+    contestant.row.captions, contestant.row.captions_obeyed = len(questions), obeyed
 
 
 def _pictures(
