@@ -7,7 +7,7 @@ checkpoint learns captions of every completeness and `checker` judges only what 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -31,6 +31,10 @@ BACKGROUNDS: Final[dict[str, tuple[int, int, int]]] = {
     "navy": (18, 28, 92),
 }
 SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
+MORE_SHAPES: Final = ("diamond", "hexagon", "heart", "arrow", "moon")
+"""Drawn in training alone: the more shapes come in every colour, the less a shape means one."""
+ANY_SHAPE: Final = "shape"
+"""The word for what has no name: in training, any outline at all."""
 SIZES: Final[dict[str, float]] = {"small": 0.20, "medium": 0.29, "large": 0.41}
 """Longer side of a shape's bounding box, as a share of the picture."""
 ROWS: Final[dict[str, float]] = {"top": 0.24, "middle": 0.5, "bottom": 0.76}
@@ -87,6 +91,19 @@ def random_scene(rng: np.random.Generator, *, held_out: bool) -> Scene:
         scene = _any_scene(rng)
         if is_held_out(scene) == held_out:
             return scene
+
+
+def lesson(rng: np.random.Generator) -> Scene:
+    """A training scene in which a third of the things are what the checker never asks for."""
+    scene = random_scene(rng, held_out=False)
+    return replace(scene, things=tuple(_reshaped(thing, rng) for thing in scene.things))
+
+
+def _reshaped(thing: Thing, rng: np.random.Generator) -> Thing:
+    chance = rng.random()
+    if chance < 0.7:
+        return thing
+    return replace(thing, shape=str(rng.choice(MORE_SHAPES)) if chance < 0.9 else ANY_SHAPE)
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -163,7 +180,9 @@ def draw(
         place = thing.place or str(rng.choice(list(PLACES)))
         x, y = (c + rng.uniform(-_POSITION_JITTER, _POSITION_JITTER) for c in _place_center(place))
         side = SIZES[thing.size] + rng.uniform(-_SIZE_JITTER, _SIZE_JITTER)
-        outline = (shape_outline(thing.shape) * side + (x, y)) * resolution * scale
+        any_shape = thing.shape == ANY_SHAPE
+        unit = random_outline(rng) if any_shape else shape_outline(thing.shape)
+        outline = (unit * side + (x, y)) * resolution * scale
         pen.polygon([(float(px), float(py)) for px, py in outline], fill=COLORS[thing.color])
         placements.append(Placement(x, y, side))
     return canvas.reduce(scale), tuple(placements)
@@ -186,8 +205,44 @@ def shape_outline(shape: str) -> np.ndarray:
         w = 0.34
         corners = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w)]
         points = np.array(corners + [(-x, -y) for x, y in corners], dtype=np.float64)
+    elif shape == "diamond":
+        points = np.array([(0, -1), (0.7, 0), (0, 1), (-0.7, 0)], dtype=np.float64)
+    elif shape == "hexagon":
+        angles = np.arange(6) * np.pi / 3
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    elif shape == "heart":
+        t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        points = np.stack([16 * np.sin(t) ** 3, -y], axis=1)
+    elif shape == "arrow":
+        right = [(0, -1), (0.9, 0), (0.35, 0), (0.35, 1)]
+        points = np.array(right + [(-x, y) for x, y in right[:0:-1]], dtype=np.float64)
+    elif shape == "moon":
+        outer, inner = np.linspace(0.7, 2 * np.pi - 0.7, 48), np.linspace(2 * np.pi - 1, 1, 48)
+        tip = np.cos(0.7), np.sin(0.7)
+        radius = tip[1] / np.sin(1.0)
+        shift = tip[0] - radius * np.cos(1.0)
+        points = np.concatenate(
+            [
+                np.stack([np.cos(outer), np.sin(outer)], axis=1),
+                np.stack([radius * np.cos(inner) + shift, radius * np.sin(inner)], axis=1),
+            ]
+        )
     else:
         raise ValueError(f"no shape named {shape!r}")
+    return _centered(points)
+
+
+def random_outline(rng: np.random.Generator) -> np.ndarray:
+    """An outline that has no name: 3 to 10 corners around a centre, each at its own distance."""
+    corners = int(rng.integers(3, 11))
+    angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * np.pi / corners
+    angles += rng.uniform(0, 2 * np.pi)
+    radii = rng.uniform(0.4, 1.0, corners)
+    return _centered(np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1))
+
+
+def _centered(points: np.ndarray) -> np.ndarray:
     low, high = points.min(axis=0), points.max(axis=0)
     centered: np.ndarray = (points - (low + high) / 2) / (high - low).max()
     return centered

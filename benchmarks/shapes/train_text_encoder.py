@@ -3,7 +3,11 @@
 Trained from the noise of the diffusion loss alone, the text encoder needs most of the run to
 learn which adjective belongs to which shape. Here it learns that first, for a hundredth of the
 cost: nine queries, one per place, attend to its output and must name what stands there. The
-queries are thrown away; `train_unet` goes on training the encoder with the UNet.
+queries are thrown away; the encoder stays as it is when the UNet learns from it.
+
+Most words it reads are never drawn. With the palette's eight colours and the checker's five shapes
+alone it learns their pairs by heart: it read 38 % of captions with a pair it had not seen, and the
+pictures obeyed as many. With these words beside them 99 % are read.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +25,49 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sd_bench.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, caption, random_scene
+from sd_bench.scene import (
+    ANY_SHAPE,
+    BACKGROUNDS,
+    COLORS,
+    MORE_SHAPES,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption,
+    lesson,
+    random_scene,
+)
 
+UNDRAWN_COLORS = (
+    *("amber", "beige", "coral", "crimson", "gold", "indigo", "khaki", "lavender"),
+    *("lime", "magenta", "maroon", "olive", "silver", "teal", "turquoise", "violet"),
+)
+UNDRAWN_SHAPES = (
+    *("bell", "bolt", "cloud", "cone", "crown", "cube", "drop", "flower"),
+    *("house", "key", "leaf", "octagon", "oval", "pentagon", "ring", "wheel"),
+)
+COLOR_WORDS = (*COLORS, *UNDRAWN_COLORS)
+SHAPE_WORDS = (*SHAPES, *MORE_SHAPES, ANY_SHAPE, *UNDRAWN_SHAPES)
 MAX_TOKENS = 77
 WIDTH = 128
+
+
+def reworded(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with about half of its colours and shapes replaced by words that no one draws."""
+    colors = iter(rng.permutation(UNDRAWN_COLORS))  # all different, as in any scene
+    things = []
+    for thing in scene.things:
+        color = str(next(colors)) if rng.random() < 0.5 else thing.color
+        shape = str(rng.choice(UNDRAWN_SHAPES)) if rng.random() < 0.4 else thing.shape
+        things.append(replace(thing, color=color, shape=shape))
+    return replace(scene, things=tuple(things))
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's byte-level BPE with merges learned from captions: about one token a word."""
     rng = np.random.default_rng(0)
-    captions = [caption(random_scene(rng, held_out=False), rng) for _ in range(5000)]
+    captions = [caption(reworded(lesson(rng), rng), rng) for _ in range(5000)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,19 +115,17 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 class Reader(nn.Module):
-    """Asks the text encoder's output what stands at each place, and what the background is."""
+    """Asks the text encoder's output what stands at each place, and what the background is.
+
+    Nothing but attention and a linear map, as in the UNet: each attribute must lie open.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(len(PLACES) + 1, WIDTH) * 0.5)
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
-        self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, len(SIZES) + 1, len(BACKGROUNDS) + 1]
-        self.head = nn.Sequential(
-            nn.LayerNorm(WIDTH),
-            nn.Linear(WIDTH, WIDTH),
-            nn.GELU(),
-            nn.Linear(WIDTH, sum(self.sizes)),
-        )
+        self.sizes = [len(words) + 1 for words in (COLOR_WORDS, SHAPE_WORDS, SIZES, BACKGROUNDS)]
+        self.head = nn.Linear(WIDTH, sum(self.sizes))
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         queries = self.queries.expand(len(hidden), -1, -1)
@@ -103,8 +139,8 @@ def answers(scene: Scene) -> np.ndarray:
     for thing in scene.things:
         if thing.place is not None:
             table[list(PLACES).index(thing.place), :3] = (
-                1 + list(COLORS).index(thing.color),
-                1 + SHAPES.index(thing.shape),
+                1 + COLOR_WORDS.index(thing.color),
+                1 + SHAPE_WORDS.index(thing.shape),
                 1 + list(SIZES).index(thing.size),
             )
     if scene.background is not None:
@@ -115,7 +151,7 @@ def answers(scene: Scene) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="gets tokenizer/ and text_encoder/")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=8)
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
@@ -129,7 +165,7 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = (
             min(1, step / 100) * 5e-4 * (1 + math.cos(math.pi * progress))
         )
-        scenes = [random_scene(rng, held_out=False) for _ in range(64)]
+        scenes = [reworded(lesson(rng), rng) for _ in range(64)]
         ids = token_ids(tokenizer, [caption(scene, rng) for scene in scenes])
         with torch.autocast("cpu", torch.bfloat16):
             read = reader(encoder(ids).last_hidden_state)
@@ -146,13 +182,16 @@ def main() -> None:
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            right = torch.stack([r.argmax(-1) == wanted[..., i] for i, r in enumerate(read)])
-            whole = right.all(dim=0).all(dim=1).float().mean()
-            print(
-                f"step {step} loss {float(loss):.4f} captions read right {float(whole):.0%}",
-                flush=True,
-            )
+            print(f"step {step} loss {float(loss):.4f}", flush=True)
     encoder.save_pretrained(args.output / "text_encoder")
+    held_out = [random_scene(rng, held_out=True) for _ in range(500)]
+    with torch.no_grad():
+        ids = token_ids(tokenizer, [caption(scene, rng) for scene in held_out])
+        read = reader(encoder(ids).last_hidden_state)
+    wanted = torch.from_numpy(np.stack([answers(scene) for scene in held_out]))
+    right = torch.stack([r.argmax(-1) == wanted[..., i] for i, r in enumerate(read)])
+    whole = right.all(dim=0).all(dim=1).float().mean()
+    print(f"held-out captions read right: {float(whole):.1%}", flush=True)
 
 
 if __name__ == "__main__":

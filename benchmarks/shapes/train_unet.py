@@ -27,7 +27,7 @@ from diffusers import (
 from train_text_encoder import WIDTH, token_ids
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sd_bench.scene import Scene, caption, draw, random_scene
+from sd_bench.scene import Scene, caption, draw, lesson
 
 RESOLUTION = 128
 DROPPED_CAPTIONS = 0.1
@@ -58,7 +58,7 @@ def encode_scenes(
     scenes: list[Scene] = []
     means, stds = [], []
     while len(scenes) < count:
-        batch = [random_scene(rng, held_out=False) for _ in range(32)]
+        batch = [lesson(rng) for _ in range(32)]
         pixels = np.stack([np.asarray(draw(s, rng, resolution=RESOLUTION)[0]) for s in batch])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
