@@ -1,4 +1,4 @@
-"""The engines of a pipeline, opened, bound and closed together: side by side, to save time."""
+"""The engines of a pipeline, opened side by side, closed together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from sd_engines.bundle import Bundle
-    from sd_engines.engine import Binding, Engine
+    from sd_engines.engine import Engine
 
 
 class EngineSet(Closing):
@@ -22,7 +22,6 @@ class EngineSet(Closing):
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = dict(engines)
-        self._bound: set[tuple[str, int]] = set()
 
     @classmethod
     def open(
@@ -49,16 +48,6 @@ class EngineSet(Closing):
 
     def __getitem__(self, component: str) -> Engine:
         return self.engines[component]
-
-    def bind(self, batches: set[tuple[str, int]]) -> None:
-        """Bind components to batches, once each: those that compile when bound do it together."""
-        missing = batches - self._bound
-        if missing:
-            _side_by_side(self._bind_one, list(missing))
-            self._bound |= missing
-
-    def _bind_one(self, component: str, batch: int) -> Binding:
-        return self.engines[component].bind(batch)
 
     def close(self) -> None:
         """Free all engines; twice is allowed."""

@@ -123,11 +123,9 @@ class Pipeline(Closing):
         start, timings = clock(), Timings()
         images = request.images()
         texts = [image.prompt for image in images]
-        guided_rows = request.guided_rows(table.num_rows)
-        if guided_rows:
+        if request.guided_rows(table.num_rows):
             texts += [image.negative_prompt for image in images]
         size = self.profile.batch_size
-        self._bind(min(size, len(images)), guided_rows=guided_rows, num_rows=table.num_rows)
         embeds = self._prompts.encode(texts, timings=timings)
         num_steps = table.num_rows * -(-len(images) // size)
         latents, pixels, flags = [], [], []
@@ -159,16 +157,6 @@ class Pipeline(Closing):
                     decode_preview=partial(self._preview, row),
                     result=result,
                 )
-
-    def _bind(self, batch: int, *, guided_rows: range, num_rows: int) -> None:
-        """Bind every engine to what a batch of this request needs."""
-        unet_batches = [2 * batch] * bool(guided_rows) + [batch] * (len(guided_rows) < num_rows)
-        others = self._engines.engines.keys() - {"unet", "text_encoder"}
-        self._engines.bind(
-            {("text_encoder", 1)}
-            | {("unet", rows) for rows in unet_batches}
-            | {(component, batch) for component in others}
-        )
 
     def _denoise(
         self,

@@ -1,4 +1,4 @@
-"""Engines opened, bound and closed together."""
+"""Engines opened and closed together."""
 
 from __future__ import annotations
 
@@ -6,32 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sd_engines.errors import BackendError, BundleError, ConfigError
+from sd_engines.errors import BackendError, BundleError
 from sd_runtime.engine_set import EngineSet
-from tiny_onnx import unet_arrays
 
 if TYPE_CHECKING:
     from sd_engines import Bundle
-
-
-def test_binding_hands_out_the_engines_own_buffers(tiny_bundle: Bundle) -> None:
-    with EngineSet.open(tiny_bundle, ["unet"], backend="openvino", threads=1) as engines:
-        engines.bind({("unet", 1), ("unet", 2)})
-        bound = engines["unet"].bind(2)
-        for name, array in unet_arrays(2).items():
-            bound.inputs[name][...] = array
-        engines.bind({("unet", 2)})
-        assert engines["unet"].bind(2) is bound
-        bound.run()
-        assert bound.outputs["noise_pred"].any()
-
-
-def test_an_error_of_one_thread_arrives(tiny_bundle: Bundle) -> None:
-    with (
-        EngineSet.open(tiny_bundle, ["unet"], backend="onnxruntime", threads=1) as engines,
-        pytest.raises(ConfigError, match="99"),
-    ):
-        engines.bind({("unet", 1), ("unet", 99)})
 
 
 def test_what_opened_is_closed_where_another_fails(
