@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision
 
 needs("openvino")
-capabilities = openvino._package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+capabilities = openvino._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _entry(bundle: Bundle, precision: Precision | None) -> EngineEntry:
@@ -73,3 +75,22 @@ def test_unknown_target(tiny_bundle: Bundle) -> None:
             profile=PROFILE,
             target="gpu",
         )
+
+
+TWO_ENGINES_THEN_A_SIGNAL = """
+import signal, sys
+from sd_engines import open_bundle, open_engine
+
+bundle = open_bundle(sys.argv[1])
+engines = [open_engine(bundle, "unet", backend="openvino") for _ in range(2)]
+while engines:
+    engines.pop(0).close()  # the first made is the first freed
+signal.signal(signal.SIGINT, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_signal_after_engines_were_freed(tiny_bundle: Bundle) -> None:
+    command = [sys.executable, "-c", TWO_ENGINES_THEN_A_SIGNAL, str(tiny_bundle.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

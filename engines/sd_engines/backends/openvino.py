@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,15 +69,14 @@ def build(
     """
     if target not in (None, TARGET):
         raise ConfigError(f"unknown target {target!r}", f"OpenVINO runs on: {TARGET}.")
-    package = _package()
     precision = precision or "fp32"
-    _check_precision(package.Core(), precision)
+    _check_precision(precision)
     return portable_entry(
         component,
         entry,
         profile,
         BACKEND,
-        version=package.__version__.partition("-")[0],
+        version=_package().__version__.partition("-")[0],
         target=TARGET,
         precision=precision,
     )
@@ -85,7 +84,7 @@ def build(
 
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     """`BackendError` where the package or the engine's precision is not here."""
-    _check_precision(_package().Core(), engine.precision)
+    _check_precision(engine.precision)
 
 
 def load(
@@ -101,16 +100,12 @@ def load(
     ``threads`` None: every core this process may use. `BackendError` where the package or the
     precision is not here, or the graph cannot be read.
     """
-    package = _package()
-    core = package.Core()
-    _check_precision(core, engine.precision)
+    _check_precision(engine.precision)
     try:
-        model = core.read_model(os.fspath(path))
+        model = _core().read_model(os.fspath(path))
     except Exception as error:
         raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
     return OpenVinoEngine(
-        package,
-        core,
         model,
         component=component,
         engine=engine,
@@ -119,8 +114,9 @@ def load(
     )
 
 
-_IMPORTING = Lock()
-"""Engines are opened by several threads at once."""
+_LOADING = RLock()
+"""Engines may be opened by several threads at once."""
+_cores: list[Any] = []
 
 
 def _package() -> Any:
@@ -129,7 +125,7 @@ def _package() -> Any:
     ``import openvino`` alone sends an event to Intel and writes ``~/intel``; where its telemetry
     package cannot be imported, it takes an empty stub instead.
     """
-    with _IMPORTING:
+    with _LOADING:
         if "openvino" in sys.modules or importlib.util.find_spec("openvino") is None:
             return import_package("openvino", extra="cpu")
         telemetry = "openvino_telemetry"
@@ -142,8 +138,21 @@ def _package() -> Any:
             sys.modules.update(before)
 
 
-def _check_precision(core: Any, precision: Precision) -> None:
-    if _CAPABILITIES[precision] not in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+def _core() -> Any:
+    """The one ``Core`` of this process, which is never freed.
+
+    A ``Core`` takes the thread's alternate signal stack, and when it is freed puts back the one
+    it found: of two freed in the order they were made, the second puts back freed memory, and
+    the next signal, Ctrl-C say, is a segmentation fault.
+    """
+    with _LOADING:
+        if not _cores:
+            _cores.append(_package().Core())
+        return _cores[0]
+
+
+def _check_precision(precision: Precision) -> None:
+    if _CAPABILITIES[precision] not in _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
         raise BackendError(
             f"OpenVINO does not compute in {precision} on this processor",
             "Name no precision: a graph of any precision runs in fp32.",
@@ -155,8 +164,6 @@ class OpenVinoEngine(Closing):
 
     def __init__(
         self,
-        package: Any,
-        core: Any,
         model: Any,
         *,
         component: ComponentEntry,
@@ -172,8 +179,6 @@ class OpenVinoEngine(Closing):
         ):
             check_graph(kind, specs, (_border(port, specs) for port in ports))
         self.entry = engine
-        self._package = package
-        self._core = core
         self._model = model
         self._max_batch = max_batch
         self._threads = threads
@@ -208,7 +213,7 @@ class OpenVinoEngine(Closing):
                 {name: np.zeros(shape_at(spec, batch), spec.dtype) for name, spec in specs.items()}
                 for specs in (self.inputs, self.outputs)
             )
-            kept[batch] = OpenVinoBinding(self._package, self._compiled[batch], inputs, outputs)
+            kept[batch] = OpenVinoBinding(self._compiled[batch], inputs, outputs)
         return kept[batch]
 
     def _compile(self, batch: int) -> Any:
@@ -220,7 +225,7 @@ class OpenVinoEngine(Closing):
                     for port in model.inputs
                 }
             )
-            compiled = self._core.compile_model(
+            compiled = _core().compile_model(
                 model,
                 _DEVICE,
                 {
@@ -257,15 +262,13 @@ class OpenVinoEngine(Closing):
 class OpenVinoBinding:
     """A `Binding`: one infer request over the memory of ``inputs`` and ``outputs``."""
 
-    def __init__(
-        self, package: Any, compiled: Any, inputs: dict[str, Array], outputs: dict[str, Array]
-    ) -> None:
+    def __init__(self, compiled: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self._request = compiled.create_infer_request()
         for arrays, ports in ((inputs, compiled.inputs), (outputs, compiled.outputs)):
             for port in ports:
-                tensor = package.Tensor(arrays[_name(port, arrays)], shared_memory=True)
+                tensor = _package().Tensor(arrays[_name(port, arrays)], shared_memory=True)
                 self._request.set_tensor(port, tensor)
 
     def run(self) -> None:
