@@ -113,17 +113,18 @@ def _make(
         )
     with log.stage(component, "trace"):
         graph = trace(module, component=component, inputs=inputs, outputs=outputs)
+    values = list(graph.graph.initializers.values())
     if precision != "fp32":
         with log.stage(component, f"convert to {precision}"):
             to_half(graph, precision)
     with log.stage(component, "save") as result:
         result.bytes = save(graph, work.bundle / component)
-    # onnxscript's rewriter remembers its last match, and through it the whole graph: what it
-    # remembers, transposed views included, must not be the weights
+    # onnxscript's rewriter remembers its last match, through it the whole graph, and onnx_ir every
+    # value that was ever an initializer: what they remember must not hold the weights
+    for value in (*values, *graph.graph.initializers.values()):
+        value.const_value = None
     for tensor in (*module.parameters(), *module.buffers()):
-        storage = tensor.untyped_storage()
-        if storage.resizable():  # a mapped file is not, and costs no memory
-            storage.resize_(0)
+        tensor.data = tensor.new_empty(0)
     return {
         "opset": OPSET,
         "inputs": [asdict(spec) for spec in inputs],

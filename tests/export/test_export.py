@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
@@ -119,6 +120,31 @@ def test_record_says_time_and_memory_of_every_stage(report: ExportReport) -> Non
 
 class Stop(BaseException):
     """Ends an export from its progress, as an interrupt does."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what gc looks at, not of ours
+def test_no_weights_outlive_their_graph(
+    smallest: Path, tmp_path: Path, precision: Literal["fp32", "fp16"]
+) -> None:
+    before = torch_bytes()
+    stored = (smallest / "unet").glob("*.safetensors")
+    with pytest.raises(Stop):  # once the largest graph is saved
+        sd_export.export(
+            smallest,
+            tmp_path / "bundle",
+            precision=precision,
+            progress=stop_at("unet", "verify onnxruntime"),
+        )
+    assert torch_bytes() - before < 0.1 * sum(path.stat().st_size for path in stored)
+
+
+def torch_bytes() -> int:
+    """What all tensors that Python knows of hold."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def stop_at(component: str, stage: str) -> sd_export.progress.Progress:
