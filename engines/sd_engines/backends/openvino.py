@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from threading import Lock, RLock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def load(
     )
 
 
-_LOADING = RLock()
+_LOADING = Lock()
 """Engines may be opened by several threads at once."""
 _cores: list[Any] = []
 
@@ -145,9 +145,10 @@ def _core() -> Any:
     it found: of two freed in the order they were made, the second puts back freed memory, and
     the next signal, Ctrl-C say, is a segmentation fault.
     """
+    package = _package()
     with _LOADING:
         if not _cores:
-            _cores.append(_package().Core())
+            _cores.append(package.Core())
         return _cores[0]
 
 
