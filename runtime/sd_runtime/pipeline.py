@@ -13,7 +13,7 @@ from sd_engines.errors import BackendError, BundleError
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
-from sd_runtime.engine_set import EngineSet
+from sd_runtime.engines import open_engines
 from sd_runtime.noise import NoiseStream
 from sd_runtime.recipe import Recipe, fingerprint
 from sd_runtime.result import Result, Step
@@ -70,10 +70,10 @@ def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, 
 class Pipeline(Closing):
     """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
 
-    def __init__(self, bundle: Bundle, engines: EngineSet, tokenizer: Tokenizer) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer) -> None:
         self.bundle = bundle
-        self._engines = engines
-        self._prompts = PromptEncoder(tokenizer, engines["text_encoder"])
+        self._engines = dict(engines)
+        self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
         self.fingerprint = fingerprint(bundle.manifest)
 
     @classmethod
@@ -100,7 +100,7 @@ class Pipeline(Closing):
             bundle.verified_path(TOKENIZER_FILE),
             max_tokens=bundle.manifest.model.max_prompt_tokens,
         )
-        engines = EngineSet.open(bundle, names, backend=backend, threads=threads)
+        engines = open_engines(bundle, names, backend=backend, threads=threads)
         return cls(bundle, engines, tokenizer)
 
     def generate(self, request: Request) -> Result:
@@ -240,7 +240,7 @@ class Pipeline(Closing):
     @property
     def engines(self) -> dict[str, EngineEntry]:
         """What the manifest says of the engine that each component runs on."""
-        return {name: engine.entry for name, engine in self._engines.engines.items()}
+        return {name: engine.entry for name, engine in self._engines.items()}
 
     @property
     def profile(self) -> Profile:
@@ -255,7 +255,7 @@ class Pipeline(Closing):
 
     @property
     def _checker(self) -> Engine | None:
-        return self._engines.engines.get("safety_checker")
+        return self._engines.get("safety_checker")
 
     def forget_prompts(self) -> None:
         """Encode the next request's prompts anew, as a first request does: for measurements."""
@@ -263,7 +263,8 @@ class Pipeline(Closing):
 
     def close(self) -> None:
         """Free all engines; the pipeline is of no use after it."""
-        self._engines.close()
+        for engine in self._engines.values():
+            engine.close()
 
 
 def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:
