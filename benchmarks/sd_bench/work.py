@@ -45,7 +45,7 @@ def request_work(
     """
     size, left = pipeline.profile.batch_size, request.num_images
     batches = [min(size, left - first) for first in range(0, left, size)]
-    num_rows = len(timings.spans["unet"]) // len(batches)
+    num_rows = len(timings.spans.get("unet", ())) // len(batches)
     guided = request.guided_rows(num_rows)
     samples = [n * (2 if row in guided else 1) for n in batches for row in range(num_rows)]
     rows = {"text_encoder": [1], "unet": samples, "vae_decoder": batches, "safety_checker": batches}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sd_bench.commands.compare import FILE, check_files, criterion_of, criterion_options, deliver
-from sd_bench.commands.request import DEFAULTS, request_options
+from sd_bench.commands.request import given, request_options
 from sd_runtime.command import progress_bar
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("base", type=FILE)
 @click.argument("bundle", type=FILE)
-@request_options(**dict.fromkeys(DEFAULTS))
-@click.option("--num-images", type=int, help="Pictures a request.")
+@request_options(optional=True)
+@click.option("--num-images", type=int, help="Pictures a request. [default: 1]")
 @click.option(
     "--base-python",
     type=FILE,
@@ -66,12 +66,10 @@ def gate(
 
     Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
     with its settings, and what the machine does differently since then is judged along.
-
-    Options of the request that are not given are those of sd-bench latency.
     """
     from sd_engines.errors import ConfigError
 
-    settings = {name: value for name, value in options.items() if value is not None}
+    settings = given(options)
     in_turns = base.is_dir()
     surplus = ["runs"] * (runs is not None) if in_turns else [*settings]
     if not in_turns:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.request import request_options
+from sd_bench.commands.request import given, prompt_options, request_options
 
 if TYPE_CHECKING:
     from sd_bench.latency import Sampler
@@ -21,9 +21,7 @@ _FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("bundle", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, metavar="FILE.json")
-@click.option("--prompt", help="[default: one that the shipped checkpoint can draw]")
-@click.option("--negative-prompt", default="")
-@click.option("--seed", type=int, default=0, show_default=True)
+@prompt_options
 @request_options()
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures a request.")
 @click.option(
@@ -48,7 +46,6 @@ def latency(
     *,
     bundle: Path,
     output: Path,
-    prompt: str | None,
     warm_up: int,
     runs: int,
     duration: float,
@@ -63,7 +60,7 @@ def latency(
     FILE.json holds every sample, for sd-bench compare and gate.
     """
     from sd_bench.latency import measure_latency
-    from sd_bench.measurement import PROMPT, Settings
+    from sd_bench.measurement import Settings
     from sd_bench.summary import report, table
     from sd_bench.trace import Trace
     from sd_engines.errors import ConfigError
@@ -83,7 +80,7 @@ def latency(
 
     measurement = measure_latency(
         bundle,
-        Settings(prompt=PROMPT if prompt is None else prompt, **settings),
+        Settings(**given(settings)),
         warm_up=warm_up,
         runs=runs,
         duration_s=duration,

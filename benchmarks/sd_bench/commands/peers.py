@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from sd_bench.commands.request import given, prompt_options, request_options
 
 _PATH = click.Path(path_type=Path)
 
@@ -13,16 +16,8 @@ _PATH = click.Path(path_type=Path)
 @click.argument("bundle", type=_PATH, required=False)
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--peer", "names", multiple=True, help="Only this one; may be repeated.")
-@click.option("--prompt", help="[default: one that the shipped checkpoint can draw]")
-@click.option("--negative-prompt", default="")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--num-inference-steps", type=int, default=20, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
-@click.option(
-    "--scheduler", default="euler", show_default=True, help="The default is one that all have."
-)
-@click.option("--backend", default="auto", show_default=True, help="Of the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="For all. [default: every core]")
+@prompt_options
+@request_options(without=("guidance_start", "guidance_stop"), scheduler="euler")
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True)
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Warm pictures each."
@@ -44,14 +39,6 @@ def peers(
     bundle: Path | None,
     model: str | None,
     names: tuple[str, ...],
-    prompt: str | None,
-    negative_prompt: str,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    scheduler: str,
-    backend: str,
-    threads: int | None,
     cold_starts: int,
     rounds: int,
     captions: int,
@@ -60,12 +47,16 @@ def peers(
     output: Path | None,
     as_json: bool,
     environment: str | None,
+    **settings: Any,
 ) -> None:
-    """Draw the same picture by a bundle and by other programs, side by side."""
+    """Draw the same picture by a bundle and by other programs, side by side.
+
+    The default scheduler is one that all have; --threads bounds every one of them.
+    """
     import logging
     from tempfile import TemporaryDirectory
 
-    from sd_bench.measurement import PROMPT, Settings
+    from sd_bench.measurement import Settings
     from sd_bench.peers.contest import Turns, measure_peers
     from sd_bench.peers.peer import default_cache, find_peers, set_up
     from sd_runtime.files import check_writable, write_files
@@ -78,21 +69,11 @@ def peers(
         raise click.UsageError("Missing argument 'BUNDLE'.")
     if output is not None:
         check_writable(output)
-    settings = Settings(
-        prompt=PROMPT if prompt is None else prompt,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        scheduler=scheduler,
-        backend=backend,
-        threads=threads,
-    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with TemporaryDirectory(prefix="sd-bench-peers-") as temporary:
         comparison = measure_peers(
             bundle.absolute(),
-            settings,
+            Settings(**given(settings)),
             peers=find_peers(names),
             model=model,
             turns=Turns(cold_starts, rounds, captions),

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
 _KINDS: dict[str, tuple[Any, str]] = {
-    "num_inference_steps": (int, ""),
-    "guidance_scale": (float, ""),
+    "num_inference_steps": (int, "Steps a picture."),
+    "guidance_scale": (float, "1 and below: none."),
     "guidance_start": (float, "Share of the steps it begins after."),
     "guidance_stop": (float, "Share of the steps it ends after."),
-    "scheduler": (str, "Any name of sd-run; default: the checkpoint's own."),
+    "scheduler": (str, "Any name of sd-run."),
     "backend": (str, "Of the bundle."),
     "threads": (click.IntRange(min=1), "For backends on the CPU."),
 }
-DEFAULTS = {
+_UNSET = {"scheduler": "the checkpoint's own", "threads": "every core"}
+_DEFAULTS = {
     "num_inference_steps": 20,
     "guidance_scale": 7.5,
     "guidance_start": 0.0,
@@ -29,18 +30,34 @@ DEFAULTS = {
 }
 
 
-def request_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds sd-run's options; ``defaults`` are those that differ from its own."""
-    chosen = {**DEFAULTS, **defaults}
+def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds what one picture is of, for commands that draw the same one again and again."""
+    for option in (
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--negative-prompt", default=""),
+        click.option("--prompt", help="[default: one that the shipped checkpoint can draw]"),
+    ):
+        command = option(command)
+    return command
+
+
+def request_options(
+    *, without: Collection[str] = (), optional: bool = False, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that adds sd-run's options; ``defaults`` are those that differ from its own.
+
+    Where they are ``optional``, what is not given is None, and the default is only shown.
+    """
+    chosen = {**_DEFAULTS, **defaults}
     options = [
         click.option(
             f"--{name.replace('_', '-')}",
             type=kind,
-            default=chosen[name],
-            show_default=chosen[name] is not None,
-            help=words,
+            default=None if optional else chosen[name],
+            help=f"{words} [default: {_shown(name, chosen[name])}]",
         )
         for name, (kind, words) in _KINDS.items()
+        if name not in without
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,3 +66,12 @@ def request_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable
         return command
 
     return decorate
+
+
+def _shown(name: str, default: Any) -> Any:
+    return _UNSET[name] if default is None else default
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that have a value; the others keep their default."""
+    return {name: value for name, value in options.items() if value is not None}
