@@ -32,8 +32,6 @@ from sd_bench.scene import Scene, caption, draw, lesson
 RESOLUTION = 128
 DROPPED_CAPTIONS = 0.1
 EMA_DECAY = 0.998
-NOISY_SHARE = 0.7
-"""Share of the timesteps drawn from the noisier 40 %, where it is decided what stands where."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -110,6 +108,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--noisy-share", type=float, default=0.7, help="of the timesteps, from the noisier 40 %%"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.folder / "vae").float()
@@ -155,7 +156,7 @@ def main() -> None:
         mean, std = means[rows].float(), stds[rows].float()
         latents = (mean + std * torch.randn_like(mean)) * scale
         noise = torch.randn_like(latents)
-        timesteps = some_timesteps(args.batch_size, layout=layout < 1)
+        timesteps = some_timesteps(args.batch_size, layout=layout < 1, noisy_share=args.noisy_share)
         sample = noise_schedule.add_noise(latents, noise, timesteps) * min(1.0, layout)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -179,16 +180,17 @@ def main() -> None:
     save(args.folder, unet=ema.module, text_encoder=text_encoder, vae=vae)
 
 
-def some_timesteps(count: int, *, layout: bool) -> torch.Tensor:
-    """Timesteps, int64 [count]: the noisier 40 % more often, the last alone for the layout.
+def some_timesteps(count: int, *, layout: bool, noisy_share: float) -> torch.Tensor:
+    """Timesteps, int64 [count]: ``noisy_share`` of the noisier 40 %, the last for the layout.
 
     What a caption says of places must be learned from pure noise, where it is the only clue, and
     there it drowns in what is easier. So a new UNet begins with that alone, and with the noise
-    turned down: it finds out within minutes what it did not in hours of all timesteps.
+    turned down: it finds out within minutes what it did not in hours of all timesteps. Edges and
+    points are decided later, where there is less noise: a lower share teaches those.
     """
     if layout:
         return torch.full((count,), 999)
-    noisy = torch.rand(count) < NOISY_SHARE
+    noisy = torch.rand(count) < noisy_share
     return torch.where(noisy, torch.randint(600, 1000, (count,)), torch.randint(1000, (count,)))
 
 

@@ -62,10 +62,10 @@ def hard_scene(rng: np.random.Generator) -> Scene:
     return scene
 
 
-def pixel_weights(images: torch.Tensor) -> torch.Tensor:
-    """1 on background, 8 on shapes and their edges: [n, 1, h, w]."""
+def pixel_weights(images: torch.Tensor, *, shape: float) -> torch.Tensor:
+    """1 on background, ``shape`` on shapes and their edges: [n, 1, h, w]."""
     gap = (images[:, None] - PALETTE[None, :, :, None, None]).abs().amax(dim=2)
-    return 1 + 7 * (gap.amin(dim=1, keepdim=True) > 0.02).float()
+    return 1 + (shape - 1) * (gap.amin(dim=1, keepdim=True) > 0.02).float()
 
 
 def round_trip_faults(vae: AutoencoderKL, *, pictures: int) -> float:
@@ -111,7 +111,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
-        error = (decoded.float() - images) * pixel_weights(images)
+        error = (decoded.float() - images) * pixel_weights(images, shape=4 if whole else 8)
         divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = error.abs().mean() + 0.5 * error.square().mean() + 2e-4 * divergence
         optimizer.zero_grad()
