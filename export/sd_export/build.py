@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd_engines.backends.onnxruntime import LEAN
 from sd_engines.bundle import (
     PORTABLE_BACKENDS,
     Bundle,
@@ -219,7 +220,7 @@ def verify_graph(
     from sd_export.verify import verify_engine
 
     with log.stage(component, "verify onnx") as result:
-        engine = _onnxruntime_engine(graph, component, entry, profile)
+        engine = proving_engine(graph, component, entry, profile)
         measured = verify_engine(graph, engine, component=entry, profile=profile, proof=proof())
         result.detail = words_of(measured)
     return measured
@@ -267,10 +268,11 @@ def _converted_entry(graph: Path, entry: ComponentEntry) -> ComponentEntry:
     )
 
 
-def _onnxruntime_engine(
+def proving_engine(
     graph: Path, component: str, entry: ComponentEntry, profile: Profile
 ) -> EngineEntry:
-    return build_engine(
+    """An engine of ONNX Runtime for the few runs of a proof, at the least memory."""
+    engine = build_engine(
         "onnxruntime",
         graph,
         output_dir=graph.parent,
@@ -278,6 +280,7 @@ def _onnxruntime_engine(
         entry=entry,
         profile=profile,
     )
+    return replace(engine, flags=LEAN)
 
 
 def _is_there(
@@ -311,7 +314,7 @@ def _bundle_proof(bundle: Bundle, component: str) -> Proof:
         component, entry.inputs, profile=profile, vocab_size=tokenizer.get_vocab_size()
     )
     onnx_path = bundle.path / entry.file
-    engine = _onnxruntime_engine(onnx_path, component, entry, profile)
+    engine = proving_engine(onnx_path, component, entry, profile)
     outputs = run_engine(onnx_path, engine, component=entry, profile=profile, inputs=inputs)
     name = f"the bundle's ONNX, {entry.precision}, onnxruntime {engine.version}"
     return Proof(inputs=inputs, reference=outputs, reference_name=name)

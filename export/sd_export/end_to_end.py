@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
-from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, EngineMismatchError
-from sd_export.build import words_of
+from sd_export.build import proving_engine, words_of
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_export.work import key_of
@@ -180,14 +179,7 @@ def _unet_precision(manifest: Manifest, backend: str) -> Precision:
 def _with_onnxruntime(manifest: Manifest, folder: Path) -> Manifest:
     """``manifest`` with engines of ONNX Runtime too, which run its graphs anywhere."""
     engines = [
-        build_engine(
-            "onnxruntime",
-            folder / entry.file,
-            output_dir=folder,
-            component=component,
-            entry=entry,
-            profile=manifest.profile,
-        )
+        proving_engine(folder / entry.file, component, entry, manifest.profile)
         for component, entry in manifest.components.items()
     ]
     return replace(manifest, engines=(*manifest.engines, *engines))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from sd_engines import open_engine
-from sd_engines.bundle import Bundle
-from sd_engines.engine import build_engine
+from sd_engines.backends.onnxruntime import LEAN
+from sd_engines.bundle import Bundle, ComponentEntry, hash_files, portable_entry
+from sd_engines.engine import build_engine, load_engine
 from sd_engines.errors import BackendError, ConfigError
+from sd_engines.spec import TensorSpec
 from tiny_onnx import PROFILE
 
 if TYPE_CHECKING:
@@ -63,3 +69,55 @@ def test_no_cuda_provider(tiny_bundle: Bundle) -> None:
     manifest = replace(tiny_bundle.manifest, engines=(cuda,))
     with pytest.raises(BackendError, match="no CUDAExecutionProvider"):
         open_engine(Bundle(tiny_bundle.path, manifest), "unet")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_lean_engine_keeps_no_weights_in_memory(tmp_path: Path) -> None:
+    """64 MiB of fp16 weights, which ONNX Runtime else widens on a CPU and keeps."""
+    rows, width = 8, 5792
+    held, results = {}, {}
+    component = _product(tmp_path, width)
+    entry = portable_entry(
+        "unet", component, PROFILE, "onnxruntime", version="1", target="cpu", precision=None
+    )
+    x = np.random.default_rng(0).standard_normal((rows, width), np.float32)
+    for flags in (LEAN, {}):
+        engine = replace(entry, flags=flags)
+        path = tmp_path / component.file
+        before = _anonymous_bytes()
+        with load_engine(path, component=component, engine=engine, max_batch=rows) as opened:
+            results[len(flags)] = opened(x=x)["y"]
+            held[len(flags)] = _anonymous_bytes() - before
+    assert held[0] > 128e6 > 32e6 > held[len(LEAN)]
+    assert np.abs(results[0] - results[len(LEAN)]).max() < 1e-6 * np.abs(results[0]).max()
+
+
+def _product(folder: Path, width: int) -> ComponentEntry:
+    """y = x·weight, its weight stored in fp16 beside the graph."""
+    specs = [TensorSpec(name, "float32", ("batch", width)) for name in "xy"]
+    borders = [helper.make_tensor_value_info(s.name, TensorProto.FLOAT, s.shape) for s in specs]
+    weight = np.random.default_rng(1).standard_normal((width, width)).astype(np.float16)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["half", "weight"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes, "product", borders[:1], borders[1:], [numpy_helper.from_array(weight, "weight")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="data")
+    return ComponentEntry(
+        file="model.onnx",
+        files=hash_files(folder, ["model.onnx", "data"]),
+        precision="fp16",
+        opset=20,
+        inputs=(specs[0],),
+        outputs=(specs[1],),
+    )
+
+
+def _anonymous_bytes() -> int:
+    """What this process holds of its own, mapped files apart."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
