@@ -1,8 +1,8 @@
 """Which component computes in which precision, decided in one place.
 
-Half precision is for the UNet, where nearly all the time goes. The VAE overflows in fp16 (its
-known black pictures) and the text encoder's mask does too; both are a small part of a picture's
-time, so they and the safety checker stay in fp32.
+fp16 is for the UNet, where nearly all the time goes: the VAE overflows in it (its known black
+pictures) and the text encoder's mask does too. bf16 reaches as far as fp32, so OpenVINO, which
+converts as it compiles, takes it for them as well. A safety checker answers yes or no: fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _COARSENESS = ("fp32", "fp16", "bf16")
 HALVED = ("unet",)
-"""Components that compute in half precision where it is asked for."""
+"""Components whose graphs become half precision where it is asked for."""
 
 
 def check_request(backends: Sequence[str], precision: str | None) -> None:
@@ -64,12 +64,12 @@ def engine_precision(
 
     Raises `ConfigError` where the bundle's graph has already lost what is asked for.
     """
-    if component not in HALVED:
-        return None if backend == "onnxruntime" else "fp32"
     if backend == "onnxruntime":
         return None
     if backend == "openvino":
-        return "bf16" if precision == "bf16" else "fp32"
+        return "bf16" if precision == "bf16" and component != "safety_checker" else "fp32"
+    if component not in HALVED:
+        return "fp32"
     wanted = precision or "fp16"
     if graph != "fp32" and wanted != graph:
         raise ConfigError(
