@@ -49,8 +49,13 @@ def batch(rng: np.random.Generator, *, size: int, crop: int) -> torch.Tensor:
             for c in (spot.y, spot.x)
         )
         pictures.append(pixels[top : top + crop, left : left + crop])
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
-    return (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return as_images(torch.from_numpy(np.stack(pictures)))
+
+
+def as_images(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, h, w, 3] as float32 [n, 3, h, w] in [-1, 1]."""
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def hard_scene(rng: np.random.Generator) -> Scene:
@@ -87,21 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="keep the latents that a UNet was trained on"
-    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = np.random.default_rng(time.time_ns())
-    vae = AutoencoderKL.from_pretrained(args.resume) if args.resume else new_vae()
-    vae = vae.float().to(memory_format=torch.channels_last)
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     started, step, running, reported = time.time(), 0, 0.0, time.time()
     while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
         whole = progress > 0.6
@@ -116,7 +112,7 @@ def main() -> None:
         loss = error.abs().mean() + 0.5 * error.square().mean() + 2e-4 * divergence
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         running = 0.98 * running + 0.02 * float(error.detach().abs().mean())
         step += 1
