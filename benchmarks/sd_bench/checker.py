@@ -63,8 +63,10 @@ def faults(image: Image.Image, scene: Scene) -> list[Fault]:
     wanted = {thing.color for thing in scene.things}
     for thing in scene.things:
         found += _thing_faults(nearest == names.index(thing.color), thing)
-    for color in COLORS.keys() - wanted:
-        segment = _largest_blob(nearest == names.index(color))
+    for index, color in enumerate(COLORS):
+        mask = nearest == index
+        surplus = mask & ~_largest_blob(mask) if color in wanted else mask
+        segment = _largest_blob(surplus)
         if segment.mean() >= _MIN_AREA and _thickness(segment) >= 0.04:
             found.append(Fault("extra", f"something {color} that nobody asked for"))
     return found

@@ -45,6 +45,11 @@ def test_what_the_caption_leaves_open_is_not_judged() -> None:
     assert faults(picture(SCENE), silent) == []
 
 
+def test_a_second_shape_of_a_colour_is_one_too_many() -> None:
+    twice = Scene((RED_CIRCLE, replace(RED_CIRCLE, size="small", place="on the right")), "white")
+    assert {fault.kind for fault in faults(picture(twice), SCENE)} == {"extra"}
+
+
 def test_noise_is_no_shape() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     assert faults(Image.fromarray(noise), SCENE)
