@@ -13,7 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd_engines.backends.onnxruntime import LEAN
 from sd_engines.bundle import (
     PORTABLE_BACKENDS,
     Bundle,
@@ -272,6 +271,8 @@ def proving_engine(
     graph: Path, component: str, entry: ComponentEntry, profile: Profile
 ) -> EngineEntry:
     """An engine of ONNX Runtime for the few runs of a proof, at the least memory."""
+    from sd_engines.backends.onnxruntime import LEAN
+
     engine = build_engine(
         "onnxruntime",
         graph,
