@@ -37,6 +37,7 @@ def measure_parity(
     model: str | None = None,
     schedulers: Iterable[str] = tuple(SCHEDULERS),
     num_inference_steps: int = 20,
+    guidance_scale: float = 7.5,
     seed: int = 0,
 ) -> Iterator[Parity]:
     """Draw ``prompt`` twice per scheduler, by the bundle and by diffusers in fp32 on the CPU.
@@ -53,7 +54,11 @@ def measure_parity(
         sampler = SCHEDULERS[name]
         use_scheduler(oracle, sampler.class_name, {**config, **sampler.overrides})
         request = Request(
-            prompt, seed=seed, scheduler=name, num_inference_steps=num_inference_steps
+            prompt,
+            seed=seed,
+            scheduler=name,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
         )
         ours = pipeline.generate(request)
         latents = oracle(
@@ -61,6 +66,7 @@ def measure_parity(
             height=profile.height,
             width=profile.width,
             num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="latent",
         ).images

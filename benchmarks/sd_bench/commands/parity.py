@@ -15,6 +15,7 @@ from sd_bench.measurement import PROMPT
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--num-inference-steps", type=int, default=20, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
 @click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -23,6 +24,7 @@ def parity(
     model: str | None,
     prompt: str,
     num_inference_steps: int,
+    guidance_scale: float,
     schedulers: tuple[str, ...],
     backend: str,
     as_json: bool,
@@ -38,7 +40,12 @@ def parity(
     rows = []
     with Pipeline.load(bundle, backend=backend) as pipeline:
         for row in measure_parity(
-            pipeline, prompt, model=model, schedulers=names, num_inference_steps=num_inference_steps
+            pipeline,
+            prompt,
+            model=model,
+            schedulers=names,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
         ):
             rows.append(row)
             if not as_json:
