@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
 
 
@@ -14,10 +15,8 @@ from sd_bench.measurement import PROMPT
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--prompt", default=PROMPT, show_default=True)
-@click.option("--num-inference-steps", type=int, default=20, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@request_options(without=("guidance_start", "guidance_stop", "scheduler", "threads"))
 @click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
-@click.option("--backend", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def parity(
     bundle: Path,
