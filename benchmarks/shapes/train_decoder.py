@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
-from PIL import Image
 from train_vae import RESOLUTION, as_images, hard_scene, pixel_weights, round_trip_faults
 
 from sd_bench.scene import caption, draw
@@ -33,17 +32,17 @@ def denoised_pairs(
     drawings, latents = [], []
     while len(drawings) < count:
         scenes = [hard_scene(rng) for _ in range(32)]
-        batch = [np.asarray(draw(s, rng, resolution=RESOLUTION)[0]) for s in scenes]
+        pictures = [draw(scene, rng, resolution=RESOLUTION)[0] for scene in scenes]
         with torch.autocast("cpu", torch.bfloat16):
             made = pipeline(
                 [caption(scene, rng) for scene in scenes],
-                image=[Image.fromarray(pixels) for pixels in batch],
+                image=pictures,
                 strength=STRENGTH,
                 num_inference_steps=20,
                 guidance_scale=GUIDANCE_SCALE,
                 output_type="latent",
             ).images
-        drawings += [torch.from_numpy(pixels) for pixels in batch]
+        drawings += [torch.from_numpy(np.array(picture)) for picture in pictures]
         latents.append(made.float())
     return torch.stack(drawings), torch.cat(latents)
 
