@@ -267,9 +267,10 @@ class OpenVinoBinding:
         self.inputs = inputs
         self.outputs = outputs
         self._request = compiled.create_infer_request()
+        tensor_class = _package().Tensor
         for arrays, ports in ((inputs, compiled.inputs), (outputs, compiled.outputs)):
             for port in ports:
-                tensor = _package().Tensor(arrays[_name(port, arrays)], shared_memory=True)
+                tensor = tensor_class(arrays[_name(port, arrays)], shared_memory=True)
                 self._request.set_tensor(port, tensor)
 
     def run(self) -> None:
