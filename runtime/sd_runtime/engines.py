@@ -1,4 +1,4 @@
-"""The engines of a pipeline, opened side by side."""
+"""The engines of a pipeline, opened side by side and made ready for a first request."""
 
 from __future__ import annotations
 
@@ -9,27 +9,54 @@ from sd_engines.choice import fastest_engine
 from sd_engines.engine import open_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
+    from sd_engines.spec import Profile
+    from sd_runtime.request import Request
+
+
+def first_batches(request: Request, profile: Profile, *, num_rows: int) -> dict[str, set[int]]:
+    """By component: how many rows its engine answers at once for ``request``'s first pictures."""
+    pictures = min(request.num_images, profile.batch_size)
+    guided = len(request.guided_rows(num_rows))
+    compositions = {2 * pictures: guided, pictures: num_rows - guided}
+    return {
+        "text_encoder": {1},  # each text on its own row: `PromptEncoder`
+        "unet": {batch for batch, rows in compositions.items() if rows},
+        "vae_decoder": {pictures},
+        "safety_checker": {pictures},
+    }
 
 
 def open_engines(
-    bundle: Bundle, components: Sequence[str], *, backend: str, threads: int | None
+    bundle: Bundle,
+    components: Collection[str],
+    *,
+    backend: str,
+    threads: int | None,
+    batches: Mapping[str, Collection[int]],
 ) -> dict[str, Engine]:
-    """Open each component's engine, as `open_engine` does: while one is hashed, another is read.
+    """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
 
-    ``backend`` "auto" prefers the one whose UNet is fastest here. All engines are open, or none.
+    While one is hashed another is read, and while one is compiled another is. ``backend`` "auto"
+    prefers the one whose UNet is fastest here. All engines are open, or none.
     """
     prefer = fastest_engine(bundle, "unet", threads=threads) if backend == "auto" else None
+
+    def open_bound(component: str) -> Engine:
+        engine = open_engine(bundle, component, backend=backend, threads=threads, prefer=prefer)
+        try:
+            for batch in batches.get(component, ()):
+                engine.bind(batch)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
     pool = ThreadPoolExecutor(len(components))
-    opening = {
-        component: pool.submit(
-            open_engine, bundle, component, backend=backend, threads=threads, prefer=prefer
-        )
-        for component in components
-    }
+    opening = {component: pool.submit(open_bound, component) for component in components}
     try:
         # An interrupt is to arrive here, not in the threads' join: Python 3.11 takes a thread whose
         # join was interrupted for ended, and a backend that is cut off in C++ aborts the process.

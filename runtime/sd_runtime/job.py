@@ -16,7 +16,7 @@ import numpy as np
 
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime.command import progress_bar
+from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
 from sd_runtime.pipeline import Pipeline, plan
@@ -91,11 +91,14 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
 
     timings, results = Timings(), []
     with timings.measure("load"):
-        pipeline = Pipeline.load(job.bundle, backend=order.backend, threads=job.threads)
+        pipeline = Pipeline.load(
+            job.bundle, backend=order.backend, threads=job.threads, request=order.requests[0]
+        )
     bar_or_none = nullcontext() if quiet else progress_bar(num_steps, "Denoising")
     with pipeline, bar_or_none as bar:
         for request in order.requests:
             for step in pipeline.stream(request):
+                raise_received_signal()
                 if bar is not None:
                     bar.update(1)
                 if step.result is not None:

@@ -13,7 +13,7 @@ from sd_engines.errors import BackendError, BundleError
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
-from sd_runtime.engines import open_engines
+from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.noise import NoiseStream
 from sd_runtime.recipe import Recipe, fingerprint
 from sd_runtime.result import Result, Step
@@ -78,14 +78,21 @@ class Pipeline(Closing):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        request: Request | None = None,
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
+        Engines that compile for a number of pictures do so when it is first asked for; given a
+        ``request``, they do so here, side by side, and requests like it are answered at once.
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
-        unknown backend.
+        unknown backend and as `plan` does.
         """
         bundle = open_bundle(path)
         present = bundle.manifest.components
@@ -100,7 +107,11 @@ class Pipeline(Closing):
             bundle.verified_path(TOKENIZER_FILE),
             max_tokens=bundle.manifest.model.max_prompt_tokens,
         )
-        engines = open_engines(bundle, names, backend=backend, threads=threads)
+        batches: dict[str, set[int]] = {}
+        if request is not None:
+            _, table = plan(request, bundle.manifest)
+            batches = first_batches(request, bundle.manifest.profile, num_rows=table.num_rows)
+        engines = open_engines(bundle, names, backend=backend, threads=threads, batches=batches)
         return cls(bundle, engines, tokenizer)
 
     def generate(self, request: Request) -> Result:

@@ -1,17 +1,25 @@
-"""The engines of a pipeline are open all, or none."""
+"""The engines of a pipeline are open all, or none, and ready for the request they were told of."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import BackendError, BundleError
 from sd_runtime import engines
-from sd_runtime.engines import open_engines
+from sd_runtime.engines import first_batches, open_engines
+from sd_runtime.pipeline import Pipeline, plan
+from sd_runtime.request import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from conftest import TinyModel
     from sd_engines import Bundle
+    from sd_engines.engine import Binding
 
 
 def test_what_opened_is_closed_where_another_fails(
@@ -26,6 +34,44 @@ def test_what_opened_is_closed_where_another_fails(
     original = engines.open_engine
     monkeypatch.setattr(engines, "open_engine", open_and_keep)
     with pytest.raises(BundleError, match="no component 'moon'"):
-        open_engines(tiny_bundle, ["unet", "moon"], backend="onnxruntime", threads=1)
+        open_engines(tiny_bundle, ["unet", "moon"], backend="onnxruntime", threads=1, batches={})
     with pytest.raises(BackendError, match="closed"):
         opened[0].bind(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_stop": 0.5},
+        {"guidance_start": 0.5, "num_images_per_prompt": 3},
+    ],
+)
+def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
+    guarded_model: TinyModel, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, float]
+) -> None:
+    manifest = open_bundle(guarded_model.bundle).manifest
+    request = Request("a red circle", num_inference_steps=4, seed=1, **options)  # type: ignore[arg-type]
+    _, table = plan(request, manifest)
+    expected = first_batches(request, manifest.profile, num_rows=table.num_rows)
+    asked: dict[str, set[int]] = {}
+    with Pipeline.load(guarded_model.bundle, backend="onnxruntime", request=request) as pipeline:
+        for name, engine in pipeline._engines.items():
+            monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
+        next(step for step in pipeline.stream(request) if step.index + 1 == table.num_rows)
+    assert asked == expected
+
+
+def test_given_batches_are_bound_before_a_request(tiny_bundle: Bundle) -> None:
+    batches = {"unet": {1, 2}}
+    opened = open_engines(tiny_bundle, ["unet"], backend="openvino", threads=1, batches=batches)
+    with opened["unet"] as unet:
+        assert unet._compiled.keys() == {1, 2}  # type: ignore[attr-defined]
+
+
+def _noted(
+    asked: dict[str, set[int]], name: str, bind: Callable[[int], Binding], batch: int
+) -> Binding:
+    asked.setdefault(name, set()).add(batch)
+    return bind(batch)
