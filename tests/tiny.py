@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion v1 checkpoints, made of the unmodified classes of their authors.
+"""Tiny random Stable Diffusion checkpoints, made of the unmodified classes of their authors.
 
 Weights are random, shapes small, layout and file names as on the Hub. The VAE's factor is 8 and
 the latents are 8×8 unless asked otherwise, so pictures are 64×64.
@@ -7,12 +7,13 @@ the latents are 8×8 unless asked otherwise, so pictures are 64×64.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 MAX_TOKENS = 77
@@ -53,16 +54,30 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-def save_tokenizer(folder: Path, *, form: Literal["tokenizer.json", "vocab.json"]) -> int:
-    """Write a small CLIP tokenizer in one of the two forms on the Hub; its vocabulary size."""
+Vocabulary: TypeAlias = tuple[dict[str, int], list[tuple[str, str]]]
+
+
+def save_tokenizer(
+    folder: Path,
+    *,
+    form: Literal["tokenizer.json", "vocab.json"],
+    pad_token: str = "<|endoftext|>",  # noqa: S107  (as Stable Diffusion v1 pads)
+    vocabulary: Vocabulary | None = None,
+) -> int:
+    """Write a CLIP tokenizer in one of the two forms on the Hub; its vocabulary size.
+
+    A small one, where no ``vocabulary`` with its merges is given.
+    """
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = clip_vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    tokens, merges = clip_vocabulary() if vocabulary is None else vocabulary
+    tokenizer = CLIPTokenizer(
+        vocab=tokens, merges=merges, model_max_length=MAX_TOKENS, pad_token=pad_token
+    )
     tokenizer.save_pretrained(folder)
     if form == "vocab.json":
         (folder / "tokenizer.json").unlink()
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        (folder / "vocab.json").write_text(json.dumps(tokens, ensure_ascii=False))
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n")
         (folder / "special_tokens_map.json").write_text(
@@ -70,12 +85,12 @@ def save_tokenizer(folder: Path, *, form: Literal["tokenizer.json", "vocab.json"
                 {
                     "bos_token": "<|startoftext|>",
                     "eos_token": "<|endoftext|>",
-                    "pad_token": "<|endoftext|>",
+                    "pad_token": pad_token,
                     "unk_token": "<|endoftext|>",
                 }
             )
         )
-    return len(vocabulary)
+    return len(tokens)
 
 
 def make_checkpoint(
@@ -95,18 +110,30 @@ def make_checkpoint(
     attention_heads: int = 4,
     norm_num_groups: int = 8,
     layers_per_block: int = 1,
+    text_layers: int = 2,
+    v2: bool = False,
+    time_cond_proj_dim: int | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
-    """Save a random checkpoint in the diffusers v1 layout under ``folder`` and return ``folder``.
+    """Save a random checkpoint in the diffusers layout under ``folder`` and return ``folder``.
 
     ``text_model_prefix`` writes the text encoder's keys as older transformers did; ``tokenizer``
-    picks the tokenizer's form. The same arguments give the same weights.
+    picks the tokenizer's form. ``v2`` makes what Stable Diffusion 2 made otherwise, with heads of
+    ``attention_heads`` channels; ``time_cond_proj_dim`` a latent consistency model. The same
+    arguments give the same weights.
     """
     import diffusers
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary_size = save_tokenizer(folder / "tokenizer", form=tokenizer)
+    vocabulary_size = save_tokenizer(
+        folder / "tokenizer",
+        form=tokenizer,
+        pad_token="!" if v2 else "<|endoftext|>",
+        vocabulary=vocabulary,
+    )
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -115,8 +142,9 @@ def make_checkpoint(
                 vocab_size=vocabulary_size,
                 hidden_size=cross_attention_dim,
                 intermediate_size=2 * cross_attention_dim,
-                num_hidden_layers=2,
-                num_attention_heads=2,
+                num_hidden_layers=text_layers,
+                num_attention_heads=cross_attention_dim // attention_heads if v2 else 2,
+                hidden_act="gelu" if v2 else "quick_gelu",
                 max_position_embeddings=MAX_TOKENS,
                 bos_token_id=vocabulary_size - 2,
                 eos_token_id=vocabulary_size - 1,
@@ -131,7 +159,12 @@ def make_checkpoint(
             down_block_types=("CrossAttnDownBlock2D",) * deep + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * deep,
             cross_attention_dim=cross_attention_dim,
-            attention_head_dim=attention_heads,
+            attention_head_dim=[n // attention_heads for n in block_out_channels]
+            if v2
+            else attention_heads,
+            use_linear_projection=v2,
+            upcast_attention=v2,
+            time_cond_proj_dim=time_cond_proj_dim,
             norm_num_groups=norm_num_groups,
         )
         levels = len(vae_block_out_channels)
@@ -155,7 +188,7 @@ def make_checkpoint(
         path = next((folder / "text_encoder").glob("*.safetensors"))
         tensors = {f"text_model.{key}": value for key, value in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
-    options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
+    options: dict[str, Any] = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
     getattr(diffusers, scheduler)(
         beta_start=0.00085,
         beta_end=0.012,
@@ -163,10 +196,12 @@ def make_checkpoint(
         num_train_timesteps=1000,
         prediction_type=prediction_type,
         steps_offset=1,
-        **options,
+        **{**options, **(scheduler_options or {})},
     ).save_pretrained(folder / "scheduler")
     model_index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "LatentConsistencyModelPipeline"
+        if time_cond_proj_dim
+        else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": ["transformers", "CLIPImageProcessor"]
         if safety_checker

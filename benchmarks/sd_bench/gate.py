@@ -28,7 +28,7 @@ from sd_bench.latency import WARM_UP, measure_latency
 from sd_bench.sampler_process import SamplerProcess
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime.pipeline import plan
+from sd_runtime.plan import plan
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sd_engines.border import import_package
 from sd_engines.errors import BundleError
 from sd_engines.spec import BATCH
+from sd_runtime.plan import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ def request_work(
     size, left = pipeline.profile.batch_size, request.num_images
     batches = [min(size, left - first) for first in range(0, left, size)]
     num_rows = len(timings.spans.get("unet", ())) // len(batches)
-    guided = request.guided_rows(num_rows)
+    guided = plan(request, pipeline.bundle.manifest).guided_rows
     samples = [n * (2 if row in guided else 1) for n in batches for row in range(num_rows)]
     rows = {"text_encoder": [1], "unet": samples, "vae_decoder": batches, "safety_checker": batches}
     components = pipeline.bundle.manifest.components

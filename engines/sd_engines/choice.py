@@ -109,7 +109,9 @@ def _run_ms(bundle: Bundle, entry: EngineEntry, threads: int | None) -> float:
     with open_engine(
         bundle, entry.component, backend=entry.backend, precision=entry.precision, threads=threads
     ) as engine:
-        return _shortest_run_ms(engine, min(2, bundle.manifest.profile.max_batch(entry.component)))
+        profile = bundle.manifest.profile
+        batch = profile.max_batch(entry.component, engine.inputs.values())
+        return _shortest_run_ms(engine, min(2, batch))
 
 
 def _shortest_run_ms(engine: Engine, batch: int) -> float:

@@ -202,11 +202,12 @@ def check_engine(bundle: Bundle, entry: EngineEntry) -> None:
 
 def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
     check_engine(bundle, entry)  # hashing takes seconds
+    component = bundle.manifest.components[entry.component]
     return load_engine(
         bundle.verified_engine(entry),
-        component=bundle.manifest.components[entry.component],
+        component=component,
         engine=entry,
-        max_batch=bundle.manifest.profile.max_batch(entry.component),
+        max_batch=bundle.manifest.profile.max_batch(entry.component, component.inputs),
         threads=threads,
     )
 

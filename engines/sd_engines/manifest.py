@@ -17,7 +17,7 @@ from sd_engines.node import (
     unique_object,
     wrong,
 )
-from sd_engines.spec import BATCH, ModelSpec, Precision, Profile, TensorSpec
+from sd_engines.spec import BATCH, Defaults, ModelSpec, Precision, Profile, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -243,9 +243,22 @@ def _model(node: Node) -> ModelSpec:
         vae_scaling_factor=node.number("vae_scaling_factor"),
         max_prompt_tokens=node.integer("max_prompt_tokens", low=1, high=65536),
         scheduler=node.mapping("scheduler"),
+        defaults=_defaults(node.optional_node("defaults")),
     )
     node.end()
     return model
+
+
+def _defaults(node: Node | None) -> Defaults:
+    """What the manifest says, or what every bundle drew with before manifests said it."""
+    if node is None:
+        return Defaults()
+    defaults = Defaults(
+        num_inference_steps=node.integer("num_inference_steps", low=1),
+        guidance_scale=node.number("guidance_scale"),
+    )
+    node.end()
+    return defaults
 
 
 def _check_consistent(manifest: Manifest) -> None:

@@ -112,6 +112,10 @@ class Node:
         """The object in ``key``, to be read in turn."""
         return Node(self._take(key), self._at(key))
 
+    def optional_node(self, key: str) -> Node | None:
+        """The object in ``key``, None where the field is not there."""
+        return self.node(key) if key in self._fields else None
+
     def entries(self, key: str, read: Callable[[Node], _T]) -> tuple[_T, ...]:
         """An array of objects, each read by ``read``."""
         where = self._at(key)

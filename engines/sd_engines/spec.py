@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 BATCH = "batch"
 """The one symbolic axis of every graph; all other axes are fixed by the profile."""
+TIMESTEP_COND = "timestep_cond"
+"""Input of a UNet that was distilled together with its guidance, and is told its scale there."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,22 @@ class Profile:
         """Columns of the latents."""
         return self.width // self.vae_scale_factor
 
-    def max_batch(self, component: str) -> int:
-        """Largest axis 0: guidance doubles what the text encoder and the UNet see."""
-        return self.batch_size * (2 if component in ("text_encoder", "unet") else 1)
+    def max_batch(self, component: str, inputs: Iterable[TensorSpec]) -> int:
+        """Largest axis 0: guidance doubles what the text encoder and the UNet see.
+
+        Not so for a UNet that takes `TIMESTEP_COND` among its ``inputs``: it is never guided.
+        """
+        guided = component in ("text_encoder", "unet")
+        guided = guided and all(spec.name != TIMESTEP_COND for spec in inputs)
+        return self.batch_size * (2 if guided else 1)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request takes where it says nothing."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
 
 
 @dataclass(frozen=True)
@@ -60,3 +78,4 @@ class ModelSpec:
     vae_scaling_factor: float
     max_prompt_tokens: int
     scheduler: dict[str, Any]
+    defaults: Defaults = Defaults()

@@ -159,7 +159,7 @@ class Job:
     def _write_small_files(self) -> dict[str, FileEntry]:
         """Tokenizer, scheduler config and licence; refused early if the runtime cannot use them."""
         from sd_export.load import load_tokenizer
-        from sd_runtime.pipeline import pipeline_scheduler_config
+        from sd_runtime.plan import pipeline_scheduler_config
         from sd_runtime.table import compile_table
 
         config = pipeline_scheduler_config(self.checkpoint.configs["scheduler"])

@@ -50,7 +50,7 @@ def probe_inputs(
 ) -> dict[str, np.ndarray]:
     """Fixed inputs for a component: rows that differ, of the size it meets in use."""
     rng = np.random.default_rng(_SEED)
-    rows = 4 if component == "safety_checker" else min(2, profile.max_batch(component))
+    rows = 4 if component == "safety_checker" else min(2, profile.max_batch(component, inputs))
     arrays: dict[str, np.ndarray] = {}
     for spec in inputs:
         shape = [rows, *(int(size) for size in spec.shape[1:])]
@@ -146,7 +146,7 @@ def run_engine(
     inputs: Arrays,
 ) -> dict[str, np.ndarray]:
     """The engine at ``path`` on all rows of ``inputs``, in batches that the profile allows."""
-    batch = profile.max_batch(engine.component)
+    batch = profile.max_batch(engine.component, component.inputs)
     rows = len(next(iter(inputs.values())))
     parts = []
     with load_engine(path, component=component, engine=engine, max_batch=batch) as opened:

@@ -36,8 +36,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--negative-prompt", help="What the picture should not show.")
 @click.option("--seed", type=int, help="0 … 2⁶⁴−1; picture i takes seed + i. [default: random]")
 @click.option("--num-images", type=int, help="Pictures per prompt. [default: 1]")
-@click.option("--num-inference-steps", type=int, help="[default: 50]")
-@click.option("--guidance-scale", type=float, help="≤ 1 is none. [default: 7.5]")
+@click.option("--num-inference-steps", type=int, help="[default: the bundle's, mostly 50]")
+@click.option(
+    "--guidance-scale", type=float, help="≤ 1 is none. [default: the bundle's, mostly 7.5]"
+)
 @click.option(
     "--guidance-start", type=float, help="Share of the steps it begins after. [default: 0]"
 )

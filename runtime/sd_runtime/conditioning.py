@@ -1,14 +1,18 @@
-"""Prompts to prompt_embeds: tokenizer, text encoder, and a memory of the last prompts."""
+"""Prompts to prompt_embeds, with a memory of the last ones; a guidance scale to timestep_cond."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sd_runtime.arrays import copy_into
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from sd_engines.engine import Array, Engine
     from sd_runtime.timing import Timings
@@ -52,3 +56,22 @@ class PromptEncoder:
     def forget(self) -> None:
         """Drop every embedding that is kept."""
         self._known.clear()
+
+
+def guidance_scale_embedding(guidance_scale: float, width: int) -> NDArray[np.float32]:
+    """What a UNet distilled with its guidance is told of it, float32 [width].
+
+    Sines, then cosines of 1000·(guidance_scale − 1) at falling frequencies, as a timestep's
+    (Meng et al. 2022, arXiv:2210.03142; Luo et al. 2023, arXiv:2310.04378). The angles go up to
+    thousands, so float32 shows: rounded to it where diffusers rounds, and nowhere else.
+    """
+    half = width // 2
+    step = np.log(np.float32(10000)) / np.float32(half - 1)
+    exponents = np.arange(half, dtype=np.float32) * -step
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    scale = np.float32(guidance_scale - 1) * np.float32(1000)
+    angles = (scale * frequencies).astype(np.float64)
+    embedding = np.zeros(width, np.float32)  # an odd width ends in a zero
+    embedding[:half] = np.sin(angles)
+    embedding[half : 2 * half] = np.cos(angles)
+    return embedding

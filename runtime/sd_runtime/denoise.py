@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sd_engines.spec import TIMESTEP_COND
 from sd_runtime.arrays import copy_into
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
@@ -20,6 +21,8 @@ from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from sd_engines.engine import Array, Binding, Engine
     from sd_runtime.noise import NoiseStream
@@ -64,17 +67,21 @@ def denoise(
     table: SchedulerTable,
     noise: Sequence[NoiseStream],
     timings: Timings,
+    timestep_cond: NDArray[np.float32] | None = None,
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
     Embeddings are [tokens, d], one per picture. On ``guided_rows`` the UNet runs on 2n samples,
     negative first, and on n elsewhere, where nobody reads the negative ones. ``noise`` is one
     stream per picture, read on the rows that draw, used there or not, so that later rows see the
-    noise they would see in diffusers. Closing the generator cancels.
+    noise they would see in diffusers. ``timestep_cond`` [d] is for a UNet that takes it: its
+    guidance, the same in every row. Closing the generator cancels.
     """
     n = len(latents)
     bindings = {
-        guided: _bound(unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds])
+        guided: _bound(
+            unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds], timestep_cond
+        )
         for guided in {row in guided_rows for row in range(table.num_rows)}
     }
 
@@ -131,9 +138,14 @@ def denoise(
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 
-def _bound(unet: Engine, embeds: Sequence[Array]) -> Binding:
+def _bound(
+    unet: Engine, embeds: Sequence[Array], timestep_cond: NDArray[np.float32] | None
+) -> Binding:
     """The UNet's buffers for as many rows as there are embeddings, and those written to them."""
     binding = unet.bind(len(embeds))
+    if timestep_cond is not None:
+        rows_in = binding.inputs[TIMESTEP_COND]
+        copy_into(rows_in, np.broadcast_to(timestep_cond, rows_in.shape))
     for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
         copy_into(row_in, row)
     return binding

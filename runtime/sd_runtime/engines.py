@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.spec import Profile
-    from sd_runtime.request import Request
+    from sd_runtime.plan import Plan
 
 
-def first_batches(request: Request, profile: Profile, *, num_rows: int) -> dict[str, set[int]]:
-    """By component: how many rows its engine answers at once for ``request``'s first pictures."""
-    pictures = min(request.num_images, profile.batch_size)
-    guided = len(request.guided_rows(num_rows))
-    compositions = {2 * pictures: guided, pictures: num_rows - guided}
+def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
+    """By component: how many rows its engine answers at once for the first pictures of ``plan``."""
+    pictures = min(plan.request.num_images, profile.batch_size)
+    guided = len(plan.guided_rows)
+    compositions = {2 * pictures: guided, pictures: plan.table.num_rows - guided}
     return {
         "text_encoder": {1},  # each text on its own row: `PromptEncoder`
         "unet": {batch for batch, rows in compositions.items() if rows},

@@ -19,7 +19,8 @@ from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
-from sd_runtime.pipeline import Pipeline, plan
+from sd_runtime.pipeline import Pipeline
+from sd_runtime.plan import plan
 from sd_runtime.prompts import prompts_from_text, requests_from_jsonl
 from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
@@ -83,8 +84,8 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     plans = [plan(request, manifest) for request in order.requests]
     batch_size = manifest.profile.batch_size
     num_steps = sum(
-        table.num_rows * math.ceil(request.num_images / batch_size)
-        for request, (_, table) in zip(order.requests, plans, strict=True)
+        planned.table.num_rows * math.ceil(planned.request.num_images / batch_size)
+        for planned in plans
     )
     if "seed" not in job.options and not job.from_image and not quiet:
         click.echo(f"Seed {seeds[0]}", err=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -15,9 +16,9 @@ from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
 from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.noise import NoiseStream
+from sd_runtime.plan import plan
 from sd_runtime.recipe import Recipe, fingerprint
 from sd_runtime.result import Result, Step
-from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
 from sd_runtime.timing import Timings, clock
 from sd_runtime.tokenizer import Tokenizer
 
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Array, Engine
-    from sd_engines.manifest import EngineEntry, Manifest
+    from sd_engines.manifest import EngineEntry
     from sd_engines.spec import Profile
     from sd_runtime.denoise import Row
+    from sd_runtime.plan import Plan
     from sd_runtime.request import ImageRequest, Request
 
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
@@ -40,31 +42,6 @@ PRECISION_HINT = (
     "Nothing was kept. Try another --backend or a bundle of higher precision: "
     "sd-export --model MODEL --precision fp32 --output BUNDLE."
 )
-
-
-def plan(request: Request, manifest: Manifest) -> tuple[str, SchedulerTable]:
-    """Check ``request`` against a bundle; its scheduler's name and table.
-
-    Raises `ConfigError` for a size, a scheduler or a number of steps that cannot be done.
-    """
-    request.check_profile(manifest.profile)
-    config = pipeline_scheduler_config(manifest.model.scheduler)
-    name = scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler"))
-    table = compile_table(
-        config,
-        scheduler=request.scheduler,
-        num_inference_steps=request.num_inference_steps,
-        eta=request.eta,
-    )
-    return name, table
-
-
-def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as diffusers' StableDiffusionPipeline corrects it, whatever the checkpoint says.
-
-    Latents are not pixels, so nothing clips them; leading timesteps start at 1, as in training.
-    """
-    return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
 class Pipeline(Closing):
@@ -109,8 +86,7 @@ class Pipeline(Closing):
         )
         batches: dict[str, set[int]] = {}
         if request is not None:
-            _, table = plan(request, bundle.manifest)
-            batches = first_batches(request, bundle.manifest.profile, num_rows=table.num_rows)
+            batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
         engines = open_engines(bundle, names, backend=backend, threads=threads, batches=batches)
         return cls(bundle, engines, tokenizer)
 
@@ -127,14 +103,15 @@ class Pipeline(Closing):
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The same, step by step: for progress, previews, and cancelling by ``close()``."""
-        name, table = plan(request, self.bundle.manifest)
-        return self._stream(request.seeded(), name, table)
+        planned = plan(request, self.bundle.manifest)
+        return self._stream(replace(planned, request=planned.request.seeded()))
 
-    def _stream(self, request: Request, scheduler: str, table: SchedulerTable) -> Iterator[Step]:
+    def _stream(self, plan: Plan) -> Iterator[Step]:
         start, timings = clock(), Timings()
+        request, table = plan.request, plan.table
         images = request.images()
         texts = [image.prompt for image in images]
-        if request.guided_rows(table.num_rows):
+        if plan.guided_rows:
             texts += [image.negative_prompt for image in images]
         size = self.profile.batch_size
         embeds = self._prompts.encode(texts, timings=timings)
@@ -142,7 +119,7 @@ class Pipeline(Closing):
         latents, pixels, flags = [], [], []
         for first in range(0, len(images), size):
             batch = images[first : first + size]
-            for row in self._denoise(batch, request, table, embeds, timings):
+            for row in self._denoise(batch, plan, embeds, timings):
                 result = None
                 if row.index + 1 == table.num_rows:
                     batch_pixels, batch_flags = self._draw(row.latents, timings)
@@ -156,7 +133,7 @@ class Pipeline(Closing):
                             pixels=np.concatenate(pixels),
                             latents=np.concatenate(latents),
                             nsfw_content_detected=tuple(flags) if self._checker else None,
-                            recipes=tuple(self._recipe(i, request, scheduler) for i in images),
+                            recipes=tuple(self._recipe(image, plan) for image in images),
                             timings=timings,
                         )
                 yield Step(
@@ -172,24 +149,24 @@ class Pipeline(Closing):
     def _denoise(
         self,
         batch: Sequence[ImageRequest],
-        request: Request,
-        table: SchedulerTable,
+        plan: Plan,
         embeds: Mapping[str, Array],
         timings: Timings,
     ) -> Iterator[Row]:
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
-            latents = initial_latents(noise, self.latents_shape, table)
-        guided_rows = request.guided_rows(table.num_rows)
-        negative = [embeds[image.negative_prompt] for image in batch] if guided_rows else []
+            latents = initial_latents(noise, self.latents_shape, plan.table)
+        guided = bool(plan.guided_rows)
+        negative = [embeds[image.negative_prompt] for image in batch] if guided else []
         return denoise(
             self._engines["unet"],
             latents,
             prompt_embeds=[embeds[image.prompt] for image in batch],
             negative_prompt_embeds=negative,
-            guidance_scale=float(request.guidance_scale),
-            guided_rows=guided_rows,
-            table=table,
+            guidance_scale=plan.guidance_scale,
+            guided_rows=plan.guided_rows,
+            timestep_cond=plan.timestep_cond,
+            table=plan.table,
             noise=noise,
             timings=timings,
         )
@@ -227,17 +204,17 @@ class Pipeline(Closing):
         prediction = self.bundle.manifest.model.prediction_type
         return _pixels_from(self._decode(predicted_original_sample(row, prediction)))
 
-    def _recipe(self, image: ImageRequest, request: Request, scheduler: str) -> Recipe:
-        model, profile = self.bundle.manifest.model, self.profile
+    def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
+        model, profile, request = self.bundle.manifest.model, self.profile, plan.request
         return Recipe(
             prompt=image.prompt,
             negative_prompt=image.negative_prompt,
             seed=image.seed,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=float(request.guidance_scale),
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=plan.guidance_scale,
             guidance_start=float(request.guidance_start),
             guidance_stop=float(request.guidance_stop),
-            scheduler=scheduler,
+            scheduler=plan.scheduler,
             eta=float(request.eta),
             height=profile.height,
             width=profile.width,

@@ -96,6 +96,8 @@ class Recipe:
         texts = ("backend", "precision", "model", "fingerprint", "scheduler")
         if not all(isinstance(values[name], str) for name in texts):
             raise _unreadable(f"{', '.join(texts)} must be text")
+        if values["num_inference_steps"] is None or values["guidance_scale"] is None:
+            raise _unreadable("num_inference_steps and guidance_scale must be numbers")
         if not isinstance(values["revision"], str | None):
             raise _unreadable("revision must be text")
         recipe = cls(**values)

@@ -39,8 +39,8 @@ class Request:
     negative_prompt: str | tuple[str, ...] = ""
     seed: int | None = None
     num_images_per_prompt: int = 1
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     scheduler: str | None = None
@@ -62,14 +62,14 @@ class Request:
                 "Give one negative prompt for all, or as many as there are prompts.",
             )
         _check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
-        _check_whole("num_inference_steps", self.num_inference_steps, 1, None)
-        for name in ("height", "width"):
+        for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1, None)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
             _check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
-        _check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
+        if self.guidance_scale is not None:
+            _check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
         for name in ("guidance_start", "guidance_stop", "eta"):
             _check_real(name, getattr(self, name), 0.0, 1.0)
         if self.guidance_start >= self.guidance_stop:
@@ -107,7 +107,12 @@ class Request:
         return len(self.prompts) * self.num_images_per_prompt
 
     def guided_rows(self, num_rows: int) -> range:
-        """Which of ``num_rows`` UNet calls see the negative prompt as well, as diffusers counts."""
+        """Which of ``num_rows`` UNet calls see the negative prompt as well, as diffusers counts.
+
+        The request must have its ``guidance_scale``.
+        """
+        if self.guidance_scale is None:
+            raise ValueError("the request has no guidance scale yet")
         if self.guidance_scale <= 1:
             return range(0)
         return range(int(self.guidance_start * num_rows), int(self.guidance_stop * num_rows))

@@ -28,6 +28,12 @@ def test_round_trip(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json().encode()) == manifest
 
 
+def test_a_manifest_of_before_has_the_defaults_of_then(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    assert data["model"].pop("defaults") == {"num_inference_steps": 50, "guidance_scale": 7.5}
+    assert Manifest.from_json(json.dumps(data)) == manifest
+
+
 def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
     *folders, last, value = path
 
@@ -57,6 +63,15 @@ def _file(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE = {
+    "no steps": (
+        _set("model", "defaults", {"num_inference_steps": 0, "guidance_scale": 1}),
+        "model.defaults.num_inference_steps: must be a whole number from 1",
+    ),
+    "half of the defaults": (
+        _set("model", "defaults", {"num_inference_steps": 4}),
+        "model.defaults.guidance_scale: is missing",
+    ),
+    "null defaults": (_set("model", "defaults", None), "model.defaults: must be an object"),
     "no version": (_drop("format_version"), "format_version: is missing"),
     "newer version": (_set("format_version", 2), "format_version 2 is unknown"),
     "version as text": (_set("format_version", "1"), "format_version: must be a whole number"),

@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+SMALL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "vae_block_out_channels": (8,),
+    "cross_attention_dim": 8,
+    "attention_heads": 2,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+"""The fastest to export, as in `tiny.make_smallest_checkpoint`."""
 SUSPECT = Request("a cat", seed=0, num_images_per_prompt=12, num_inference_steps=1)
 """Twelve pictures, some of which the safety checker of ``guarded_model`` flags."""
 
@@ -43,7 +52,7 @@ class TinyModel:
     checkpoint: Path
     bundle: Path
     pipeline: Pipeline
-    oracle: StableDiffusionPipeline
+    oracle: DiffusionPipeline
 
     def expected(self, request: Request) -> tuple[np.ndarray, np.ndarray, list[bool] | None]:
         """What diffusers makes of ``request``: pixels uint8, final latents, nsfw flags."""
@@ -55,6 +64,9 @@ class TinyModel:
             latents.append(tensors["latents"].numpy().copy())
             return tensors
 
+        names = ("num_inference_steps", "guidance_scale")  # where silent, diffusers' own
+        given = {name: getattr(request, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
         negative = request.negative_prompt
         if isinstance(negative, str):
             negative = [negative] * len(request.prompts)
@@ -66,10 +78,9 @@ class TinyModel:
                     torch.Generator("cpu").manual_seed(image.seed) for image in request.images()
                 ],
                 num_images_per_prompt=request.num_images_per_prompt,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
                 eta=request.eta,
                 callback_on_step_end=keep,
+                **given,
             )
         pixels = np.stack([np.asarray(image) for image in output.images])
         return pixels, latents[-1], output.nsfw_content_detected
@@ -79,7 +90,7 @@ def make_model(
     folder: Path, *, batch_size: int, safety_checker: bool = False, **checkpoint_options: Any
 ) -> TinyModel:
     """Make, export and open a tiny model below ``folder``."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from sd_export import export
 
@@ -91,7 +102,7 @@ def make_model(
     scheduler.write_text(json.dumps({**config, "clip_sample": False}))  # as real ones have it
     bundle = folder / "bundle"
     with one_thread():
-        oracle = StableDiffusionPipeline.from_pretrained(checkpoint)
+        oracle = DiffusionPipeline.from_pretrained(checkpoint)
         oracle.set_progress_bar_config(disable=True)
         if safety_checker:
             divide_pictures(oracle)
@@ -146,6 +157,37 @@ def guarded_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
         sample_size=12,
         vae_block_out_channels=(8, 16),
         cross_attention_dim=48,
+    )
+    yield model
+    model.pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def consistency_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """As SimianLuo/LCM_Dreamshaper_v7."""
+    model = make_model(
+        tmp_path_factory.mktemp("lcm"),
+        batch_size=2,
+        time_cond_proj_dim=256,
+        scheduler="LCMScheduler",
+        **SMALL,
+    )
+    yield model
+    model.pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """As stabilityai/stable-diffusion-2-1."""
+    model = make_model(
+        tmp_path_factory.mktemp("v2"),
+        batch_size=1,
+        v2=True,
+        tokenizer="vocab.json",
+        prediction_type="v_prediction",
+        scheduler="DDIMScheduler",
+        scheduler_options={"set_alpha_to_one": False},
+        **SMALL,
     )
     yield model
     model.pipeline.close()

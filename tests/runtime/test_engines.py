@@ -11,7 +11,8 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import BackendError, BundleError
 from sd_runtime import engines
 from sd_runtime.engines import first_batches, open_engines
-from sd_runtime.pipeline import Pipeline, plan
+from sd_runtime.pipeline import Pipeline
+from sd_runtime.plan import plan
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
 ) -> None:
     manifest = open_bundle(guarded_model.bundle).manifest
     request = Request("a red circle", num_inference_steps=4, seed=1, **options)  # type: ignore[arg-type]
-    _, table = plan(request, manifest)
-    expected = first_batches(request, manifest.profile, num_rows=table.num_rows)
+    planned = plan(request, manifest)
+    expected = first_batches(planned, manifest.profile)
     asked: dict[str, set[int]] = {}
     with Pipeline.load(guarded_model.bundle, backend="onnxruntime", request=request) as pipeline:
         for name, engine in pipeline._engines.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
-        next(step for step in pipeline.stream(request) if step.index + 1 == table.num_rows)
+        next(step for step in pipeline.stream(request) if step.index + 1 == planned.table.num_rows)
     assert asked == expected
 
 

@@ -60,6 +60,7 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"seed": 2**64},
         {"seed": "7"},
         {"num_inference_steps": 0},
+        {"num_inference_steps": None},
         {"guidance_scale": None},
         {"guidance_stop": 0.0},
         {"prompt": 7},

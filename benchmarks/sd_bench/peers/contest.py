@@ -26,7 +26,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
 from sd_runtime.noise import NoiseStream
-from sd_runtime.pipeline import pipeline_scheduler_config, plan
+from sd_runtime.plan import pipeline_scheduler_config, plan
 from sd_runtime.recipe import fingerprint
 from sd_runtime.scheduler_config import effective_config
 
@@ -144,7 +144,8 @@ def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
 def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
     """What `protocol.Job` holds, apart from what differs by peer; writes its files."""
     request, profile = settings.request(), bundle.manifest.profile
-    name, table = plan(request, bundle.manifest)
+    planned = plan(request, bundle.manifest)
+    name, table = planned.scheduler, planned.table
     config = effective_config(pipeline_scheduler_config(bundle.manifest.model.scheduler), name)
     scheduler = folder / "scheduler_config.json"
     known = {key: value for key, value in config.items() if value is not None}

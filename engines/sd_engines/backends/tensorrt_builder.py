@@ -75,7 +75,7 @@ def build(
     if target != ANY_TARGET and backend == "tensorrt-rtx":
         _set_compute_capabilities(module, config, target)
     shapes = builder.create_optimization_profile()
-    max_batch = profile.max_batch(component)
+    max_batch = profile.max_batch(component, entry.inputs)
     for spec in entry.inputs:
         if BATCH in spec.shape:
             largest = shape_at(spec, max_batch)

@@ -1,0 +1,97 @@
+"""What a request comes to on a bundle: its own values, and the bundle's where it is silent.
+
+All that can be refused is refused here, from the manifest alone and before an engine is opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.errors import ConfigError
+from sd_engines.spec import TIMESTEP_COND
+from sd_runtime.conditioning import guidance_scale_embedding
+from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sd_engines.manifest import Manifest
+    from sd_runtime.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``request`` with nothing left open but its seed, and what follows from it.
+
+    ``timestep_cond`` float32 [d] is the guidance of a UNet that takes it as an input; such a UNet
+    has no ``guided_rows``.
+    """
+
+    request: Request
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    table: SchedulerTable
+    guided_rows: range
+    timestep_cond: NDArray[np.float32] | None
+
+
+def plan(request: Request, manifest: Manifest) -> Plan:
+    """Check ``request`` against a bundle.
+
+    Raises `ConfigError` for a size, a scheduler, a number of steps or a guidance that cannot be
+    done.
+    """
+    request.check_profile(manifest.profile)
+    steps, scale = request.num_inference_steps, request.guidance_scale
+    steps = manifest.model.defaults.num_inference_steps if steps is None else steps
+    scale = manifest.model.defaults.guidance_scale if scale is None else scale
+    request = replace(request, num_inference_steps=steps, guidance_scale=scale)
+    config = pipeline_scheduler_config(manifest.model.scheduler)
+    table = compile_table(
+        config, scheduler=request.scheduler, num_inference_steps=steps, eta=request.eta
+    )
+    width = _timestep_cond_width(manifest)
+    if width is not None:
+        _check_distilled(request)
+    return Plan(
+        request=request,
+        num_inference_steps=steps,
+        guidance_scale=float(scale),
+        scheduler=scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler")),
+        table=table,
+        guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
+        timestep_cond=None if width is None else guidance_scale_embedding(scale, width),
+    )
+
+
+def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as diffusers' StableDiffusionPipeline corrects it, whatever the checkpoint says.
+
+    Latents are not pixels, so nothing clips them; leading timesteps start at 1, as in training.
+    """
+    return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
+
+
+def _timestep_cond_width(manifest: Manifest) -> int | None:
+    unet = manifest.components.get("unet")
+    inputs = {spec.name: spec for spec in unet.inputs} if unet is not None else {}
+    return int(inputs[TIMESTEP_COND].shape[-1]) if TIMESTEP_COND in inputs else None
+
+
+def _check_distilled(request: Request) -> None:
+    """Refuse what needs a second, unconditional run of the UNet."""
+    if request.negative_prompt and any(request.negative_prompt):
+        raise ConfigError(
+            "this model was distilled together with its guidance and takes no negative prompt",
+            "Leave the negative prompt out; guidance_scale works.",
+        )
+    if (request.guidance_start, request.guidance_stop) != (0, 1):
+        raise ConfigError(
+            "this model was distilled together with its guidance, which holds for every step",
+            "Leave guidance_start and guidance_stop out; guidance_scale works.",
+        )
