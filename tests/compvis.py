@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _UNET_ENDS = [
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
+    ("time_embed.cond_proj", "time_embedding.cond_proj"),
     ("input_blocks.0.0", "conv_in"),
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
@@ -44,11 +45,27 @@ _VAE_ATTENTION = [
 ]
 
 
-def original_state(checkpoint: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
+_OPEN_CLIP_NAMES = [
+    ("embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("final_layer_norm.", "ln_final."),
+    (".fc1.", ".c_fc."),
+    (".fc2.", ".c_proj."),
+    (".self_attn.", ".attn."),
+]
+
+
+def original_state(
+    checkpoint: Path, *, ema: bool = False, open_clip: str | None = None
+) -> dict[str, torch.Tensor]:
     """All weights under their original names.
 
     ``ema`` stores the UNet's weights as their average and noise in their place, as a file has
-    that was saved in training.
+    that was saved in training. ``open_clip`` is what the names of an OpenCLIP text encoder start
+    with, None: the text encoder is CLIP's own.
     """
     unet_config = json.loads((checkpoint / "unet/config.json").read_text())
     vae_config = json.loads((checkpoint / "vae/config.json").read_text())
@@ -69,13 +86,34 @@ def original_state(checkpoint: Path, *, ema: bool = False) -> dict[str, torch.Te
         if "attn_1" in original and original.endswith("weight") and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]  # a 1×1 convolution, then
         state["first_stage_model." + original] = tensor.contiguous()
-    for name, tensor in text.items():
-        bare = name.removeprefix("text_model.")
-        state["cond_stage_model.transformer.text_model." + bare] = tensor
+    state["betas"] = torch.linspace(0.00085, 0.012, 1000)
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+    if open_clip is not None:
+        return state | {open_clip + name: tensor for name, tensor in _open_clip(bare).items()}
+    for name, tensor in bare.items():
+        state["cond_stage_model.transformer.text_model." + name] = tensor
     positions = torch.arange(77).expand(1, -1).contiguous()
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
-    state["betas"] = torch.linspace(0.00085, 0.012, 1000)
     return state
+
+
+def _open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text encoder as OpenCLIP names it, query, key and value in one, and all it has beside."""
+    state = {}
+    for name, tensor in text.items():
+        if ".q_proj." in name:
+            fused = [text[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            tensor = torch.cat(fused)
+            name = name.replace(".q_proj.", ".in_proj_")
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        for new, original in _OPEN_CLIP_NAMES:
+            name = name.replace(new, original)
+        state[name] = tensor
+    last = [name for name in state if ".resblocks.22." in name]
+    state |= {n.replace(".22.", ".23."): torch.randn_like(state[n]) for n in last}
+    width = text["final_layer_norm.weight"].shape[0]
+    return {**state, "text_projection": torch.randn(width, width), "logit_scale": torch.zeros(())}
 
 
 def _unet_name(name: str, levels: int, layers: int) -> str:

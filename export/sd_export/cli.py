@@ -56,6 +56,16 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per call.")
 @click.option("--revision", help="Branch, tag or commit on the Hub. [default: main]")
 @click.option("--variant", help="Such as fp16: takes *.fp16.safetensors.")
+@click.option(
+    "--prediction-type",
+    help="epsilon or v_prediction, where a single file does not say. [default: its family's]",
+)
+@click.option(
+    "--num-inference-steps", type=int, help="What sd-run takes. [default: the pipeline's own]"
+)
+@click.option(
+    "--guidance-scale", type=float, help="What sd-run takes. [default: the pipeline's own]"
+)
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
 @click.pass_context
 def export_command(
@@ -70,6 +80,9 @@ def export_command(
     batch_size: int,
     revision: str | None,
     variant: str | None,
+    prediction_type: str | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -99,6 +112,9 @@ def export_command(
         batch_size=batch_size,
         revision=revision,
         variant=variant,
+        prediction_type=prediction_type,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
         progress=_progress(quiet),
     )
     if not quiet:

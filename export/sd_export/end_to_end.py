@@ -14,6 +14,7 @@ from sd_export.build import proving_engine, words_of
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_export.work import key_of
+from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +33,7 @@ LATENTS_L2 = {"fp16": 5e-2, "bf16": 2e-1}
 """Largest relative L2 of the final latents, where the UNet computes in half precision."""
 _SEED = 20_220_822
 _PROMPT = "a red circle on a white background"
-_STEPS = 3
-_GUIDANCE_SCALE = 7.5
+_MOST_STEPS = 3
 
 
 def prove_end_to_end(
@@ -57,8 +57,15 @@ def prove_end_to_end(
     if done is not None:
         log.skipped("end_to_end", "verify")
         return [CertificateEntry(**measured) for measured in done["certificate"]]
+    defaults = checkpoint.defaults
+    request = Request(
+        prompt=_PROMPT,
+        seed=_SEED,
+        num_inference_steps=min(_MOST_STEPS, defaults.num_inference_steps),
+        guidance_scale=defaults.guidance_scale,
+    )
     with log.stage("end_to_end", "reference"):
-        reference = _reference_picture(checkpoint, manifest.profile)
+        reference = _reference_picture(checkpoint, manifest.profile, request)
     release()
     if not any(backend in PORTABLE_BACKENDS for backend in backends):
         manifest = _with_onnxruntime(manifest, work.bundle)
@@ -74,6 +81,7 @@ def prove_end_to_end(
                         work.bundle,
                         backend=backend,
                         precision=_unet_precision(manifest, backend),
+                        request=request,
                         reference=reference,
                         reference_name=reference_name,
                     )
@@ -92,8 +100,8 @@ def prove_end_to_end(
     return certificate
 
 
-def _reference_picture(checkpoint: Checkpoint, profile: Profile) -> Arrays:
-    """Latents float32 and pixels uint8 of the unmodified diffusers pipeline, a few steps."""
+def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Request) -> Arrays:
+    """Latents float32 and pixels uint8 that the unmodified diffusers pipeline draws."""
     import numpy as np
     import torch
 
@@ -105,8 +113,8 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile) -> Arrays:
             _PROMPT,
             height=profile.height,
             width=profile.width,
-            num_inference_steps=_STEPS,
-            guidance_scale=_GUIDANCE_SCALE,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(_SEED),
             output_type="latent",
         ).images
@@ -120,6 +128,7 @@ def _verify(
     *,
     backend: str,
     precision: Precision,
+    request: Request,
     reference: Arrays,
     reference_name: str,
 ) -> CertificateEntry:
@@ -130,14 +139,8 @@ def _verify(
     import numpy as np
 
     from sd_export.verify import certified, relative_l2
-    from sd_runtime import Pipeline, Request
+    from sd_runtime import Pipeline
 
-    request = Request(
-        prompt=_PROMPT,
-        seed=_SEED,
-        num_inference_steps=_STEPS,
-        guidance_scale=_GUIDANCE_SCALE,
-    )
     with Pipeline.load(staging, backend=backend) as pipeline:
         result = pipeline.generate(request)
     if precision == "fp32":
@@ -153,7 +156,7 @@ def _verify(
         "end_to_end",
         backend,
         precision,
-        reference=f"{reference_name}, {_STEPS} steps",
+        reference=f"{reference_name}, {request.num_inference_steps} steps",
         metric=metric,
         figure=figure,
         tolerance=tolerance,

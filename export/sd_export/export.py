@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
-from sd_engines.spec import Profile
+from sd_engines.spec import Defaults, Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
 from sd_export.precision import check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
 from sd_export.work import work_folder
+from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,11 +53,17 @@ def export(
     batch_size: int = 1,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     progress: Progress = silent,
 ) -> ExportReport:
     """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
 
-    ``height`` and ``width`` in pixels; None means the checkpoint's own sample size. Raises
+    ``height`` and ``width`` in pixels; None means the checkpoint's own sample size.
+    ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
+    ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
+    checkpoint's pipeline takes in diffusers, and distilled models want others. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
@@ -64,11 +71,21 @@ def export(
     """
     backends = tuple(dict.fromkeys(backends))
     check_request(backends, precision)
+    asked = Request("", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     target = Path(os.path.realpath(output))
     log = StageLog(progress)
     with work_folder(target, waiting=lambda: log.skipped("bundle", "wait")) as work:
-        with log.stage("checkpoint", "find"):
-            checkpoint = find_checkpoint(os.fspath(source), revision=revision, variant=variant)
+        with log.stage("checkpoint", "find") as result:
+            checkpoint = find_checkpoint(
+                os.fspath(source),
+                revision=revision,
+                variant=variant,
+                prediction_type=prediction_type,
+            )
+            checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
+            result.detail = (
+                f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
+            )
         job = Job(
             checkpoint,
             _profile(checkpoint, height=height, width=width, batch_size=batch_size),
@@ -93,6 +110,15 @@ def export(
         stages=tuple(log.ended),
         peak_bytes=peak_memory_bytes(),
         was_done=was_done,
+    )
+
+
+def _defaults(own: Defaults, asked: Request) -> Defaults:
+    """The checkpoint's ``own``, except what is asked for."""
+    scale = asked.guidance_scale
+    return Defaults(
+        num_inference_steps=asked.num_inference_steps or own.num_inference_steps,
+        guidance_scale=own.guidance_scale if scale is None else float(scale),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ExportError
-from sd_export.source import WEIGHT_STEMS
+from sd_export.source import WEIGHT_STEMS, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SMALL_FILES = (
     "model_index.json",
+    "config.json",
     "README.md",
     "LICENSE*",
     "License*",
@@ -50,6 +51,7 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
             )
         )
         commit = folder.name
+        read_index(folder, source=model)  # gigabytes are not fetched to be refused
         patterns = _weight_patterns(_files(model, commit, folder), variant)
         huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
     except errors.GatedRepoError as error:

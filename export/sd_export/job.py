@@ -80,6 +80,7 @@ class Job:
             {
                 **self._made_of,
                 "backends": backends,
+                "defaults": asdict(checkpoint.defaults),
                 "license": checkpoint.license,
                 "licenses": [path.read_text("utf-8", "replace") for path in checkpoint.licenses],
                 "precision": precision,
@@ -163,7 +164,7 @@ class Job:
         from sd_runtime.table import compile_table
 
         config = pipeline_scheduler_config(self.checkpoint.configs["scheduler"])
-        compile_table(config, num_inference_steps=2)
+        compile_table(config, num_inference_steps=self.checkpoint.defaults.num_inference_steps)
         bundle = self.work.bundle
         tokenizer = load_tokenizer(self.checkpoint)
         known = int(self.checkpoint.configs["text_encoder"]["vocab_size"])
@@ -264,17 +265,17 @@ class Job:
         from sd_export.wrappers import vae_scaling_factor
 
         checkpoint = self.checkpoint
-        scheduler = dict(checkpoint.configs["scheduler"])
         return ModelSpec(
             source=checkpoint.source,
             revision=checkpoint.revision,
             family=checkpoint.family,
             license=checkpoint.license,
-            prediction_type=str(scheduler.get("prediction_type", "epsilon")),
+            prediction_type=checkpoint.prediction_type,
             latent_channels=int(checkpoint.configs["unet"].get("in_channels", 4)),
             vae_scaling_factor=vae_scaling_factor(checkpoint),
             max_prompt_tokens=max_prompt_tokens(checkpoint),
-            scheduler=scheduler,
+            scheduler=dict(checkpoint.configs["scheduler"]),
+            defaults=checkpoint.defaults,
         )
 
     def _reference_name(self) -> str:

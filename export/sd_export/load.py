@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ExportError
+from sd_export.open_clip import PAD_TOKEN
 from sd_export.single_file import single_file_names
-from sd_export.weights import Weights
+from sd_export.weights import Place, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,9 +61,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
         names = (
             single_file_names(weights, component)
             if checkpoint.single_file
-            else {name: name for name in weights}
+            else {name: Place(name) for name in weights}
         )
-        _assign(module, component, weights, {_todays_name(new): old for new, old in names.items()})
+        _assign(module, component, weights, {_todays_name(n): p for n, p in names.items()})
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # `position_ids` is all that is computed and not stored
             parent, _, leaf = name.rpartition(".")
@@ -87,7 +88,10 @@ def max_prompt_tokens(checkpoint: Checkpoint) -> int:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """The unmodified `diffusers.StableDiffusionPipeline` of the checkpoint, without its checker."""
+    """The unmodified `diffusers.StableDiffusionPipeline` of the checkpoint, without its checker.
+
+    It draws latent consistency models as well, and with any scheduler, which their own does not.
+    """
     import diffusers
 
     with _quiet():
@@ -165,9 +169,9 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _assign(
-    module: torch.nn.Module, component: str, weights: Weights, stored: Mapping[str, str]
+    module: torch.nn.Module, component: str, weights: Weights, stored: Mapping[str, Place]
 ) -> None:
-    """Give ``module`` its weights; ``stored`` maps today's names to the file's."""
+    """Give ``module`` its weights; ``stored`` maps today's names to their places."""
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in stored]
     unknown = [name for name in stored if name not in wanted and not _POSITION_IDS.search(name)]
@@ -204,9 +208,10 @@ def _assign(
     module.load_state_dict(state, assign=True)
 
 
-def _read(weights: Weights, name: str, component: str) -> torch.Tensor:
+def _read(weights: Weights, place: Place, component: str) -> torch.Tensor:
+    name = place.name
     try:
-        tensor = weights.tensor(name)
+        tensor = weights.tensor(place)
     except (OSError, RuntimeError, ValueError) as error:
         raise _error(component, f"{name} cannot be read: {error}", "Download it again.") from error
     if not tensor.is_floating_point():
@@ -228,10 +233,12 @@ def _clip_tokenizer(checkpoint: Checkpoint) -> Any:
         with _quiet():
             if checkpoint.tokenizer is None:
                 vocabulary, merges = clip_vocabulary()
+                v2 = checkpoint.family == "stable-diffusion-v2"
                 return CLIPTokenizer(
                     vocab=vocabulary,
                     merges=merges,  # type: ignore[arg-type]  # what the call takes is pairs
                     model_max_length=length,
+                    pad_token=PAD_TOKEN if v2 else "<|endoftext|>",
                 )
             return CLIPTokenizer.from_pretrained(
                 _real(checkpoint.tokenizer), model_max_length=length
@@ -245,7 +252,7 @@ def _clip_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's own vocabulary and merges, which all of Stable Diffusion v1 shares."""
+    """CLIP's own vocabulary and merges, which all of Stable Diffusion v1 and v2 share."""
     packed = resources.files("sd_export").joinpath("configs/clip_merges.txt.xz").read_bytes()
     lines = lzma.decompress(packed).decode("utf-8").splitlines()
     merges = [(left, right) for left, right in (line.split() for line in lines)]

@@ -2,8 +2,9 @@
 
 Three models lie in one file under three prefixes, and the EMA copy of the UNet under a fourth,
 with its dots removed. Names map one to one onto diffusers' names; shapes say how many levels and
-channels there are; what neither says (heads, group sizes, scaling) is the same for all of
-Stable Diffusion v1 and ships in `configs/v1.json`.
+channels there are; what neither says (heads, group sizes, scaling) is the same for all of a
+family and ships in `configs/v1.json` and `configs/v2.json`, after the folders that diffusers takes
+it from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
+from sd_export.family import check_names
+from sd_export.open_clip import open_clip_names, open_clip_prefix, open_clip_shapes
+from sd_export.weights import Place
 
 if TYPE_CHECKING:
     from sd_export.weights import Weights
@@ -35,10 +39,12 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+_UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.\d+\.\w+\.")
 _VAE_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
@@ -46,72 +52,91 @@ _VAE_ATTENTION = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
-_OTHER_FAMILIES = {
-    "conditioner.embedders.": "Stable Diffusion XL",
-    "cond_stage_model.model.": "Stable Diffusion 2",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
-}
+_STATED_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+"""The words of ModelSpec, which trainers write into a safetensors header, in diffusers'."""
+_V2_BASE_STEP = "875000"
+"""Training steps of 512-base-ema.ckpt, by which diffusers too knows that it predicts epsilon."""
 
 
-def single_file_configs(weights: Weights) -> dict[str, dict[str, Any]]:
+def single_file_configs(
+    weights: Weights, *, prediction_type: str | None
+) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Configs of ``unet``, ``vae``, ``text_encoder`` and ``scheduler``, in diffusers' words.
 
-    Raises `ExportError` where the file is another family's or lacks a part.
+    And, in words for people, what had to be assumed. Raises `ExportError` where the file is
+    another family's or lacks a part.
     """
-    for prefix, family in _OTHER_FAMILIES.items():
-        if any(name.startswith(prefix) for name in weights):
-            raise _error(
-                f"this is a {family} checkpoint",
-                "sd-export takes Stable Diffusion v1 in the original layout (v1-1 to v1-5 and "
-                "checkpoints derived from them).",
-            )
+    check_names(weights)
+    open_clip = open_clip_prefix(weights)
     for part, prefix in (
         ("UNet", UNET_PREFIX),
         ("VAE", VAE_PREFIX),
-        ("text encoder", TEXT_ENCODER_PREFIX),
+        ("text encoder", open_clip or TEXT_ENCODER_PREFIX),
     ):
         if not any(name.startswith(prefix) for name in weights):
             raise _error(
                 f"no {part} in the file (no name starts with {prefix!r})",
-                "Name a complete Stable Diffusion v1 checkpoint; a LoRA, a VAE or a UNet alone "
-                "is not one.",
+                "Name a complete Stable Diffusion checkpoint; a VAE or a UNet alone is not one.",
             )
-    text = resources.files("sd_export").joinpath("configs/v1.json").read_text()
+    family = "v2" if open_clip else "v1"
+    text = resources.files("sd_export").joinpath(f"configs/{family}.json").read_text()
     configs: dict[str, dict[str, Any]] = json.loads(text)
+    unet, scheduler = configs["unet"], configs["scheduler"]
     try:
-        configs["unet"] |= _unet_shapes(weights)
+        unet |= _unet_shapes(weights)
         configs["vae"] |= _vae_shapes(weights)
-        configs["text_encoder"] |= _text_encoder_shapes(weights)
-    except (KeyError, IndexError, StopIteration) as error:
+        configs["text_encoder"] |= (
+            open_clip_shapes(weights, open_clip) if open_clip else _text_encoder_shapes(weights)
+        )
+    except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise _error(
-            f"the file lacks a weight that Stable Diffusion v1 has: {error}",
-            "Download the checkpoint again, or name one in the original v1 layout.",
+            f"the file lacks a weight that Stable Diffusion {family} has: {error}",
+            "Download the checkpoint again, or name one in the original layout.",
         ) from error
-    return configs
+    if unet["time_cond_proj_dim"] is not None:
+        scheduler |= {"_class_name": "LCMScheduler", "set_alpha_to_one": True}
+    assumed = None
+    prediction_type = prediction_type or _stated_prediction_type(weights)
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    elif open_clip:
+        assumed = "v_prediction is assumed, the file does not say; or give --prediction-type"
+    if open_clip:
+        unet["attention_head_dim"] = [n // _HEAD_SIZE for n in unet["block_out_channels"]]
+        if scheduler["prediction_type"] == "epsilon":  # as the 512×512 models of the family
+            unet["sample_size"] = 64
+    return configs, assumed
 
 
-def single_file_names(weights: Weights, component: str) -> dict[str, str]:
-    """Where each of the component's weights lies: diffusers' name → name in the file.
+def _stated_prediction_type(weights: Weights) -> str | None:
+    """What the file itself says that its UNet predicts, in diffusers' word."""
+    if weights.notes.get("global_step") == _V2_BASE_STEP:
+        return "epsilon"
+    return _STATED_PREDICTIONS.get(weights.notes.get("modelspec.prediction_type", ""))
+
+
+def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
+    """Where each of the component's weights lies, by diffusers' names.
 
     ``component`` is ``unet`` (its EMA copy where the file has one), ``vae`` or ``text_encoder``.
     """
     if component == "text_encoder":
-        return {
-            n.removeprefix(TEXT_ENCODER_PREFIX): n for n in _under(weights, TEXT_ENCODER_PREFIX)
-        }
+        open_clip = open_clip_prefix(weights)
+        if open_clip is not None:
+            return open_clip_names(weights, open_clip)
+        names = _under(weights, TEXT_ENCODER_PREFIX)
+        return {name.removeprefix(TEXT_ENCODER_PREFIX): Place(name) for name in names}
     if component == "vae":
-        levels = _count(weights, VAE_PREFIX + "decoder.up.")
+        levels = weights.count(VAE_PREFIX + "decoder.up.")
         return {
-            _vae_name(n.removeprefix(VAE_PREFIX), levels=levels): n
+            _vae_name(n.removeprefix(VAE_PREFIX), levels=levels): Place(n)
             for n in _under(weights, VAE_PREFIX)
             if not n.startswith(VAE_PREFIX + "loss.")
         }
     layers = _unet_layers(weights)
     ema = has_ema(weights)
     return {
-        _unet_name(n.removeprefix(UNET_PREFIX), layers=layers): _ema_name(n) if ema else n
+        _unet_name(n.removeprefix(UNET_PREFIX), layers=layers): Place(_ema_name(n) if ema else n)
         for n in _under(weights, UNET_PREFIX)
     }
 
@@ -129,23 +154,20 @@ def _under(weights: Weights, prefix: str) -> list[str]:
     return [name for name in weights if name.startswith(prefix)]
 
 
-def _count(weights: Weights, prefix: str) -> int:
-    """How many consecutive numbers follow ``prefix``."""
-    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in _under(weights, prefix))
-
-
 def _unet_levels(weights: Weights) -> int:
     return 1 + sum(name.endswith(".0.op.weight") for name in _under(weights, UNET_PREFIX))
 
 
 def _unet_layers(weights: Weights) -> int:
-    return _count(weights, UNET_PREFIX + "input_blocks.") // _unet_levels(weights) - 1
+    return weights.count(UNET_PREFIX + "input_blocks.") // _unet_levels(weights) - 1
 
 
 def _unet_name(name: str, *, layers: int) -> str:
     for old, new in _UNET_ENDS.items():
         if name.startswith(old + "."):
             return new + name.removeprefix(old)
+    if not _UNET_BLOCK.match(name):
+        return name  # of no such model: it is named when the weights are assigned
     side, number, rest = name.split(".", 2)
     block = int(number)
     if side == "middle_block":  # resnet, attention, resnet
@@ -190,6 +212,7 @@ def _unet_shapes(weights: Weights) -> dict[str, Any]:
     levels, layers = _unet_levels(weights), _unet_layers(weights)
     firsts = [f"{UNET_PREFIX}input_blocks.{1 + level * (layers + 1)}" for level in range(levels)]
     attends = [f"{first}.1.norm.weight" in weights for first in firsts]
+    guidance = f"{UNET_PREFIX}time_embed.cond_proj.weight"
     cross = next(n for n in _under(weights, UNET_PREFIX) if n.endswith(".attn2.to_k.weight"))
     return {
         "in_channels": weights.shape(f"{UNET_PREFIX}input_blocks.0.0.weight")[1],
@@ -205,14 +228,15 @@ def _unet_shapes(weights: Weights) -> dict[str, Any]:
             "CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)
         ],
         "cross_attention_dim": weights.shape(cross)[1],
+        "time_cond_proj_dim": weights.shape(guidance)[1] if guidance in weights else None,
     }
 
 
 def _vae_shapes(weights: Weights) -> dict[str, Any]:
-    levels = _count(weights, VAE_PREFIX + "encoder.down.")
+    levels = weights.count(VAE_PREFIX + "encoder.down.")
     return {
         "latent_channels": weights.shape(f"{VAE_PREFIX}post_quant_conv.weight")[0],
-        "layers_per_block": _count(weights, f"{VAE_PREFIX}encoder.down.0.block."),
+        "layers_per_block": weights.count(f"{VAE_PREFIX}encoder.down.0.block."),
         "block_out_channels": [
             weights.shape(f"{VAE_PREFIX}encoder.down.{level}.block.0.conv1.weight")[0]
             for level in range(levels)
@@ -230,7 +254,7 @@ def _text_encoder_shapes(weights: Weights) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_attention_heads": hidden_size // _HEAD_SIZE,
         "intermediate_size": weights.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": _count(weights, f"{prefix}encoder.layers."),
+        "num_hidden_layers": weights.count(f"{prefix}encoder.layers."),
         "max_position_embeddings": weights.shape(f"{prefix}embeddings.position_embedding.weight")[
             0
         ],

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.errors import ConfigError, ExportError
+from sd_engines.errors import ConfigError, ExportError, nearest
+from sd_engines.spec import Defaults
+from sd_export.family import (
+    LATENT_CONSISTENCY,
+    check_configs,
+    family_of,
+    lone_model,
+    pipeline_defaults,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +35,7 @@ WEIGHT_STEMS = {
 """Models of a checkpoint folder, and the stem of their safetensors file."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 _REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _LAYOUT_HINT = (
@@ -43,7 +51,7 @@ class Checkpoint:
     ``configs`` has ``text_encoder``, ``unet``, ``vae``, ``scheduler``, and ``safety_checker`` with
     ``feature_extractor`` where the checkpoint has them. ``weights`` maps a model to its files.
     ``single_file`` means the original layout: all models share one file, and the tokenizer is
-    CLIP's own.
+    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
     """
 
     source: str
@@ -55,6 +63,8 @@ class Checkpoint:
     license: str | None = None
     single_file: bool = False
     commit: str | None = field(default=None)
+    assumed: str | None = None
+    defaults: Defaults = field(default_factory=Defaults)
 
     @property
     def has_safety_checker(self) -> bool:
@@ -64,19 +74,33 @@ class Checkpoint:
     @property
     def family(self) -> str:
         """The family's name in the manifest."""
-        wide = self.configs["unet"]["cross_attention_dim"] == 1024
-        return "stable-diffusion-v2" if wide else "stable-diffusion-v1"
+        return family_of(self.configs)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts, in diffusers' word."""
+        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
 
 
 def find_checkpoint(
-    model: str, *, revision: str | None = None, variant: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
 ) -> Checkpoint:
     """The checkpoint that ``model`` names: a path that exists, else an id on the Hub.
 
     ``revision`` is a branch, tag or commit on the Hub, ``variant`` the ``fp16`` of
-    ``model.fp16.safetensors``. Raises `ConfigError` for a name that is neither and `ExportError`
-    for a checkpoint that cannot be had or is not one.
+    ``model.fp16.safetensors``, ``prediction_type`` one of `PREDICTION_TYPES` for a single file,
+    which cannot tell it. Raises `ConfigError` for a name that is neither and `ExportError` for a
+    checkpoint that cannot be had or is not one.
     """
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise ConfigError(
+            f"unknown --prediction-type {prediction_type!r}",
+            nearest(prediction_type, PREDICTION_TYPES),
+        )
     path = Path(model).expanduser()
     if path.exists():
         if revision is not None:
@@ -84,22 +108,30 @@ def find_checkpoint(
                 f"--revision {revision} is for checkpoints on the Hub; {model} is on this disk",
                 "Leave --revision out.",
             )
-        return _local(model, path, variant)
-    if model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
+        if path.is_file():
+            return _single_file(model, path, variant=variant, prediction_type=prediction_type)
+    elif model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
         raise ConfigError(f"no such file or folder: {model}", _LAYOUT_HINT)
-    if not _HUB_ID.fullmatch(model):
+    elif not _HUB_ID.fullmatch(model):
         raise ConfigError(
             f"{model!r} is neither a path on this disk nor an id on the Hub", _LAYOUT_HINT
         )
+    if prediction_type is not None:
+        raise ConfigError(
+            f"--prediction-type {prediction_type} is for single files, which cannot tell it",
+            "Leave it out: the folder's scheduler/scheduler_config.json says what holds.",
+        )
+    if path.exists():
+        return read_folder(path, source=model, revision=None, variant=variant)
     from sd_export.hub import fetch
 
     folder, commit = fetch(model, revision=revision, variant=variant)
     return read_folder(folder, source=model, revision=commit, variant=variant)
 
 
-def _local(model: str, path: Path, variant: str | None) -> Checkpoint:
-    if path.is_dir():
-        return read_folder(path, source=model, revision=None, variant=variant)
+def _single_file(
+    model: str, path: Path, *, variant: str | None, prediction_type: str | None
+) -> Checkpoint:
     if path.suffix not in SINGLE_FILE_SUFFIXES:
         raise ConfigError(f"{model}: not a checkpoint file", _LAYOUT_HINT)
     if variant is not None:
@@ -111,16 +143,21 @@ def _local(model: str, path: Path, variant: str | None) -> Checkpoint:
     from sd_export.weights import Weights
 
     with Weights((path,), component="checkpoint") as weights:
-        configs = single_file_configs(weights)
-    _check_family(configs)
+        configs, assumed = single_file_configs(weights, prediction_type=prediction_type)
+    distilled = configs["unet"].get("time_cond_proj_dim") is not None
+    defaults = LATENT_CONSISTENCY if distilled else Defaults()
+    check_configs(configs)
+    v2 = family_of(configs) == "stable-diffusion-v2"
     return Checkpoint(
         source=model,
         revision=None,
         configs=configs,
         weights=dict.fromkeys(("text_encoder", "unet", "vae"), (path,)),
         tokenizer=None,
-        license="creativeml-openrail-m",
+        license="openrail++" if v2 else "creativeml-openrail-m",
         single_file=True,
+        assumed=assumed,
+        defaults=defaults,
     )
 
 
@@ -128,16 +165,7 @@ def read_folder(
     folder: Path, *, source: str, revision: str | None, variant: str | None
 ) -> Checkpoint:
     """Read a checkpoint in the diffusers layout; `ExportError` names the part that is wrong."""
-    index_path = folder / "model_index.json"
-    if not index_path.is_file():
-        raise ExportError(
-            f"{source} is no checkpoint: it has no model_index.json",
-            _LAYOUT_HINT,
-            component="checkpoint",
-            stage="load",
-        )
-    index = read_json(index_path, component="checkpoint")
-    _check_pipeline(source, str(index.get("_class_name")))
+    index, defaults = read_index(folder, source=source)
     for part in _REQUIRED:
         if not (folder / part).is_dir():
             raise _missing(part, f"{source} has no folder {part}")
@@ -154,7 +182,7 @@ def read_folder(
     if wants_checker:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         configs["feature_extractor"] = read_json(processor, component="feature_extractor")
-    _check_family(configs)
+    check_configs(configs)
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file() and not (
         (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
@@ -168,6 +196,27 @@ def read_folder(
         tokenizer=tokenizer,
         licenses=tuple(sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name))),
         license=_card_license(folder / "README.md"),
+        defaults=defaults,
+    )
+
+
+def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:
+    """model_index.json and what its pipeline draws with by default.
+
+    `ExportError` where it is missing or of another kind; it is small, and read before the rest.
+    """
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path, component="checkpoint")
+        return index, pipeline_defaults(str(index.get("_class_name")), source=source)
+    config = folder / "config.json"
+    alone = lone_model(read_json(config, component="checkpoint")) if config.is_file() else None
+    what = f"a {alone} by itself" if alone else "no checkpoint"
+    raise ExportError(
+        f"{source} is {what}: it has no model_index.json",
+        _LAYOUT_HINT,
+        component="checkpoint",
+        stage="load",
     )
 
 
@@ -225,51 +274,6 @@ def read_json(path: Path, *, component: str) -> dict[str, Any]:
 
 def _missing(component: str, message: str) -> ExportError:
     return ExportError(message, "Download the whole checkpoint.", component=component, stage="load")
-
-
-def _check_pipeline(source: str, name: str) -> None:
-    if name not in _PIPELINES:
-        raise ExportError(
-            f"{source} is for {name}, which is not supported",
-            "sd-export takes Stable Diffusion v1 text-to-image checkpoints "
-            f"({', '.join(_PIPELINES)}).",
-            component="checkpoint",
-            stage="load",
-        )
-
-
-def _check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse by name what has the layout of v1 but is another model inside."""
-    unet, vae = configs["unet"], configs["vae"]
-    channels = vae.get("latent_channels", 4)
-    problem = None
-    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        problem = f"the denoiser is a {unet['_class_name']}"
-    elif vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        problem = f"the VAE is a {vae['_class_name']}"
-    elif unet.get("addition_embed_type") or unet.get("class_embed_type"):
-        problem = "its UNet takes further conditioning (Stable Diffusion XL or an upscaler)"
-    elif unet.get("in_channels", 4) != channels:
-        problem = (
-            f"its UNet takes {unet.get('in_channels')} channels for {channels} of latents "
-            "(inpainting or an upscaler)"
-        )
-    elif not isinstance(unet.get("cross_attention_dim"), int):
-        problem = "its UNet has several widths of cross attention"
-    elif unet["cross_attention_dim"] != configs["text_encoder"].get("hidden_size"):
-        problem = (
-            f"its UNet takes prompts of width {unet['cross_attention_dim']}, its text encoder "
-            f"makes {configs['text_encoder'].get('hidden_size')}"
-        )
-    elif vae.get("shift_factor") or vae.get("latents_mean"):
-        problem = "its VAE shifts its latents"
-    if problem is not None:
-        raise ExportError(
-            f"not a Stable Diffusion v1 text-to-image model: {problem}",
-            "sd-export takes Stable Diffusion v1 checkpoints and others of the same shape.",
-            component="checkpoint",
-            stage="load",
-        )
 
 
 def _card_license(card: Path) -> str | None:

@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import safetensors
 import torch
@@ -27,6 +27,17 @@ _TRAINING_CLASSES = re.compile(r"(pytorch_lightning|lightning)(\.\w+)+")
 _DOWNLOAD_HINT = "Download the file again; its size or its bytes are not what was published."
 
 
+class Place(NamedTuple):
+    """Where a weight lies: a tensor by its name in the file, or one of its ``parts`` equal parts.
+
+    Parts are of the first axis.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
 class _TrainingObject:
     """Stands in for a training framework's object: holds nothing, does nothing."""
 
@@ -39,10 +50,15 @@ class _TrainingObject:
 
 
 class Weights(Closing):
-    """The tensors of one or more files by name, read from the disk when asked for."""
+    """The tensors of one or more files by name, read from the disk when asked for.
+
+    ``notes`` are what the files say beside them: the metadata of a safetensors header, a pickle's
+    whole numbers, all as text.
+    """
 
     def __init__(self, paths: tuple[Path, ...], *, component: str) -> None:
         self._component = component
+        self.notes: dict[str, str] = {}
         self._files: list[Any] = []
         self._where: dict[str, Any] = {}
         for path in paths:
@@ -50,6 +66,7 @@ class Weights(Closing):
                 handle = self._open_safetensors(path)
                 self._files.append(handle)
                 self._where.update(dict.fromkeys(handle.keys(), handle))
+                self.notes.update(handle.metadata() or {})
             else:
                 self._where.update(self._open_pickle(path))
 
@@ -66,13 +83,19 @@ class Weights(Closing):
             return tuple(holder.shape)
         return tuple(holder.get_slice(name).get_shape())
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` as stored; `ExportError` where its bytes cannot be read."""
-        holder = self._where[name]
-        if isinstance(holder, torch.Tensor):
-            return holder
-        tensor: torch.Tensor = holder.get_tensor(name)
-        return tensor
+    def count(self, prefix: str) -> int:
+        """How many consecutive numbers follow ``prefix``; `KeyError` where none does."""
+        found = [name[len(prefix) :].split(".")[0] for name in self if name.startswith(prefix)]
+        if not found:
+            raise KeyError(prefix)
+        return 1 + max(map(int, found))
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """The tensor at ``place`` as stored."""
+        holder = self._where[place.name]
+        stored = holder if isinstance(holder, torch.Tensor) else holder.get_tensor(place.name)
+        whole: torch.Tensor = stored
+        return whole if place.parts == 1 else whole.tensor_split(place.parts)[place.part]
 
     def close(self) -> None:
         """Let go of the files."""
@@ -99,6 +122,8 @@ class Weights(Closing):
         except Exception as error:  # junk makes the reader raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise self._error(f"cannot read {path.name}: {reason}", _DOWNLOAD_HINT) from error
+        if isinstance(state, dict):
+            self.notes |= {str(k): str(v) for k, v in state.items() if type(v) is int}
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict):

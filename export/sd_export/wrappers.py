@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sd_engines.spec import BATCH, TensorSpec
+from sd_engines.spec import BATCH, TIMESTEP_COND, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,18 +41,29 @@ class TextEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """sample [batch, c, h, w], timestep [batch], encoder_hidden_states → noise_pred."""
+    """sample [batch, c, h, w], timestep [batch], encoder_hidden_states → noise_pred.
+
+    With timestep_cond [batch, d] where the UNet was distilled together with its guidance.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict."""
         noise_pred: torch.Tensor = self.unet(
-            sample, timestep, encoder_hidden_states, return_dict=False
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            return_dict=False,
         )[0]
         return noise_pred
 
@@ -169,11 +180,15 @@ def borders(
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         return (ids,), (TensorSpec("prompt_embeds", "float32", embeds_shape),)
     if component == "unet":
-        return (
+        inputs = [
             TensorSpec("sample", "float32", latent_shape),
             TensorSpec("timestep", "float32", (BATCH,)),
             TensorSpec("encoder_hidden_states", "float32", embeds_shape),
-        ), (TensorSpec("noise_pred", "float32", latent_shape),)
+        ]
+        if unet.get("time_cond_proj_dim"):
+            cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
+            inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
+        return tuple(inputs), (TensorSpec("noise_pred", "float32", latent_shape),)
     if component == "vae_decoder":
         return (latents,), (images,)
     if component == "vae_encoder":

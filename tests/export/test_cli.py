@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sd_engines.bundle import open_bundle
+from sd_engines.spec import Defaults
 from sd_export.cli import main
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["--model", ".", "--output", "b"], 5, "model_index.json"),
         (["--model", ".", "--output", "b", "--backend", "onnx"], 2, "Did you mean"),
         (["--model", ".", "--output", "b", "--heigth", "8"], 2, "--height"),
+        (["--model", ".", "--output", "b", "--prediction-type", "eps"], 2, "Did you mean"),
         (["build", "nowhere", "--backend", "openvino"], 3, "no folder"),
         (["build", "nowhere"], 2, "no backend"),
         (["--model", "x", "build", "nowhere"], 2, "belong to sd-export itself"),
@@ -100,14 +102,15 @@ def test_a_bundle_already_made_is_shown_as_json(
 
 def test_interrupted_then_taken_up_by_two_at_once(smallest: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
-    first = start(smallest, output)
+    distilled = ["--num-inference-steps", "1", "--guidance-scale", "0"]
+    first = start(smallest, output, *distilled)
     wait_for(first, "unet", "save")
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 143
     first.communicate()
     assert [p.name for p in tmp_path.iterdir()] == [".bundle.export"]
 
-    pair = [start(smallest, output, "--json") for _ in range(2)]
+    pair = [start(smallest, output, "--json", *distilled) for _ in range(2)]
     results = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], results
     made = [json.loads(out) for out, _ in results]
@@ -123,6 +126,7 @@ def test_interrupted_then_taken_up_by_two_at_once(smallest: Path, tmp_path: Path
     waited = [err for _, err in results if "waiting for it" in err]
     assert len(waited) <= 1
     open_bundle(output).verify()
+    assert open_bundle(output).manifest.model.defaults == Defaults(1, 0.0)
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 

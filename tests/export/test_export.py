@@ -218,6 +218,10 @@ def test_weights_that_overflow_are_found_by_the_reference(smallest: Path, tmp_pa
         ({"width": 100_000}, "--width 100000"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"revision": "main"}, "--revision"),
+        ({"prediction_type": "epsilon"}, "is for single files"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": 1001}, "1001 is out of range"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(

@@ -266,6 +266,26 @@ def test_what_the_hub_refuses_is_told_apart(
     assert words in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}, "Diffusion XL"),
+        ({"model_index.json": None, "config.json": b'{"_class_name": "ControlNetModel"}'}, "a Con"),
+    ],
+)
+def test_what_cannot_be_exported_is_not_downloaded(
+    files: dict[str, bytes], tmp_path: Path, changes: dict[str, bytes | None], words: str
+) -> None:
+    changed = {name: data for name, data in {**files, **changes}.items() if data is not None}
+    hub = Hub(changed)
+    try:
+        result = find(hub, tmp_path)
+    finally:
+        hub.close()
+    assert words in result.stderr
+    assert not [name for name in hub.asked if name.endswith(".safetensors")]
+
+
 def test_no_network_is_told_apart(hub: Hub, tmp_path: Path) -> None:
     hub.close()
     result = find(hub, tmp_path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError
+from sd_engines.spec import Defaults
 from sd_export.load import clip_vocabulary, load_model, load_pipeline, load_tokenizer
 from sd_export.single_file import single_file_names
 from sd_export.source import find_checkpoint
@@ -140,6 +141,24 @@ def test_single_file_gives_the_same_models(
         assert_equal(load_model(expected, model), load_model(found, model))
     assert load_model(found, "unet").config.block_out_channels == [32, 32, 64, 64]
     assert found.license == "creativeml-openrail-m"
+
+
+def test_a_latent_consistency_model_loads_from_both_layouts(tmp_path: Path) -> None:
+    folder = make_checkpoint(
+        tmp_path / "lcm",
+        time_cond_proj_dim=256,
+        scheduler="LCMScheduler",
+        block_out_channels=(32,),
+        vae_block_out_channels=(8,),
+        cross_attention_dim=64,
+    )
+    save_file(original_state(folder), tmp_path / "lcm.safetensors")
+    expected = find_checkpoint(str(folder))
+    found = find_checkpoint(str(tmp_path / "lcm.safetensors"))
+    assert_equal(load_model(expected, "unet"), load_model(found, "unet"))
+    assert found.defaults == expected.defaults == Defaults(4, 8.5)
+    for key in ("_class_name", "beta_start", "beta_schedule", "set_alpha_to_one"):
+        assert found.configs["scheduler"][key] == expected.configs["scheduler"][key]
 
 
 def test_single_file_names_are_those_of_diffusers(
@@ -324,10 +343,25 @@ def test_class_names_of_a_training_framework_are_not_imported(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("conditioner.embedders.0.x", "Stable Diffusion XL"),
-        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
+        ("conditioner.embedders.1.model.logit_scale", "Stable Diffusion XL"),
+        ("conditioner.embedders.0.transformer.text_model.x", "Stable Diffusion XL"),
+        ("model.diffusion_model.label_emb.0.0.weight", "refiner of Stable Diffusion XL"),
+        ("model.diffusion_model.label_emb.weight", "upscaler"),
+        ("low_scale_model.x", "upscaler"),
+        ("control_model.time_embed.0.weight", "ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", "ControlNet"),
+        ("depth_model.model.x", "depth-to-image"),
+        ("noise_augmentor.time_embed.0.weight", "unCLIP"),
+        ("down_blocks.0.motion_modules.0.x", "AnimateDiff"),
+        ("joint_blocks.0.x", "Stable Diffusion 3"),
         ("double_blocks.0.x", "Flux"),
-        ("lora_unet_down.weight", "no UNet"),
+        ("clip_txt_mapper.weight", "Stable Cascade"),
+        ("lora_unet_down.weight", "LoRA"),
+        ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "LoRA"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one model of a folder"),
+        ("decoder.up_blocks.0.resnets.0.conv1.weight", "one model of a folder"),
+        ("text_model.final_layer_norm.weight", "one model of a folder"),
+        ("something.else", "no UNet"),
     ],
 )
 def test_single_files_of_other_families_are_named(tmp_path: Path, name: str, words: str) -> None:
@@ -380,9 +414,13 @@ def test_a_missing_component_is_named(checkpoint: Path, tmp_path: Path, part: st
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXL"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ("unet/config.json", {"class_embed_type": "projection"}, "unCLIP"),
+        ("unet/config.json", {"num_class_embeds": 1000}, "upscaler"),
         ("unet/config.json", {"in_channels": 9}, "inpainting"),
+        ("unet/config.json", {"in_channels": 5}, "depth to image"),
+        ("unet/config.json", {"in_channels": 7}, "upscaler"),
+        ("unet/config.json", {"in_channels": 8}, "InstructPix2Pix"),
         ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
         ("unet/config.json", {"cross_attention_dim": 2048}, "prompts of width 2048"),
         ("vae/config.json", {"_class_name": "VQModel"}, "VQModel"),
@@ -396,6 +434,57 @@ def test_folders_of_other_families_are_named(
     (folder / file).write_text(json.dumps(config | changes))
     with pytest.raises(ExportError, match=words):
         find_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "words"),
+    [
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusionXLControlNetPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("StableDiffusionControlNetPipeline", "ControlNet"),
+        ("StableDiffusionAdapterPipeline", "T2I-Adapter"),
+        ("StableDiffusionUpscalePipeline", "upscaler"),
+        ("StableDiffusionLatentUpscalePipeline", "upscaler"),
+        ("StableDiffusionDepth2ImgPipeline", "depth to image"),
+        ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
+        ("StableDiffusionInpaintPipeline", "inpainting"),
+        ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
+        ("StableDiffusionImageVariationPipeline", "image variations"),
+        ("StableVideoDiffusionPipeline", "video"),
+        ("AnimateDiffPipeline", "AnimateDiff"),
+        ("FluxPipeline", "Flux"),
+        ("KandinskyV22Pipeline", "Kandinsky"),
+        ("PixArtAlphaPipeline", "PixArt"),
+        ("StableCascadeDecoderPipeline", "Stable Cascade"),
+        ("IFPipeline", "DeepFloyd IF"),
+        ("TomorrowsPipeline", "TomorrowsPipeline"),
+        (None, "None"),
+    ],
+)
+def test_pipelines_of_other_kinds_are_named(
+    tmp_path: Path, class_name: str | None, words: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    with pytest.raises(ExportError, match=words) as caught:
+        find_checkpoint(str(tmp_path))
+    assert "not supported" in caught.value.message
+    assert "sd-export takes" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "ControlNetModel"}, "a ControlNetModel by itself"),
+        ({"architectures": ["CLIPTextModel"]}, "a CLIPTextModel by itself"),
+        ({"architectures": []}, "no checkpoint"),
+        ({}, "no checkpoint"),
+    ],
+)
+def test_a_model_by_itself_is_named(tmp_path: Path, config: dict[str, object], words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=words):
+        find_checkpoint(str(tmp_path))
 
 
 def test_broken_json_is_named(checkpoint: Path, tmp_path: Path) -> None:
