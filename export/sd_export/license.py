@@ -23,6 +23,12 @@ _NAMES = {
 }
 
 
+_OF_FAMILY = {
+    "stable-diffusion-v1": ("Stable Diffusion v1", "creativeml-openrail-m"),
+    "stable-diffusion-v2": ("Stable Diffusion v2", "openrail++"),
+}
+
+
 def copy_license(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Write the checkpoint's licence, or the reference to it, and its card; names of the files.
 
@@ -43,9 +49,10 @@ def copy_license(checkpoint: Checkpoint, folder: Path) -> list[str]:
 def license_words(checkpoint: Checkpoint) -> str:
     """One sentence for people, said when a bundle is made."""
     if checkpoint.license is None and not checkpoint.licenses:
+        family, license_id = _OF_FAMILY[checkpoint.family]
         return (
-            "The checkpoint names no licence. Weights derived from Stable Diffusion v1 are under "
-            f"CreativeML Open RAIL-M, whose conditions travel with them (see {LICENSE_FILE})."
+            f"The checkpoint names no licence. Weights derived from {family} are under "
+            f"{_NAMES[license_id][0]}, whose conditions travel with them (see {LICENSE_FILE})."
         )
     if checkpoint.license is None:
         return f"The checkpoint's licence travels with it: see {LICENSE_FILE} in the bundle."
@@ -55,13 +62,14 @@ def license_words(checkpoint: Checkpoint) -> str:
 
 
 def _notice(checkpoint: Checkpoint) -> str:
-    license_id = checkpoint.license or "creativeml-openrail-m"
+    family, family_license = _OF_FAMILY[checkpoint.family]
+    license_id = checkpoint.license or family_license
     name, url = _NAMES.get(license_id, (license_id, ""))
     lines = ["# Licence of the weights in this bundle", ""]
     if checkpoint.license is None:
         lines += [
             f"The checkpoint this bundle was made from ({checkpoint.source}) names no licence.",
-            f"Weights derived from Stable Diffusion v1 are under the {name} licence.",
+            f"Weights derived from {family} are under the {name} licence.",
         ]
     else:
         lines += [

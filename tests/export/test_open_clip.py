@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError
+from sd_export.license import copy_license, license_words
 from sd_export.load import clip_vocabulary, load_model, load_tokenizer
 from sd_export.open_clip import PREFIXES
 from sd_export.source import find_checkpoint
@@ -121,6 +123,15 @@ def test_prediction_type_is_stated_or_assumed_as_diffusers_assumes_it(
     save_file(state, trained, metadata={"modelspec.prediction_type": "epsilon"})
     found = find_checkpoint(str(trained))
     assert (found.prediction_type, found.assumed) == ("epsilon", None)
+
+
+def test_a_checkpoint_that_names_no_licence_is_under_its_family_s(
+    file: Path, tmp_path: Path
+) -> None:
+    found = replace(find_checkpoint(str(file)), license=None)
+    assert "Stable Diffusion v2 are under CreativeML Open RAIL++-M" in license_words(found)
+    copy_license(found, tmp_path)
+    assert "derived from Stable Diffusion v2" in (tmp_path / "LICENSE.md").read_text()
 
 
 def test_prediction_type_is_for_single_files_and_known(folder: Path, file: Path) -> None:
