@@ -49,7 +49,7 @@ def run_table(table: SchedulerTable, image: NDArray[Any] | None = None) -> NDArr
     noise = stream.normal(SHAPE).astype(np.float64)
     sample = table.init_noise_scale * noise
     if image is not None:
-        sample = table.alpha[0] * image + table.sigma[0] * noise
+        sample = table.noised_alpha[0] * image + table.noised_sigma[0] * noise
     history = [np.zeros(SHAPE)] * table.coef_history.shape[1]
     for row in range(table.num_rows):
         output = model(sample, table.timesteps[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
@@ -106,7 +107,9 @@ def sa_solver(run: Run) -> Rows:
         predict_x0=x0,
         lower_order_final=config["lower_order_final"],
     )
-    return _exponential_rows(run, grid, list(updates), x0=x0, stochastic=True)
+    rows = _exponential_rows(run, grid, list(updates), x0=x0, stochastic=True)
+    # Its add_noise looks levels up by whole timesteps, also where the grid lies between them.
+    return replace(rows, noised_levels=[run.schedule.level_at(int(t)) for t in rows.timesteps])
 
 
 _DPM_SOLVER_TYPES = {

@@ -25,7 +25,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a table before they are laid out: R UNet calls between R + 1 levels."""
+    """The rows of a table before they are laid out: R UNet calls between R + 1 levels.
+
+    ``noised_levels`` are those that diffusers' add_noise brings a picture to before each row; None:
+    the rows' own.
+    """
 
     timesteps: Sequence[float]
     levels: Sequence[Level]
@@ -33,3 +37,4 @@ class Rows:
     updates: Sequence[Form]
     draws_noise: Sequence[bool]
     init_noise_scale: float = 1.0
+    noised_levels: Sequence[Level] | None = None

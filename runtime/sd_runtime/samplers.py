@@ -175,8 +175,11 @@ def dpm2(run: Run, *, ancestral: bool) -> Rows:
     between = timesteps_from_sigmas(middle_sigmas, run.schedule.sigmas)
     stages = zip(between, middles, timesteps[1:], levels[1:], strict=False)
     rows = [(timesteps[0], levels[0])]
+    noised_levels = [levels[0]]
     for middle_timestep, middle, timestep, level in stages:
         rows += [(middle_timestep, middle), (timestep, level)]
+        early = Level(middle.alpha, middle.alpha * level.noise_to_signal)  # as diffusers adds noise
+        noised_levels += [early, level]
     return Rows(
         timesteps=[timestep for timestep, _ in rows],
         levels=[*(level for _, level in rows), levels[-1]],
@@ -184,6 +187,7 @@ def dpm2(run: Run, *, ancestral: bool) -> Rows:
         updates=list(solvers.dpm2(steps)),
         draws_noise=[ancestral and row % 2 == 1 for row in range(len(rows))],
         init_noise_scale=_init_noise_scale(run, grid),
+        noised_levels=noised_levels,
     )
 
 

@@ -33,8 +33,8 @@ class SchedulerTable:
     """R rows, one per UNet call, with K model outputs of history; all float64.
 
     A text-to-image sample starts as ``init_noise_scale · noise``, an image-to-image one as
-    ``alpha[0] · x₀ + sigma[0] · noise``. After the last row it is what diffusers' scheduler
-    returns.
+    ``noised_alpha[0] · x₀ + noised_sigma[0] · noise``. After the last row it is what diffusers'
+    scheduler returns.
     """
 
     timesteps: NDArray[np.float64]
@@ -55,6 +55,12 @@ class SchedulerTable:
     """[R + 1] signal level before each row, and after the last."""
     sigma: NDArray[np.float64]
     """[R + 1] noise level before each row, and after the last."""
+    noised_alpha: NDArray[np.float64]
+    """[R + 1] share of x₀ in what diffusers' add_noise makes of a picture before each row: alpha,
+    but for SA-Solver on another grid than the trained one. 1 after the last row."""
+    noised_sigma: NDArray[np.float64]
+    """[R + 1] share of the noise in it: sigma, but for those and KDPM2's middle rows, where it is
+    that of the step's end. 0 after the last row."""
     init_noise_scale: float
     """diffusers' init_noise_sigma in this scale: 1, or sigma[0] for k-diffusion's samplers."""
 
@@ -130,6 +136,7 @@ def _table(rows: Rows, prediction_type: str) -> SchedulerTable:
     updates = np.array(rows.updates)
     history = updates[:, 1 : 1 + DEPTH]
     depth = int(np.max(np.nonzero(history.any(axis=0))[0], initial=0)) + 1
+    noised = rows.noised_levels or rows.levels[:-1]
     converted = np.array([rows.conversion(prediction_type, level) for level in rows.levels[:-1]])
     return SchedulerTable(
         timesteps=np.asarray(rows.timesteps, np.float64),
@@ -141,5 +148,7 @@ def _table(rows: Rows, prediction_type: str) -> SchedulerTable:
         draws_noise=np.asarray(rows.draws_noise, np.bool_),
         alpha=np.array([level.alpha for level in rows.levels]),
         sigma=np.array([level.sigma for level in rows.levels]),
+        noised_alpha=np.array([*(level.alpha for level in noised), 1.0]),
+        noised_sigma=np.array([*(level.sigma for level in noised), 0.0]),
         init_noise_scale=rows.init_noise_scale,
     )

@@ -107,6 +107,17 @@ def test_image_to_image(class_name: str, strength: float) -> None:
     assert relative_difference(V1_CONFIG, class_name, 20, strength=strength) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_image_to_image_by_every_name(name: str) -> None:
+    assert relative_difference(V1_CONFIG, name, 10, strength=0.6) <= TOLERANCE
+
+
+def test_image_to_image_between_the_trained_levels() -> None:
+    """SA-Solver adds noise by whole timesteps, its sigmas lie between them."""
+    config = {**V1_CONFIG, "use_karras_sigmas": True}
+    assert relative_difference(config, "sa", 10, strength=0.6) <= TOLERANCE
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "tcd", "euler"])
 def test_eta(name: str, eta: float) -> None:
