@@ -33,6 +33,14 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--prompts-file", type=_FILE, help="One prompt a line, or .jsonl with options.")
 @click.option("--from-image", type=_FILE, help="Draw a picture again from the recipe inside it.")
+@click.option("--image", type=_FILE, help="Start from this picture, resized to the bundle's size.")
+@click.option("--mask", type=_FILE, help="Repaint only what is white in this one.")
+@click.option(
+    "--strength",
+    type=float,
+    help="How far to leave --image, 0 … 1: the share of the steps that run. [default: 0.8; 1 with "
+    "--mask]",
+)
 @click.option("--negative-prompt", help="What the picture should not show.")
 @click.option("--seed", type=int, help="0 … 2⁶⁴−1; picture i takes seed + i. [default: random]")
 @click.option("--num-images", type=int, help="Pictures per prompt. [default: 1]")

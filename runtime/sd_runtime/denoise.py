@@ -3,26 +3,24 @@
     h_i     = p·sample + q·model_output
     sample' = a·sample + Σ_k b[k]·h_{i-k} + c·noise_i
 
-All state is float32 and lives in buffers made before the first row.
+All state is float32 and lives in buffers made before the first row. What a task adds is bound
+before it too: further inputs of the UNet, and what an inpainted picture keeps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sd_engines.spec import TIMESTEP_COND
 from sd_runtime.arrays import copy_into
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sd_engines.engine import Array, Binding, Engine
     from sd_runtime.noise import NoiseStream
@@ -47,13 +45,16 @@ class Row:
     latents: Array
 
 
-def initial_latents(
-    noise: Sequence[NoiseStream], shape: tuple[int, ...], table: SchedulerTable
-) -> Array:
-    """float32 [len(noise), *shape]: each picture's first noise, at the table's first level."""
-    latents = np.stack([stream.normal((1, *shape))[0] for stream in noise])
-    latents *= table.init_noise_scale
-    return latents
+class Known(NamedTuple):
+    """What an inpainted picture keeps, float32 [n, c, h, w] each, 0 where it is repainted.
+
+    ``latents`` are those of the picture, ``noise`` is the first; ``repainted`` is 1 where the other
+    two are 0, and 0 where they are kept.
+    """
+
+    latents: Array
+    noise: Array
+    repainted: Array
 
 
 def denoise(
@@ -67,20 +68,22 @@ def denoise(
     table: SchedulerTable,
     noise: Sequence[NoiseStream],
     timings: Timings,
-    timestep_cond: NDArray[np.float32] | None = None,
+    unet_inputs: Mapping[str, Array] | None = None,
+    known: Known | None = None,
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
     Embeddings are [tokens, d], one per picture. On ``guided_rows`` the UNet runs on 2n samples,
     negative first, and on n elsewhere, where nobody reads the negative ones. ``noise`` is one
     stream per picture, read on the rows that draw, used there or not, so that later rows see the
-    noise they would see in diffusers. ``timestep_cond`` [d] is for a UNet that takes it: its
-    guidance, the same in every row. Closing the generator cancels.
+    noise they would see in diffusers. ``unet_inputs`` go to the UNet by name on every row, in both
+    halves: [n, …], or [1, …] for all pictures. Where ``known`` is given, its part of the latents is
+    put back after every row, with the noise of the next. Closing the generator cancels.
     """
     n = len(latents)
     bindings = {
         guided: _bound(
-            unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds], timestep_cond
+            unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds], unet_inputs or {}
         )
         for guided in {row in guided_rows for row in range(table.num_rows)}
     }
@@ -89,6 +92,7 @@ def denoise(
     copy_into(state, latents)
     scratch, model_output = np.empty_like(state), np.empty_like(state)
     drawn = np.empty(state.shape, dtype=np.float32)
+    kept = None if known is None else Known(*(_copied(part, like=state) for part in known))
     depth = table.coef_history.shape[1]
     history = [np.empty_like(state) for _ in range(depth)]
 
@@ -97,6 +101,7 @@ def denoise(
     p, q, a = table.pred_sample.tolist(), table.pred_output.tolist(), table.coef_sample.tolist()
     b, c = table.coef_history.tolist(), table.coef_noise.tolist()
     draws_noise = table.draws_noise.tolist()
+    kept_latents, kept_noise = table.noised_alpha[1:].tolist(), table.noised_sigma[1:].tolist()
 
     for row, timestep in enumerate(timesteps):
         start = clock()
@@ -132,23 +137,37 @@ def denoise(
             copy_into(scratch, drawn)
             scratch *= c[row][0]
             state += scratch
+        if kept is not None:
+            state *= kept.repainted
+            np.multiply(kept.latents, kept_latents[row], out=scratch)
+            state += scratch
+            np.multiply(kept.noise, kept_noise[row], out=scratch)
+            state += scratch
         timings.add("model_input", start, ready)
         timings.add("unet", ready, done)
         timings.add("scheduler", done, clock())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 
-def _bound(
-    unet: Engine, embeds: Sequence[Array], timestep_cond: NDArray[np.float32] | None
-) -> Binding:
-    """The UNet's buffers for as many rows as there are embeddings, and those written to them."""
+def _bound(unet: Engine, embeds: Sequence[Array], unet_inputs: Mapping[str, Array]) -> Binding:
+    """The UNet's buffers for as many rows as there are embeddings, and those written to them.
+
+    ``unet_inputs`` are repeated until all rows have one.
+    """
     binding = unet.bind(len(embeds))
-    if timestep_cond is not None:
-        rows_in = binding.inputs[TIMESTEP_COND]
-        copy_into(rows_in, np.broadcast_to(timestep_cond, rows_in.shape))
     for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
         copy_into(row_in, row)
+    for name, rows in unet_inputs.items():
+        for index, row_in in enumerate(binding.inputs[name]):
+            copy_into(row_in, rows[index % len(rows)])
     return binding
+
+
+def _copied(array: Array, *, like: Array) -> Array:
+    """``array`` where ``like`` lives."""
+    copy = np.empty_like(like)
+    copy_into(copy, array)
+    return copy
 
 
 def predicted_original_sample(row: Row, prediction_type: str) -> Array:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sd_engines.choice import fastest_engine
 from sd_engines.engine import open_engine
+from sd_runtime.task import ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -22,7 +23,8 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
     pictures = min(plan.request.num_images, profile.batch_size)
     guided = len(plan.guided_rows)
     compositions = {2 * pictures: guided, pictures: plan.table.num_rows - guided}
-    return {
+    encoder = {} if plan.request.image is None else {ENCODER: {1}}  # one at a time: `ImageEncoder`
+    return encoder | {
         "text_encoder": {1},  # each text on its own row: `PromptEncoder`
         "unet": {batch for batch, rows in compositions.items() if rows},
         "vae_decoder": {pictures},

@@ -19,6 +19,7 @@ from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
+from sd_runtime.input_image import InputImage
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
 from sd_runtime.prompts import prompts_from_text, requests_from_jsonl
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.manifest import Manifest
+    from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,11 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
 
 def _order(job: Job, manifest: Manifest) -> Order:
     """The job's requests, from whichever source it names."""
-    options = {name: value for name, value in job.options.items() if name != "seed"}
+    options: dict[str, Any] = {
+        name: InputImage.of(value, name=name) if name in ("image", "mask") else value
+        for name, value in job.options.items()
+        if name != "seed"
+    }
     columns, backend = None, job.backend or "auto"
     given = [bool(job.prompts), job.prompts_file is not None, job.from_image is not None]
     if sum(given) != 1:
@@ -144,7 +150,11 @@ def _order(job: Job, manifest: Manifest) -> Order:
         )
     if job.from_image is not None:
         recipes, columns = recipes_from_text(read_recipe_text(job.from_image))
-        requests = [replace(recipe.request(), **options) for recipe in recipes]
+        inputs = {name: options.pop(name, None) for name in ("image", "mask")}
+        requests = [
+            replace(recipe.request(**_inputs_of(recipe, recipes, inputs)), **options)
+            for recipe in recipes
+        ]
         if "seed" in job.options:
             requests = [replace(request, seed=None) for request in requests]
         columns = columns if len(recipes) > 1 else None
@@ -157,6 +167,15 @@ def _order(job: Job, manifest: Manifest) -> Order:
                 job.from_image,
                 recipes[0].model,
             )
+        for name, picture in inputs.items():
+            digests = {getattr(recipe, name) for recipe in recipes} - {None}
+            if picture is not None and digests - {picture.sha256}:
+                logger.warning(
+                    "%s was made from another %s than %s: expect another picture",
+                    job.from_image,
+                    name,
+                    picture.name,
+                )
     elif job.prompts_file is not None and job.prompts_file.suffix == ".jsonl":
         requests = requests_from_jsonl(job.prompts_file, options)
     else:
@@ -174,6 +193,17 @@ def _order(job: Job, manifest: Manifest) -> Order:
     if job.grid and columns is None:
         columns = math.ceil(math.sqrt(sum(request.num_images for request in requests)))
     return Order(tuple(requests), columns, backend)
+
+
+def _inputs_of(
+    recipe: Recipe, recipes: Sequence[Recipe], inputs: Mapping[str, InputImage | None]
+) -> dict[str, InputImage | None]:
+    """A picture goes to the recipes that were made from one; to all where none was."""
+    return {
+        name: picture
+        for name, picture in inputs.items()
+        if getattr(recipe, name) or not any(getattr(other, name) for other in recipes)
+    }
 
 
 def _seeded(requests: Sequence[Request], seed: int | None) -> list[Request]:

@@ -10,15 +10,19 @@ import numpy as np
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
+from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.conditioning import PromptEncoder
-from sd_runtime.denoise import denoise, initial_latents, predicted_original_sample
+from sd_runtime.denoise import denoise, predicted_original_sample
 from sd_runtime.engines import first_batches, open_engines
+from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import plan
 from sd_runtime.recipe import Recipe, fingerprint
 from sd_runtime.result import Result, Step
+from sd_runtime.start import begin
+from sd_runtime.task import ENCODER
 from sd_runtime.timing import Timings, clock
 from sd_runtime.tokenizer import Tokenizer
 
@@ -47,10 +51,19 @@ PRECISION_HINT = (
 class Pipeline(Closing):
     """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine],
+        tokenizer: Tokenizer,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> None:
         self.bundle = bundle
         self._engines = dict(engines)
         self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
+        self._images = ImageEncoder(partial(self._open_encoder, backend, threads))
         self.fingerprint = fingerprint(bundle.manifest)
 
     @classmethod
@@ -63,6 +76,8 @@ class Pipeline(Closing):
         request: Request | None = None,
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
+
+        The VAE's encoder is opened for the first request that starts from a picture.
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
@@ -87,8 +102,9 @@ class Pipeline(Closing):
         batches: dict[str, set[int]] = {}
         if request is not None:
             batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
+            names += [name for name in (ENCODER,) if name in batches]
         engines = open_engines(bundle, names, backend=backend, threads=threads, batches=batches)
-        return cls(bundle, engines, tokenizer)
+        return cls(bundle, engines, tokenizer, backend=backend, threads=threads)
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -153,23 +169,36 @@ class Pipeline(Closing):
         embeds: Mapping[str, Array],
         timings: Timings,
     ) -> Iterator[Row]:
+        request, source = plan.request, None
+        if request.image is not None:
+            source = self._images.encode(plan.task, request.image, request.mask, timings=timings)
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
-            latents = initial_latents(noise, self.latents_shape, plan.table)
+            start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)
         guided = bool(plan.guided_rows)
         negative = [embeds[image.negative_prompt] for image in batch] if guided else []
         return denoise(
             self._engines["unet"],
-            latents,
+            start.latents,
             prompt_embeds=[embeds[image.prompt] for image in batch],
             negative_prompt_embeds=negative,
             guidance_scale=plan.guidance_scale,
             guided_rows=plan.guided_rows,
-            timestep_cond=plan.timestep_cond,
             table=plan.table,
             noise=noise,
             timings=timings,
+            unet_inputs={**plan.unet_inputs, **start.unet_inputs},
+            known=start.known,
         )
+
+    def _open_encoder(self, backend: str, threads: int | None) -> Engine:
+        """The VAE's encoder, on the UNet's backend where that is free to choose."""
+        if ENCODER not in self._engines:
+            unet = self._engines["unet"].entry
+            self._engines[ENCODER] = open_engine(
+                self.bundle, ENCODER, backend=backend, threads=threads, prefer=unet
+            )
+        return self._engines[ENCODER]
 
     def _decode(self, latents: Array) -> NDArray[np.float32]:
         """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
@@ -216,6 +245,9 @@ class Pipeline(Closing):
             guidance_stop=float(request.guidance_stop),
             scheduler=plan.scheduler,
             eta=float(request.eta),
+            image=None if request.image is None else request.image.sha256,
+            mask=None if request.mask is None else request.mask.sha256,
+            strength=request.strength,
             height=profile.height,
             width=profile.width,
             backend=self._engines["unet"].entry.backend,
@@ -246,8 +278,9 @@ class Pipeline(Closing):
         return self._engines.get("safety_checker")
 
     def forget_prompts(self) -> None:
-        """Encode the next request's prompts anew, as a first request does: for measurements."""
+        """Encode the next request's inputs anew, as a first request does: for measurements."""
         self._prompts.forget()
+        self._images.forget()
 
     def close(self) -> None:
         """Free all engines; the pipeline is of no use after it."""

@@ -12,6 +12,7 @@ from sd_engines.errors import ConfigError
 from sd_engines.spec import TIMESTEP_COND
 from sd_runtime.conditioning import guidance_scale_embedding
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
+from sd_runtime.task import Task, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,45 +28,62 @@ if TYPE_CHECKING:
 class Plan:
     """``request`` with nothing left open but its seed, and what follows from it.
 
-    ``timestep_cond`` float32 [d] is the guidance of a UNet that takes it as an input; such a UNet
-    has no ``guided_rows``.
+    ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
+    an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``.
     """
 
     request: Request
+    task: Task
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
     table: SchedulerTable
     guided_rows: range
-    timestep_cond: NDArray[np.float32] | None
+    unet_inputs: Mapping[str, NDArray[np.float32]]
 
 
 def plan(request: Request, manifest: Manifest) -> Plan:
     """Check ``request`` against a bundle.
 
-    Raises `ConfigError` for a size, a scheduler, a number of steps or a guidance that cannot be
-    done.
+    Raises `ConfigError` for a task, a size, a scheduler, a number of steps or a guidance that
+    cannot be done, `BundleError` where the bundle lacks what the task needs.
     """
+    task = task_of(request, manifest)
     request.check_profile(manifest.profile)
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = manifest.model.defaults.num_inference_steps if steps is None else steps
     scale = manifest.model.defaults.guidance_scale if scale is None else scale
-    request = replace(request, num_inference_steps=steps, guidance_scale=scale)
+    strength = request.strength_or_default
+    request = replace(
+        request,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        strength=None if request.image is None else strength,
+    )
     config = pipeline_scheduler_config(manifest.model.scheduler)
+    if request.mask is not None:
+        config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
     table = compile_table(
-        config, scheduler=request.scheduler, num_inference_steps=steps, eta=request.eta
+        config,
+        scheduler=request.scheduler,
+        num_inference_steps=steps,
+        eta=request.eta,
+        strength=strength,
     )
     width = _timestep_cond_width(manifest)
+    unet_inputs = {}
     if width is not None:
         _check_distilled(request)
+        unet_inputs[TIMESTEP_COND] = guidance_scale_embedding(scale, width)[None]
     return Plan(
         request=request,
+        task=task,
         num_inference_steps=steps,
         guidance_scale=float(scale),
         scheduler=scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler")),
         table=table,
         guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
-        timestep_cond=None if width is None else guidance_scale_embedding(scale, width),
+        unet_inputs=unet_inputs,
     )
 
 

@@ -21,7 +21,8 @@ def prompts_from_text(path: Path) -> list[str]:
 def requests_from_jsonl(path: Path, options: Mapping[str, Any]) -> list[Request]:
     """One request a line, ``{"prompt": …}`` with any other option of `Request`.
 
-    ``options`` hold where a line says nothing. `ConfigError` names the line at fault.
+    ``options`` hold where a line says nothing; pictures are named by paths from the folder that
+    the command runs in. `ConfigError` names the line at fault.
     """
     requests = []
     for number, line in _lines(path):

@@ -28,6 +28,8 @@ class Recipe:
     """One picture's complete request, and the bundle that drew it.
 
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
+    ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
+    the recipe does not hold; None, and so ``strength``, where it was made from noise alone.
     """
 
     prompt: str
@@ -46,9 +48,25 @@ class Recipe:
     fingerprint: str
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
 
-    def request(self) -> Request:
-        """The request that draws this one picture again."""
+    def request(self, *, image: object = None, mask: object = None) -> Request:
+        """The request that draws this one picture again.
+
+        ``image`` and ``mask`` are what it was made from; `ConfigError` where one is missing.
+        """
+        for name, digest, given in (("image", self.image, image), ("mask", self.mask, mask)):
+            if digest is not None and given is None:
+                raise ConfigError(
+                    f"the picture was made from another, its {name}, which its recipe does not "
+                    f"hold (SHA-256 of the pixels: {digest[:12]}…)",
+                    f"Give it again: --{name} FILE.",
+                )
+        return self._request_from(image, mask, self.strength)
+
+    def _request_from(self, image: object, mask: object, strength: float | None) -> Request:
         return Request(
             self.prompt,
             negative_prompt=self.negative_prompt,
@@ -61,6 +79,9 @@ class Recipe:
             eta=self.eta,
             height=self.height,
             width=self.width,
+            image=image,
+            mask=mask,
+            strength=strength,
         )
 
     def parameters(self) -> str:
@@ -80,6 +101,8 @@ class Recipe:
         }
         if (self.guidance_start, self.guidance_stop) != (0, 1):
             values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
+        if self.strength is not None:
+            values["Denoising strength"] = f"{self.strength:g}"
         if self.eta:
             values["Eta"] = f"{self.eta:g}"
         lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
@@ -98,10 +121,14 @@ class Recipe:
             raise _unreadable(f"{', '.join(texts)} must be text")
         if values["num_inference_steps"] is None or values["guidance_scale"] is None:
             raise _unreadable("num_inference_steps and guidance_scale must be numbers")
-        if not isinstance(values["revision"], str | None):
-            raise _unreadable("revision must be text")
         recipe = cls(**values)
-        recipe.request()
+        for name in ("revision", "image", "mask"):
+            if not isinstance(getattr(recipe, name), str | None):
+                raise _unreadable(f"{name} must be text")
+        has_strength = isinstance(recipe.strength, int | float)
+        if has_strength != (recipe.image is not None) or (recipe.mask and not recipe.image):
+            raise _unreadable("image, mask and strength do not belong together")
+        recipe._request_from(None, None, None)  # its inputs come later
         return recipe
 
 

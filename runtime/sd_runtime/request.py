@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.input_image import InputImage
 
 if TYPE_CHECKING:
     from sd_engines.spec import Profile
@@ -31,7 +32,12 @@ class Request:
     the batch it runs in. ``guidance_scale`` ≤ 1 runs without the unconditional half, and so do the
     steps before ``guidance_start`` and from ``guidance_stop`` on, both shares of all steps
     (Kynkäänniemi et al. 2024): half the work there, and another picture. ``eta`` is the noise of
-    DDIM and TCD, 0 … 1. Raises `ConfigError` for values that no bundle can do.
+    DDIM and TCD, 0 … 1.
+
+    ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
+    it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
+    0 … 1 is the share of the steps that run, 0.8 by default, and 1 with a mask. Raises
+    `ConfigError` for values that no bundle can do.
     """
 
     prompt: str | tuple[str, ...]
@@ -47,6 +53,9 @@ class Request:
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
+    image: Any = None
+    mask: Any = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -77,11 +86,27 @@ class Request:
                 f"guidance starts at {self.guidance_start:g} and stops at {self.guidance_stop:g}",
                 "Let it start before it stops; a guidance_scale of 1 is none at all.",
             )
+        self._take_pictures()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"scheduler is {self.scheduler!r}, not a name",
                 "Leave it out for the checkpoint's own, or name one, such as 'euler'.",
             )
+
+    def _take_pictures(self) -> None:
+        for name in ("image", "mask"):
+            if getattr(self, name) is not None:
+                picture = InputImage.of(getattr(self, name), name=name)
+                object.__setattr__(self, name, picture)
+        if self.image is None and self.mask is not None:
+            raise ConfigError("a mask without a picture", "Give the picture too: --image PICTURE.")
+        if self.strength is not None:
+            _check_real("strength", self.strength, 0.0, 1.0)
+            if self.image is None:
+                raise ConfigError(
+                    f"strength is {self.strength:g} without a picture to start from",
+                    "Give one: --image PICTURE; or leave strength out.",
+                )
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> Self:
@@ -105,6 +130,13 @@ class Request:
     def num_images(self) -> int:
         """Pictures in all."""
         return len(self.prompts) * self.num_images_per_prompt
+
+    @property
+    def strength_or_default(self) -> float:
+        """The share of the steps that run, with diffusers' defaults."""
+        if self.strength is None:
+            return 0.8 if self.image is not None and self.mask is None else 1.0
+        return float(self.strength)
 
     def guided_rows(self, num_rows: int) -> range:
         """Which of ``num_rows`` UNet calls see the negative prompt as well, as diffusers counts.

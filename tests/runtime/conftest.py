@@ -55,7 +55,11 @@ class TinyModel:
     oracle: DiffusionPipeline
 
     def expected(self, request: Request) -> tuple[np.ndarray, np.ndarray, list[bool] | None]:
-        """What diffusers makes of ``request``: pixels uint8, final latents, nsfw flags."""
+        """What diffusers makes of ``request``: pixels uint8, final latents, nsfw flags.
+
+        Its pipeline for the task is made of the oracle's parts, and handed one input a picture.
+        """
+        import diffusers
         import torch
 
         latents = []
@@ -70,8 +74,21 @@ class TinyModel:
         negative = request.negative_prompt
         if isinstance(negative, str):
             negative = [negative] * len(request.prompts)
+        oracle, inputs = self.oracle, {}
+        if request.image is not None:
+            kind, inputs["image"] = "Img2Img", [request.image.image] * request.num_images
+            if request.mask is not None:
+                kind, inputs["mask_image"] = "Inpaint", [request.mask.image] * request.num_images
+                profile = self.pipeline.profile
+                inputs |= {"height": profile.height, "width": profile.width}
+            if request.strength is not None:
+                inputs["strength"] = request.strength
+            oracle = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
+                **oracle.components, requires_safety_checker=False
+            )
+            oracle.set_progress_bar_config(disable=True)
         with one_thread():
-            output = self.oracle(
+            output = oracle(
                 list(request.prompts),
                 negative_prompt=list(negative),
                 generator=[
@@ -81,6 +98,7 @@ class TinyModel:
                 eta=request.eta,
                 callback_on_step_end=keep,
                 **given,
+                **inputs,
             )
         pixels = np.stack([np.asarray(image) for image in output.images])
         return pixels, latents[-1], output.nsfw_content_detected

@@ -170,6 +170,77 @@ def test_a_recipe_with_changes(tiny_model: TinyModel, folder: Path) -> None:
     assert recipe.num_inference_steps == 2
 
 
+@pytest.fixture
+def inputs(folder: Path) -> Path:
+    """``in.png`` and ``mask.png``, of the tiny bundle's size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("in.png")
+    Image.fromarray((pixels[..., 0] > 128).astype(np.uint8) * 255).save("mask.png")
+    return folder
+
+
+def test_a_picture_from_a_picture_and_again(
+    tiny_model: TinyModel, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(tiny_model.bundle)
+    arguments = [bundle, "a cat", "--image", "in.png", "--mask", "mask.png", "--strength", "0.5"]
+    arguments += ["--num-inference-steps", "4", "--threads", "1", "--seed", "3"]
+    assert main([*arguments, "-o", "a.png", "--save-latents", "a.npy", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["timings_ms"]["vae_encoder"] > 0
+    request = Request(
+        "a cat", image="in.png", mask="mask.png", strength=0.5, seed=3, num_inference_steps=4
+    )
+    result = tiny_model.pipeline.generate(request)
+    np.testing.assert_array_equal(pixels_of(inputs / "a.png"), result.pixels[0])
+    np.testing.assert_allclose(np.load(inputs / "a.npy"), result.latents, atol=1e-6)
+
+    again = [bundle, "--from-image", "a.png", "-o", "b.png", "--threads", "1"]
+    assert main(again) == 2
+    assert "Give it again: --image FILE." in capsys.readouterr().err
+    assert main([*again, "--image", "in.png"]) == 2
+    assert "Give it again: --mask FILE." in capsys.readouterr().err
+    assert main([*again, "--image", "in.png", "--mask", "mask.png"]) == 0
+    assert (inputs / "a.png").read_bytes() == (inputs / "b.png").read_bytes()
+
+
+def test_a_recipe_with_another_picture_warns(
+    tiny_model: TinyModel, inputs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = str(tiny_model.bundle)
+    assert main([bundle, "a cat", "-o", "text.png", "--seed", "4", *FAST]) == 0
+    change = ["--from-image", "text.png", "--image", "in.png", "--strength", "0.5"]
+    assert main([bundle, *change, "-o", "a.png", "--threads", "1"]) == 0
+    assert "made from another" not in caplog.text
+    (recipe,), _ = recipes_from_text(read_recipe_text(Path("a.png")))
+    assert (recipe.seed, recipe.strength, recipe.mask) == (4, 0.5, None)
+    again = ["--from-image", "a.png", "--image", "text.png", "--strength", "1"]
+    assert main([bundle, *again, "-o", "b.png", "--threads", "1"]) == 0
+    assert "a.png was made from another image than text.png" in caplog.text
+    (recipe,), _ = recipes_from_text(read_recipe_text(Path("b.png")))
+    assert recipe.strength == 1
+
+
+def test_pictures_named_in_a_file_of_prompts(tiny_model: TinyModel, inputs: Path) -> None:
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "a cat", "image": "in.png"}\n'
+        '{"prompt": "a dog", "image": "in.png", "mask": "mask.png", "strength": 0.5}\n'
+        '{"prompt": "a horse"}\n'
+    )
+    arguments = ["--prompts-file", "prompts.jsonl", "-o", "out.png", "--seed", "5", *FAST]
+    assert main([str(tiny_model.bundle), *arguments]) == 0
+    recipes = [recipes_from_text(read_recipe_text(Path(f"out-{i}.png")))[0][0] for i in range(3)]
+    assert [recipe.strength for recipe in recipes] == [0.8, 0.5, None]
+    assert [recipe.image is None for recipe in recipes] == [False, False, True]
+
+    arguments = [str(tiny_model.bundle), *arguments, "--grid"]
+    arguments[arguments.index("out.png")] = "grid.png"
+    assert main(arguments) == 0
+    again = ["--from-image", "grid.png", "--image", "in.png", "--mask", "mask.png"]
+    assert main([str(tiny_model.bundle), *again, "-o", "again.png", "--threads", "1"]) == 0
+    assert (inputs / "grid.png").read_bytes() == (inputs / "again.png").read_bytes()
+
+
 def test_a_recipe_of_another_bundle_warns(
     tiny_model: TinyModel,
     guarded_model: TinyModel,
@@ -262,6 +333,13 @@ def test_the_safety_checker_is_reported(
         (["BUNDLE", "a", "-o", "a.png", "--num-images", "0"], 2, "1 or more"),
         (["BUNDLE", "a", "-o", "a.png", "--guidance-scale", "nan"], 2, "finite"),
         (["BUNDLE", "a", "-o", "a.png", "--eta", "2"], 2, "0 to 1"),
+        (["BUNDLE", "a", "-o", "a.png", "--image", "missing.png"], 2, "missing.png"),
+        (["BUNDLE", "a", "-o", "a.png", "--image", "empty.txt"], 2, "Name a picture file"),
+        (["BUNDLE", "a", "-o", "a.png", "--mask", "white.png"], 2, "--image PICTURE"),
+        (["BUNDLE", "a", "-o", "a.png", "--strength", "0.5"], 2, "--image PICTURE"),
+        (["BUNDLE", "a", "-o", "a.png", "--image", "white.png", "--strength", "2"], 2, "0 to 1"),
+        (["BUNDLE", "a", "-o", "a.png", "--image", "white.png", "--strength", "0"], 2, "none"),
+        (["BUNDLE", "--prompts-file", "lost.jsonl", "-o", "a.png"], 2, "line 1: cannot read the"),
         (["BUNDLE", "a", "-o", "a.png", "--scheduler", "eular"], 2, "Did you mean 'euler"),
         (["BUNDLE", "a", "-o", "a.png", "--backend", "openvin"], 2, "Did you mean 'openvino'"),
         (["BUNDLE", "a", "-o", "a.png", "--backend", "tensorrt"], 3, "sd-export build"),
@@ -289,6 +367,8 @@ def test_bad_input(
     words: str,
 ) -> None:
     (folder / "empty.txt").write_text("\n \n")
+    (folder / "lost.jsonl").write_text('{"prompt": "a", "image": "lost.png"}\n')
+    Image.new("RGB", (64, 64), "white").save(folder / "white.png")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (folder / "wrong.jsonl").write_text('{"prompt": "a", "sead": 1}\n')

@@ -13,9 +13,11 @@ from diffusers.guiders import ClassifierFreeGuidance
 from sd_engines.engine import open_engine
 from sd_engines.errors import ConfigError
 from sd_runtime import Request
-from sd_runtime.denoise import Row, denoise, initial_latents, predicted_original_sample
+from sd_runtime.denoise import Row, denoise, predicted_original_sample
 from sd_runtime.noise import NoiseStream
+from sd_runtime.start import begin
 from sd_runtime.table import compile_table
+from sd_runtime.task import TEXT_TO_IMAGE
 from sd_runtime.timing import Timings
 from tiny_onnx import CHANNELS, SIZE, TOKENS, WIDTH, make_bundle
 
@@ -99,7 +101,7 @@ def drawn(
     request = Request("", guidance_scale=guidance_scale, guidance_start=start, guidance_stop=stop)
     guided_rows = request.guided_rows(table.num_rows)
     noise = [NoiseStream(seed) for seed in SEEDS]
-    latents = initial_latents(noise, SHAPE, table)
+    latents = begin(TEXT_TO_IMAGE, noise, SHAPE, table).latents
     assert latents.dtype == np.float32
     rows = denoise(
         unet,
@@ -186,7 +188,7 @@ def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
     noise, timings = [NoiseStream(0)], Timings()
     rows = denoise(
         unet,
-        initial_latents(noise, SHAPE, table),
+        begin(TEXT_TO_IMAGE, noise, SHAPE, table).latents,
         prompt_embeds=[embeds[0]],
         negative_prompt_embeds=[],
         guidance_scale=1.0,

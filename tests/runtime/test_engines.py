@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from sd_engines.bundle import open_bundle
@@ -47,7 +48,9 @@ def test_what_opened_is_closed_where_another_fails(
         {"guidance_scale": 1.0},
         {"guidance_stop": 0.5},
         {"guidance_start": 0.5, "num_images_per_prompt": 3},
+        {"image": np.eye(24, dtype=np.uint8) * 255, "strength": 0.5},
     ],
+    ids=range(5),
 )
 def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
     guarded_model: TinyModel, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, float]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from sd_engines.bundle import portable_entry
 from sd_engines.errors import ConfigError
 from sd_runtime import Recipe
+from sd_runtime.input_image import InputImage
 from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
 from tiny_onnx import make_bundle
 
@@ -29,6 +31,7 @@ RECIPE = Recipe(
     revision=None,
     fingerprint="0123456789abcdef",
 )
+FROM_IMAGE = replace(RECIPE, image="ab" * 32, mask="cd" * 32, strength=0.5)
 
 
 def test_round_trip() -> None:
@@ -43,6 +46,17 @@ def test_request_of_a_recipe() -> None:
         assert getattr(request, name) == getattr(RECIPE, name)
     for name in ("scheduler", "eta", "height", "width"):
         assert getattr(request, name) == getattr(RECIPE, name)
+
+
+def test_request_of_a_recipe_from_a_picture() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    request = replace(FROM_IMAGE, mask=None).request(image=pixels)
+    assert request.strength == 0.5
+    assert request.image == InputImage.of(pixels, name="image")
+    with pytest.raises(ConfigError, match="its mask") as caught:
+        FROM_IMAGE.request(image=pixels)
+    assert caught.value.hint == "Give it again: --mask FILE."
+    assert recipes_from_text(text_from_recipes([FROM_IMAGE], columns=1)) == ([FROM_IMAGE], 1)
 
 
 def test_parameters_as_other_tools_read_them() -> None:
@@ -68,6 +82,12 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"revision": 7},
         {"backend": 7},
         {"more": 1},
+        {"image": 7, "strength": 0.5},
+        {"image": "ab"},
+        {"strength": 0.5},
+        {"mask": "ab"},
+        {"image": "ab", "strength": "0.5"},
+        {"image": "ab", "strength": 0.5, "mask": 7},
     ],
 )
 def test_wrong_values_are_refused(change: dict[str, object]) -> None:

@@ -1,0 +1,169 @@
+"""Pictures that a request starts from: read, checked, and brought to the size of a bundle.
+
+What diffusers' ``load_image`` and ``VaeImageProcessor`` make of them, to the last bit; what those
+would guess about (see-through parts, the frame of an animation) is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_NO_RANGE = ("I", "F")
+"""Pillow's modes of whole or real numbers that do not say what is black and what is white."""
+_NEAREST = ("1", "P")
+"""Pillow's modes that it resizes by the nearest pixel, so that a mask of one is not one in RGB."""
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """A picture or a mask as it was given, upright, with no see-through part.
+
+    ``sha256`` is of all that decides what is drawn from it: its size and its RGB pixels, so that
+    the same picture in another file is equal. ``name`` is for people.
+    """
+
+    sha256: str
+    name: str = field(compare=False)
+    image: Image = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, source: object, *, name: str) -> Self:
+        """From a path, a Pillow picture, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+        ``name`` is what to call a picture that has no path. Raises `ConfigError` for what is no
+        picture, cannot be read, is animated or see-through, or whose values have no known range.
+        """
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+        try:
+            if isinstance(source, str | os.PathLike):
+                with Image.open(source) as opened:
+                    _check_one_frame(opened, name)
+                    image = ImageOps.exif_transpose(opened)
+            elif isinstance(source, Image.Image):
+                _check_one_frame(source, name)
+                image = ImageOps.exif_transpose(source)
+            else:
+                image = Image.fromarray(_checked_array(source, name))
+            if not image.width * image.height:
+                raise ConfigError(
+                    f"{name} is {image.width}×{image.height}", "Give one with pixels."
+                )
+            image = _opaque(_of_8_bits(image, name), name)
+            rgb = image.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise ConfigError(
+                f"cannot read the picture {name}: {error}",
+                "Name a picture file, such as a .png, .jpg or .webp.",
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
+        resized_as = image.mode if image.mode in _NEAREST else "RGB"
+        header = f"{resized_as} {rgb.width}x{rgb.height}\n".encode()
+        return cls(hashlib.sha256(header + rgb.tobytes()).hexdigest(), name, image)
+
+    def pixels(self, height: int, width: int) -> NDArray[np.uint8]:
+        """uint8 [height, width, 3]; another size is resized by Lanczos' filter, as diffusers does.
+
+        Its proportions are not kept: it is stretched, with a warning.
+        """
+        self._warn_of_stretching(height, width)
+        return np.asarray(self._resized(self.image.convert("RGB"), height, width))
+
+    def mask(self, height: int, width: int) -> NDArray[np.bool_]:
+        """Where it is 0.5 or brighter, bool [height, width]; resized as `pixels`."""
+        self._warn_of_stretching(height, width)
+        return np.asarray(self._resized(self.image, height, width).convert("L")) >= 128
+
+    def _resized(self, image: Image, height: int, width: int) -> Image:
+        from PIL.Image import Resampling
+
+        return image.resize((width, height), Resampling.LANCZOS)
+
+    def _warn_of_stretching(self, height: int, width: int) -> None:
+        given = self.image
+        # Neither side off by more than the pixel that rounding costs.
+        if abs(given.width * height - given.height * width) > max(
+            given.width, given.height, height, width
+        ):
+            logger.warning(
+                "%s is %d×%d (height × width) and is stretched to %d×%d: crop it to keep its "
+                "proportions",
+                self.name,
+                given.height,
+                given.width,
+                height,
+                width,
+            )
+
+
+def _check_one_frame(image: Image, name: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG: the others are previews
+        raise ConfigError(
+            f"{name} has {frames} frames", "Save the one that you mean as a picture of its own."
+        )
+
+
+def _checked_array(source: object, name: str) -> NDArray[np.uint8]:
+    array: Any = source if isinstance(source, np.ndarray) else np.empty(0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
+        given = f"shape {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
+        raise ConfigError(
+            f"{name} is no picture but {given}",
+            "Give a path, a Pillow picture, or uint8 of shape (height, width, 3).",
+        )
+    if array.dtype != np.uint8:
+        raise ConfigError(
+            f"{name} is an array of {array.dtype}", "Give uint8: (255 * array).astype('uint8')."
+        )
+    checked: NDArray[np.uint8] = array
+    return checked
+
+
+def _of_8_bits(image: Image, name: str) -> Image:
+    if image.mode.startswith("I;16"):
+        from PIL import Image as pillow  # noqa: N813 - the module, beside its class
+
+        values = np.asarray(image).astype(np.float32)
+        return pillow.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode in _NO_RANGE:
+        raise ConfigError(
+            f"{name} holds numbers with no known range (Pillow's mode {image.mode})",
+            "Save it with 8 or 16 bits a channel.",
+        )
+    return image
+
+
+def _opaque(image: Image, name: str) -> Image:
+    """``image`` without its alpha channel, which must not hide anything."""
+    if not image.has_transparency_data:
+        return image
+    rgba = image.convert("RGBA")
+    if rgba.getchannel("A").getextrema() != (255, 255):
+        raise ConfigError(
+            f"{name} has see-through parts, whose colours nobody sees",
+            "Put it on a background first, and save it without transparency.",
+        )
+    return rgba.convert("RGB")

@@ -1,0 +1,79 @@
+"""What a request asks of a bundle, as data: how its latents begin, and what holds them.
+
+Every task runs through the same loop. Rombach et al. 2022 (arXiv:2112.10752), section 4.5, for the
+UNet that is fed the mask; Lugmayr et al. 2022 (arXiv:2201.09865), section 4.1, for blending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from sd_engines.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from sd_engines.manifest import Manifest
+    from sd_runtime.request import Request
+
+Draw: TypeAlias = Literal["image", "noise", "masked_image", "unused"]
+MASK_INPUTS = ("mask", "masked_image_latents")
+"""What the UNet of an inpainting checkpoint takes besides; named so in its graph."""
+ENCODER = "vae_encoder"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How pictures of one kind begin.
+
+    ``draws`` are the random draws before the first row, in diffusers' order, all of one stream a
+    picture: the first noise, or latents out of the posterior of the picture or its masked form;
+    an "unused" one only moves the stream on, as diffusers does.
+    ``mixes_image``: the first latents are the picture's with noise, not noise alone.
+    ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
+    mask leaves out becomes the picture's again after every row.
+    """
+
+    name: str
+    draws: tuple[Draw, ...]
+    mixes_image: bool = False
+    feeds_mask: bool = False
+
+
+TEXT_TO_IMAGE = Task("text-to-image", ("noise",))
+IMAGE_TO_IMAGE = Task("image-to-image", ("image", "noise"), mixes_image=True)
+
+
+def task_of(request: Request, manifest: Manifest) -> Task:
+    """The task that ``request`` is, of a bundle.
+
+    Raises `ConfigError` where the bundle's UNet is for another, `BundleError` where it has no VAE
+    encoder.
+    """
+    feeds_mask = takes_mask(manifest)
+    if feeds_mask and request.mask is None:
+        raise ConfigError(
+            "the bundle's UNet is for inpainting: it takes a picture and a mask",
+            "Give both: --image PICTURE --mask MASK, white where it is to be repainted.",
+        )
+    if request.image is None:
+        return TEXT_TO_IMAGE
+    if ENCODER not in manifest.components:
+        raise BundleError(
+            "the bundle has no vae_encoder, so it cannot start from a picture",
+            "Make it again: sd-export --model MODEL --output BUNDLE.",
+        )
+    if request.mask is None:
+        return IMAGE_TO_IMAGE
+    mixes_image = request.strength_or_default < 1  # at 1, diffusers inpaints from noise alone
+    if not feeds_mask:  # diffusers draws the masked picture's latents even so
+        return Task("inpainting", ("image", "noise", "unused"), mixes_image=mixes_image)
+    draws: tuple[Draw, ...] = ("noise", "masked_image")
+    if mixes_image:
+        draws = ("image", *draws)
+    return Task("inpainting", draws, mixes_image=mixes_image, feeds_mask=True)
+
+
+def takes_mask(manifest: Manifest) -> bool:
+    """Whether the bundle's UNet is an inpainting checkpoint's."""
+    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
+    return unet is not None and {spec.name for spec in unet.inputs}.issuperset(MASK_INPUTS)
