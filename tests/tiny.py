@@ -115,13 +115,14 @@ def make_checkpoint(
     time_cond_proj_dim: int | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    inpainting: bool = False,
 ) -> Path:
     """Save a random checkpoint in the diffusers layout under ``folder`` and return ``folder``.
 
     ``text_model_prefix`` writes the text encoder's keys as older transformers did; ``tokenizer``
     picks the tokenizer's form. ``v2`` makes what Stable Diffusion 2 made otherwise, with heads of
-    ``attention_heads`` channels; ``time_cond_proj_dim`` a latent consistency model. The same
-    arguments give the same weights.
+    ``attention_heads`` channels; ``time_cond_proj_dim`` a latent consistency model; ``inpainting``
+    gives the UNet nine channels. The same arguments give the same weights.
     """
     import diffusers
     from safetensors.torch import load_file, save_file
@@ -154,6 +155,7 @@ def make_checkpoint(
         deep = len(block_out_channels) - 1
         unet = diffusers.UNet2DConditionModel(
             sample_size=sample_size,
+            in_channels=9 if inpainting else 4,
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
             down_block_types=("CrossAttnDownBlock2D",) * deep + ("DownBlock2D",),
@@ -201,7 +203,7 @@ def make_checkpoint(
     model_index = {
         "_class_name": "LatentConsistencyModelPipeline"
         if time_cond_proj_dim
-        else "StableDiffusionPipeline",
+        else f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": ["transformers", "CLIPImageProcessor"]
         if safety_checker

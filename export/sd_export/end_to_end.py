@@ -6,7 +6,7 @@ The bundle is drawn from as anyone will, by `sd_runtime`, before it is sealed.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
 from sd_engines.errors import BackendError, EngineMismatchError
@@ -63,6 +63,7 @@ def prove_end_to_end(
         seed=_SEED,
         num_inference_steps=min(_MOST_STEPS, defaults.num_inference_steps),
         guidance_scale=defaults.guidance_scale,
+        **_inputs(checkpoint, manifest.profile),
     )
     with log.stage("end_to_end", "reference"):
         reference = _reference_picture(checkpoint, manifest.profile, request)
@@ -72,7 +73,8 @@ def prove_end_to_end(
         backends = (*backends, "onnxruntime")
     certificate: list[CertificateEntry] = []
     path = work.bundle / MANIFEST_NAME
-    path.write_text(_text_to_image(manifest).to_json(), encoding="utf-8")
+    drawn = _what_draws(manifest, encodes=checkpoint.is_for_inpainting)
+    path.write_text(drawn.to_json(), encoding="utf-8")
     try:
         for backend in backends:
             try:
@@ -100,6 +102,18 @@ def prove_end_to_end(
     return certificate
 
 
+def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
+    """The picture and mask that an inpainting checkpoint is to draw from; nothing for others."""
+    if not checkpoint.is_for_inpainting:
+        return {}
+    import numpy as np
+
+    rows, columns = np.mgrid[: profile.height, : profile.width]
+    image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
+    mask = 255 * (rows < profile.height // 2)
+    return {"image": image.astype(np.uint8), "mask": mask.astype(np.uint8)}
+
+
 def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Request) -> Arrays:
     """Latents float32 and pixels uint8 that the unmodified diffusers pipeline draws."""
     import numpy as np
@@ -107,6 +121,9 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
 
     from sd_export.load import load_pipeline
 
+    pictures = {}
+    if request.image is not None:
+        pictures = {"image": request.image.image, "mask_image": request.mask.image}
     pipeline = load_pipeline(checkpoint)
     with torch.inference_mode():
         latents = pipeline(
@@ -117,6 +134,7 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
             guidance_scale=request.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(_SEED),
             output_type="latent",
+            **pictures,
         ).images
         images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     pixels = pipeline.image_processor.postprocess(images, output_type="np")
@@ -164,11 +182,13 @@ def _verify(
     )
 
 
-def _text_to_image(manifest: Manifest) -> Manifest:
+def _what_draws(manifest: Manifest, *, encodes: bool) -> Manifest:
     """``manifest`` with what draws a picture and no more: the rest has been proven by itself."""
     from sd_runtime.pipeline import REQUIRED
+    from sd_runtime.task import ENCODER
 
-    components = {name: manifest.components[name] for name in REQUIRED}
+    names = (*REQUIRED, ENCODER) if encodes else REQUIRED
+    components = {name: manifest.components[name] for name in names}
     engines = tuple(engine for engine in manifest.engines if engine.component in components)
     return replace(manifest, components=components, engines=engines)
 

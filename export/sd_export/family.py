@@ -20,12 +20,13 @@ LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
+    "StableDiffusionInpaintPipeline": Defaults(),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
     "LatentConsistencyModelImg2ImgPipeline": LATENT_CONSISTENCY,
 }
 _HINT = (
-    "sd-export takes Stable Diffusion v1 and v2 text-to-image checkpoints and latent consistency "
-    "models of the same shape."
+    "sd-export takes Stable Diffusion v1 and v2 checkpoints, those for inpainting among them, and "
+    "latent consistency models of the same shape."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusionXL", "Stable Diffusion XL"),
@@ -40,7 +41,6 @@ _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("UnCLIP", "Stable unCLIP"),
     ("ImageVariation", "Stable Diffusion image variations"),
     ("InstructPix2Pix", "InstructPix2Pix"),
-    ("Inpaint", "inpainting"),
     ("Kandinsky", "Kandinsky"),
     ("PixArt", "PixArt"),
     ("Cascade|Wuerstchen", "Stable Cascade"),
@@ -65,9 +65,9 @@ _BY_CHANNELS = {
     5: "depth to image",
     7: "an upscaler",
     8: "InstructPix2Pix",
-    9: "inpainting",
 }
-"""What a UNet is for that sees more than four channels of latents."""
+"""What a UNet is for that sees more than four channels of latents, and not the nine of inpainting:
+latents, mask and masked latents."""
 
 
 def pipeline_defaults(class_name: str, *, source: str) -> Defaults:
@@ -109,7 +109,10 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
         problem = "its UNet takes an embedded picture (Stable unCLIP)"
     elif unet.get("num_class_embeds"):
         problem = "its UNet takes class labels (an upscaler)"
-    elif unet.get("in_channels", 4) != (channels := vae.get("latent_channels", 4)):
+    elif unet.get("in_channels", 4) not in (
+        channels := vae.get("latent_channels", 4),
+        2 * channels + 1,
+    ):
         seen = unet.get("in_channels")
         kind = _BY_CHANNELS.get(int(seen or 0), "another task")
         problem = f"its UNet takes {seen} channels for {channels} of latents ({kind})"
@@ -123,7 +126,7 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
     elif vae.get("shift_factor") or vae.get("latents_mean"):
         problem = "its VAE shifts its latents"
     if problem is not None:
-        raise _error(f"not a Stable Diffusion text-to-image model: {problem}")
+        raise _error(f"not a Stable Diffusion model that can be exported: {problem}")
 
 
 def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:

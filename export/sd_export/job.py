@@ -271,7 +271,7 @@ class Job:
             family=checkpoint.family,
             license=checkpoint.license,
             prediction_type=checkpoint.prediction_type,
-            latent_channels=int(checkpoint.configs["unet"].get("in_channels", 4)),
+            latent_channels=checkpoint.latent_channels,
             vae_scaling_factor=vae_scaling_factor(checkpoint),
             max_prompt_tokens=max_prompt_tokens(checkpoint),
             scheduler=dict(checkpoint.configs["scheduler"]),

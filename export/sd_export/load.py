@@ -88,15 +88,19 @@ def max_prompt_tokens(checkpoint: Checkpoint) -> int:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """The unmodified `diffusers.StableDiffusionPipeline` of the checkpoint, without its checker.
+    """The unmodified pipeline of diffusers for the checkpoint, without its checker.
 
-    It draws latent consistency models as well, and with any scheduler, which their own does not.
+    `StableDiffusionInpaintPipeline` where the UNet is for inpainting, else
+    `StableDiffusionPipeline`, which draws latent consistency models as well, and with any
+    scheduler, as their own does not.
     """
     import diffusers
 
+    inpaint, draw = diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionPipeline
+    pipeline_class = inpaint if checkpoint.is_for_inpainting else draw
     with _quiet():
         scheduler_class = getattr(diffusers, checkpoint.configs["scheduler"]["_class_name"])
-        pipeline = diffusers.StableDiffusionPipeline(
+        pipeline = pipeline_class(
             vae=load_model(checkpoint, "vae"),
             text_encoder=load_model(checkpoint, "text_encoder"),
             tokenizer=_clip_tokenizer(checkpoint),

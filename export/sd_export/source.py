@@ -72,6 +72,16 @@ class Checkpoint:
         return "safety_checker" in self.weights
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents; a UNet that is fed more of them is for inpainting."""
+        return int(self.configs["vae"].get("latent_channels", 4))
+
+    @property
+    def is_for_inpainting(self) -> bool:
+        """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
+        return int(self.configs["unet"].get("in_channels", 4)) != self.latent_channels
+
+    @property
     def family(self) -> str:
         """The family's name in the manifest."""
         return family_of(self.configs)

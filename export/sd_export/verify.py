@@ -64,6 +64,8 @@ def probe_inputs(
             arrays[spec.name] = np.array(_TIMESTEPS[:rows], dtype=np.float32)
         elif spec.name == "images":
             arrays[spec.name] = _pictures(rng, shape)
+        elif spec.name == "mask":
+            arrays[spec.name] = (rng.random(shape) < 0.5).astype(np.float32)
         else:
             arrays[spec.name] = rng.standard_normal(shape, dtype=np.float32)
     return arrays

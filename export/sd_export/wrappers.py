@@ -68,6 +68,30 @@ class Unet(nn.Module):
         return noise_pred
 
 
+class InpaintingUnet(nn.Module):
+    """As `Unet`, with mask [batch, 1, h, w] and masked_image_latents [batch, c, h, w]."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = Unet(unet)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        masked_image_latents: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict."""
+        stacked = torch.cat([sample, mask, masked_image_latents], dim=1)
+        noise_pred: torch.Tensor = self.unet(
+            stacked, timestep, encoder_hidden_states, timestep_cond
+        )
+        return noise_pred
+
+
 class VaeDecoder(nn.Module):
     """latents [batch, c, h, w], scaled → images [batch, H, W, 3] in [0, 1]."""
 
@@ -145,7 +169,7 @@ def wrap(
     if component == "text_encoder":
         wrapper = TextEncoder(model)
     elif component == "unet":
-        wrapper = Unet(model)
+        wrapper = InpaintingUnet(model) if checkpoint.is_for_inpainting else Unet(model)
     elif component == "vae_decoder":
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor)
     elif component == "vae_encoder":
@@ -171,8 +195,8 @@ def borders(
     """Inputs and outputs of ``component`` for ``profile``."""
     text, unet = checkpoint.configs["text_encoder"], checkpoint.configs["unet"]
     tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
-    channels = int(unet.get("in_channels", 4))
-    latent_shape = (BATCH, channels, profile.latent_height, profile.latent_width)
+    latent_size = (profile.latent_height, profile.latent_width)
+    latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
     embeds_shape = (BATCH, tokens, width)
     latents = TensorSpec("latents", "float32", latent_shape)
     images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
@@ -185,6 +209,11 @@ def borders(
             TensorSpec("timestep", "float32", (BATCH,)),
             TensorSpec("encoder_hidden_states", "float32", embeds_shape),
         ]
+        if checkpoint.is_for_inpainting:
+            inputs += [
+                TensorSpec("mask", "float32", (BATCH, 1, *latent_size)),
+                TensorSpec("masked_image_latents", "float32", latent_shape),
+            ]
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))

@@ -161,6 +161,36 @@ def test_a_latent_consistency_model_loads_from_both_layouts(tmp_path: Path) -> N
         assert found.configs["scheduler"][key] == expected.configs["scheduler"][key]
 
 
+def test_a_single_file_for_inpainting_is_known_by_its_shapes(
+    single_file_checkpoint: Path, tmp_path: Path
+) -> None:
+    state = original_state(single_file_checkpoint)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    state[name] = torch.randn(len(state[name]), 9, 3, 3)
+    save_file(state, tmp_path / "inpainting.safetensors")
+    found = find_checkpoint(str(tmp_path / "inpainting.safetensors"))
+    assert found.is_for_inpainting
+    assert found.latent_channels == 4
+    unet = load_model(found, "unet")
+    assert torch.equal(unet.conv_in.weight, state[name])
+    assert not find_checkpoint(str(single_file_checkpoint)).is_for_inpainting
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("kind", ["", "Img2Img", "Inpaint"])
+def test_the_unet_says_whether_a_folder_is_for_inpainting(
+    checkpoint: Path, tmp_path: Path, kind: str, channels: int
+) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    for file, changes in (
+        ("model_index.json", {"_class_name": f"StableDiffusion{kind}Pipeline"}),
+        ("unet/config.json", {"in_channels": channels}),
+    ):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | changes))
+    assert find_checkpoint(str(folder)).is_for_inpainting == (channels == 9)
+
+
 def test_single_file_names_are_those_of_diffusers(
     single_file_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -417,7 +447,6 @@ def test_a_missing_component_is_named(checkpoint: Path, tmp_path: Path, part: st
         ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ("unet/config.json", {"class_embed_type": "projection"}, "unCLIP"),
         ("unet/config.json", {"num_class_embeds": 1000}, "upscaler"),
-        ("unet/config.json", {"in_channels": 9}, "inpainting"),
         ("unet/config.json", {"in_channels": 5}, "depth to image"),
         ("unet/config.json", {"in_channels": 7}, "upscaler"),
         ("unet/config.json", {"in_channels": 8}, "InstructPix2Pix"),
@@ -448,7 +477,6 @@ def test_folders_of_other_families_are_named(
         ("StableDiffusionLatentUpscalePipeline", "upscaler"),
         ("StableDiffusionDepth2ImgPipeline", "depth to image"),
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
-        ("StableDiffusionInpaintPipeline", "inpainting"),
         ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
         ("StableDiffusionImageVariationPipeline", "image variations"),
         ("StableVideoDiffusionPipeline", "video"),

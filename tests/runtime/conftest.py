@@ -211,6 +211,21 @@ def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     model.pipeline.close()
 
 
+@pytest.fixture(scope="session")
+def inpainting_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """A UNet of nine channels, which is fed the mask: 24×24 pictures, two at a time, DDIM."""
+    model = make_model(
+        tmp_path_factory.mktemp("inpainting"),
+        batch_size=2,
+        inpainting=True,
+        seed=2,
+        scheduler="DDIMScheduler",
+        **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 16)},
+    )
+    yield model
+    model.pipeline.close()
+
+
 @pytest.fixture
 def suspect() -> Request:
     """`SUSPECT`: some of its pictures are flagged in ``guarded_model``, and some are not."""

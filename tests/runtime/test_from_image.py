@@ -91,6 +91,29 @@ def test_every_class_of_schedulers(tiny_model: TinyModel, name: str, masked: boo
     assert_same(tiny_model, request)
 
 
+def test_the_graph_of_an_inpainting_checkpoint_takes_the_mask_by_name(
+    inpainting_model: TinyModel,
+) -> None:
+    manifest = open_bundle(inpainting_model.bundle).manifest
+    inputs = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}
+    assert inputs["sample"] == inputs["masked_image_latents"] == ("batch", 4, 12, 12)
+    assert inputs["mask"] == ("batch", 1, 12, 12)
+    assert manifest.model.latent_channels == 4
+    proven = {entry.component: entry.figure for entry in manifest.certificate}
+    assert proven.keys() == {*manifest.components, "end_to_end"}
+    assert proven["end_to_end"] >= 0.999
+
+
+@pytest.mark.parametrize("strength", [0.3, None])
+@pytest.mark.parametrize("name", ["ddim", "euler_a", "unipc"])
+def test_a_unet_that_is_fed_the_mask(
+    inpainting_model: TinyModel, name: str, strength: float | None
+) -> None:
+    request = request_for(inpainting_model, masked=True, scheduler=name, strength=strength)
+    assert_same(inpainting_model, request)
+    assert_same(inpainting_model, replace(request, guidance_scale=1.0))
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
 def test_defaults_and_several_pictures(tiny_model: TinyModel, masked: bool) -> None:
     request = request_for(
@@ -102,6 +125,17 @@ def test_defaults_and_several_pictures(tiny_model: TinyModel, masked: bool) -> N
     alone = replace(request, prompt="a dog", seed=11, num_images_per_prompt=1)
     difference = tiny_model.pipeline.generate(alone).pixels[0].astype(int) - result.pixels[3]
     assert np.abs(difference).max() <= 1
+
+
+def test_several_pictures_of_a_unet_that_is_fed_the_mask(inpainting_model: TinyModel) -> None:
+    request = request_for(inpainting_model, masked=True, num_images_per_prompt=3, strength=0.5)
+    assert_same(inpainting_model, request)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
+def test_a_unet_that_is_told_its_guidance(consistency_model: TinyModel, masked: bool) -> None:
+    request = request_for(consistency_model, masked=masked, strength=0.7, guidance_scale=8.5)
+    assert_same(consistency_model, request)
 
 
 def test_what_the_mask_leaves_out_is_kept(tiny_model: TinyModel) -> None:
@@ -190,6 +224,14 @@ def test_a_recipe_needs_the_picture_again(tiny_model: TinyModel) -> None:
 def test_what_cannot_be_asked(tiny_model: TinyModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_model.pipeline.stream(request_for(tiny_model, masked=True, **options))
+
+
+@pytest.mark.parametrize("options", [{"image": None, "mask": None}, {"mask": None}])
+def test_what_a_unet_for_inpainting_refuses(
+    inpainting_model: TinyModel, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="--image PICTURE --mask MASK"):
+        inpainting_model.pipeline.stream(request_for(inpainting_model, masked=True, **options))
 
 
 def test_a_bundle_without_an_encoder(tiny_model: TinyModel) -> None:
