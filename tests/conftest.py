@@ -44,3 +44,18 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("shapes") / "bundle"
     export(checkpoint, bundle, backends=("onnxruntime", "openvino"))
     return bundle
+
+
+@pytest.fixture(scope="session")
+def cached_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint with a shallow UNet, for ONNX Runtime and OpenVINO; two pictures."""
+    from sd_export.cli import main
+    from tiny import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("cached")
+    checkpoint = make_checkpoint(folder / "checkpoint", block_out_channels=(32,))
+    arguments = ["--backend", "onnxruntime", "--backend", "openvino", "--batch-size", "2"]
+    bundle = folder / "bundle"
+    arguments += ["--model", str(checkpoint), "--output", str(bundle), "--feature-cache", "--quiet"]
+    assert main(arguments) == 0
+    return bundle

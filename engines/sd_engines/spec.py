@@ -52,7 +52,7 @@ class Profile:
 
         Not so for a UNet that takes `TIMESTEP_COND` among its ``inputs``: it is never guided.
         """
-        guided = component in ("text_encoder", "unet")
+        guided = component in ("text_encoder", "unet", "unet_shallow")
         guided = guided and all(spec.name != TIMESTEP_COND for spec in inputs)
         return self.batch_size * (2 if guided else 1)
 

@@ -66,6 +66,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--guidance-scale", type=float, help="What sd-run takes. [default: the pipeline's own]"
 )
+@click.option(
+    "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
+)
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
 @click.pass_context
 def export_command(
@@ -83,6 +86,7 @@ def export_command(
     prediction_type: str | None,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    feature_cache: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -115,6 +119,7 @@ def export_command(
         prediction_type=prediction_type,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        feature_cache=feature_cache,
         progress=_progress(quiet),
     )
     if not quiet:

@@ -56,6 +56,7 @@ def export(
     prediction_type: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    feature_cache: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
     """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
@@ -63,7 +64,9 @@ def export(
     ``height`` and ``width`` in pixels; None means the checkpoint's own sample size.
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
-    checkpoint's pipeline takes in diffusers, and distilled models want others. Raises
+    checkpoint's pipeline takes in diffusers, and distilled models want others. With
+    ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
+    what a request's ``cache_interval`` needs. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
@@ -86,11 +89,16 @@ def export(
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )
+            if feature_cache:
+                from sd_export.shallow_unet import reads_text
+
+                reads_text(checkpoint.configs["unet"])  # refuses what cannot be cut
         job = Job(
             checkpoint,
             _profile(checkpoint, height=height, width=width, batch_size=batch_size),
             backends,
             precision,
+            feature_cache=feature_cache,
             work=work,
             log=log,
         )

@@ -30,6 +30,7 @@ def recorded_graph(
     checkpoint: Checkpoint,
     profile: Profile,
     precision: Precision,
+    feature_cache: bool,
     key: str,
     log: StageLog,
 ) -> ComponentEntry:
@@ -44,7 +45,13 @@ def recorded_graph(
         log.skipped(component, "trace", size=sum(file.bytes for file in entry.files.values()))
         return entry
     border = _make(
-        component, checkpoint=checkpoint, profile=profile, precision=precision, work=work, log=log
+        component,
+        checkpoint=checkpoint,
+        profile=profile,
+        precision=precision,
+        feature_cache=feature_cache,
+        work=work,
+        log=log,
     )
     release()
     folder = work.bundle / component
@@ -81,6 +88,7 @@ def _make(
     checkpoint: Checkpoint,
     profile: Profile,
     precision: Precision,
+    feature_cache: bool,
     work: WorkFolder,
     log: StageLog,
 ) -> dict[str, Any]:
@@ -96,8 +104,12 @@ def _make(
     with log.stage(component, "load") as result:
         model = load_model(checkpoint, wrappers.MODEL_OF.get(component, component))
         result.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        module = wrappers.wrap(component, model, checkpoint=checkpoint, profile=profile)
-    inputs, outputs = wrappers.borders(component, checkpoint=checkpoint, profile=profile)
+        module = wrappers.wrap(
+            component, model, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache
+        )
+    inputs, outputs = wrappers.borders(
+        component, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache
+    )
     with log.stage(component, "reference"):
         vocab_size = int(checkpoint.configs["text_encoder"]["vocab_size"])
         probe = verify.probe_inputs(component, inputs, profile=profile, vocab_size=vocab_size)

@@ -56,6 +56,7 @@ class Job:
         backends: tuple[str, ...],
         precision: Precision | None,
         *,
+        feature_cache: bool,
         work: WorkFolder,
         log: StageLog,
     ) -> None:
@@ -63,6 +64,7 @@ class Job:
         self.profile = profile
         self.backends = backends
         self.precision = precision
+        self.feature_cache = feature_cache
         self.work = work
         self.log = log
         self.versions = versions(backends)
@@ -81,6 +83,7 @@ class Job:
                 **self._made_of,
                 "backends": backends,
                 "defaults": asdict(checkpoint.defaults),
+                "feature_cache": feature_cache,
                 "license": checkpoint.license,
                 "licenses": [path.read_text("utf-8", "replace") for path in checkpoint.licenses],
                 "precision": precision,
@@ -114,6 +117,8 @@ class Job:
         certificate: list[CertificateEntry] = []
         for component in COMPONENTS:
             if component == "safety_checker" and not self.checkpoint.has_safety_checker:
+                continue
+            if component == "unet_shallow" and not self.feature_cache:
                 continue
             self._check_unchanged()
             components[component] = self._graph(component)
@@ -188,9 +193,11 @@ class Job:
         from sd_export.wrappers import MODEL_OF
 
         precision = graph_precision(component, self.backends, self.precision)
+        feature_cache = component == "unet" and self.feature_cache
         made_of = {
             **self._made_of,
             "component": component,
+            "feature_cache": feature_cache,
             "precision": precision,
             "weights": self._weights[MODEL_OF.get(component, component)],
         }
@@ -200,6 +207,7 @@ class Job:
             checkpoint=self.checkpoint,
             profile=self.profile,
             precision=precision,
+            feature_cache=feature_cache,
             key=key_of(made_of),
             log=self.log,
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _COARSENESS = ("fp32", "fp16", "bf16")
-HALVED = ("unet",)
+HALVED = ("unet", "unet_shallow")
 """Components whose graphs become half precision where it is asked for."""
 
 

@@ -83,16 +83,22 @@ def reference_outputs(
     """What the original gives for ``inputs``; `ExportError` where it is not finite.
 
     ``module`` is the wrapper around ``model``. The safety checker's reference is not the wrapper
-    but diffusers' own path through Pillow.
+    but diffusers' own path through Pillow, the shallow UNet's is the whole one with its deep
+    features replaced.
     """
     import torch
 
     from sd_export.load import nsfw_content_detected
+    from sd_export.shallow_unet import shallow_reference
 
     if component == "safety_checker":
         return {outputs[0].name: nsfw_content_detected(checkpoint, model, inputs["images"])}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.inference_mode():
-        results = module(*(torch.from_numpy(array) for array in inputs.values()))
+        if component == "unet_shallow":
+            results: Any = shallow_reference(model, **tensors)
+        else:
+            results = module(*tensors.values())
     arrays = [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
     for spec, array in zip(outputs, arrays, strict=True):
         if not np.isfinite(array).all():

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sd_engines.spec import BATCH, TIMESTEP_COND, TensorSpec
+from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
     from sd_engines.spec import Profile
     from sd_export.source import Checkpoint
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker")
+COMPONENTS = (
+    "text_encoder",
+    "unet",
+    "unet_shallow",
+    "vae_decoder",
+    "vae_encoder",
+    "safety_checker",
+)
 """Components of a bundle, in the order in which they are made."""
-MODEL_OF = {"vae_decoder": "vae", "vae_encoder": "vae"}
+MODEL_OF = {"unet_shallow": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 """The checkpoint's model that holds a component, where its name differs."""
 
 
@@ -161,15 +169,28 @@ class SafetyChecker(nn.Module):
 
 
 def wrap(
-    component: str, model: nn.Module, *, checkpoint: Checkpoint, profile: Profile
+    component: str,
+    model: nn.Module,
+    *,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    feature_cache: bool = False,
 ) -> nn.Module:
-    """The module to trace for ``component``, around ``model`` (that of `MODEL_OF`)."""
+    """The module to trace for ``component``, around ``model`` (that of `MODEL_OF`).
+
+    With ``feature_cache`` the UNet gives its deep features as well.
+    """
     scaling_factor = vae_scaling_factor(checkpoint)
     wrapper: nn.Module
     if component == "text_encoder":
         wrapper = TextEncoder(model)
     elif component == "unet":
-        wrapper = InpaintingUnet(model) if checkpoint.is_for_inpainting else Unet(model)
+        if checkpoint.is_for_inpainting:
+            wrapper = InpaintingUnet(model)
+        else:
+            wrapper = CachedUnet(model) if feature_cache else Unet(model)
+    elif component == "unet_shallow":
+        wrapper = ShallowUnet(model)
     elif component == "vae_decoder":
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor)
     elif component == "vae_encoder":
@@ -190,9 +211,9 @@ def vae_scaling_factor(checkpoint: Checkpoint) -> float:
 
 
 def borders(
-    component: str, *, checkpoint: Checkpoint, profile: Profile
+    component: str, *, checkpoint: Checkpoint, profile: Profile, feature_cache: bool = False
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of ``component`` for ``profile``."""
+    """Inputs and outputs of ``component`` for ``profile``, as `wrap` makes it."""
     text, unet = checkpoint.configs["text_encoder"], checkpoint.configs["unet"]
     tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
     latent_size = (profile.latent_height, profile.latent_width)
@@ -203,12 +224,17 @@ def borders(
     if component == "text_encoder":
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         return (ids,), (TensorSpec("prompt_embeds", "float32", embeds_shape),)
-    if component == "unet":
-        inputs = [
-            TensorSpec("sample", "float32", latent_shape),
-            TensorSpec("timestep", "float32", (BATCH,)),
-            TensorSpec("encoder_hidden_states", "float32", embeds_shape),
-        ]
+    if component in ("unet", "unet_shallow"):
+        sample = TensorSpec("sample", "float32", latent_shape)
+        timestep = TensorSpec("timestep", "float32", (BATCH,))
+        embeds = TensorSpec("encoder_hidden_states", "float32", embeds_shape)
+        noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
+        features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
+        features = TensorSpec("deep_features", "float32", features_shape)
+        if component == "unet_shallow":
+            prompt = (embeds,) if reads_text(unet) else ()
+            return (sample, timestep, features, *prompt), (noise_pred,)
+        inputs = [sample, timestep, embeds]
         if checkpoint.is_for_inpainting:
             inputs += [
                 TensorSpec("mask", "float32", (BATCH, 1, *latent_size)),
@@ -217,7 +243,7 @@ def borders(
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
-        return tuple(inputs), (TensorSpec("noise_pred", "float32", latent_shape),)
+        return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
     if component == "vae_decoder":
         return (latents,), (images,)
     if component == "vae_encoder":
