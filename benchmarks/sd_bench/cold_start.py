@@ -64,6 +64,7 @@ def sd_run_command(bundle: Path, settings: Settings, *, output: Path) -> list[st
         "--guidance-scale": settings.guidance_scale,
         "--guidance-start": settings.guidance_start,
         "--guidance-stop": settings.guidance_stop,
+        "--cache-interval": settings.cache_interval,
         "--scheduler": settings.scheduler,
         "--backend": None if settings.backend == "auto" else settings.backend,
         "--threads": settings.threads,

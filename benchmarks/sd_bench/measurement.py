@@ -33,6 +33,7 @@ class Settings:
     guidance_scale: float = 7.5
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    cache_interval: int = 1
     scheduler: str | None = None
     num_images: int = 1
     backend: str = "auto"
@@ -49,6 +50,7 @@ class Settings:
             guidance_scale=self.guidance_scale,
             guidance_start=self.guidance_start,
             guidance_stop=self.guidance_stop,
+            cache_interval=self.cache_interval,
             scheduler=self.scheduler,
         )
 
@@ -101,7 +103,7 @@ class Measurement:
     def stage_ms(self, stage: str) -> list[float]:
         """``stage`` of every sample in ms.
 
-        "unet_step" is every single call of the UNet, "scheduler_step" every update after it.
+        "unet_step" is every single call of the whole UNet, "scheduler_step" every update.
         """
         if stage == "unet_step":
             return [step for sample in self.samples for step in sample.unet_steps_ms]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COLUMNS: Final = ("min", "max", "mean", "median", "percentile(90%)", "percentile(99%)")
 _FIRST_STAGES: Final = ("tokenize", "text_encoder", "noise", "model_input")
 _STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
-_LAST_STAGES: Final = ("vae_decoder", "safety_checker", "png")
+_LAST_STAGES: Final = ("unet_shallow", "vae_decoder", "safety_checker", "png")
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,15 @@ def request_work(
     """
     size, left = pipeline.profile.batch_size, request.num_images
     batches = [min(size, left - first) for first in range(0, left, size)]
-    num_rows = len(timings.spans.get("unet", ())) // len(batches)
-    guided = plan(request, pipeline.bundle.manifest).guided_rows
-    samples = [n * (2 if row in guided else 1) for n in batches for row in range(num_rows)]
-    rows = {"text_encoder": [1], "unet": samples, "vae_decoder": batches, "safety_checker": batches}
+    planned = plan(request, pipeline.bundle.manifest)
+    rows = {"text_encoder": [1], "vae_decoder": batches, "safety_checker": batches}
+    for name in ("unet", "unet_shallow"):
+        rows[name] = [
+            n * (2 if row in planned.guided_rows else 1)
+            for n in batches
+            for row in range(planned.table.num_rows)
+            if (name == "unet_shallow") == (row in planned.shallow_rows)
+        ]
     components = pipeline.bundle.manifest.components
     work: dict[str, dict[str, float]] = {}
     for name, engine in pipeline.engines.items():

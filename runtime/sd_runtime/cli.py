@@ -57,6 +57,11 @@ _FILE = click.Path(path_type=Path)
     help="Share of the steps it ends after; the others take half the work. [default: 1]",
 )
 @click.option(
+    "--cache-interval",
+    type=int,
+    help="Run the whole UNet every N steps only: sooner, not the same picture. [default: 1]",
+)
+@click.option(
     "--scheduler",
     help="Such as ddim, euler_a, dpm++_2m_karras, unipc. [default: the checkpoint's own]",
 )

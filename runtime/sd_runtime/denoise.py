@@ -20,7 +20,7 @@ from sd_runtime.prediction import x0_prediction
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
 
     from sd_engines.engine import Array, Binding, Engine
     from sd_runtime.noise import NoiseStream
@@ -70,22 +70,38 @@ def denoise(
     timings: Timings,
     unet_inputs: Mapping[str, Array] | None = None,
     known: Known | None = None,
+    unet_shallow: Engine | None = None,
+    shallow_rows: Container[int] = (),
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
     Embeddings are [tokens, d], one per picture. On ``guided_rows`` the UNet runs on 2n samples,
-    negative first, and on n elsewhere, where nobody reads the negative ones. ``noise`` is one
-    stream per picture, read on the rows that draw, used there or not, so that later rows see the
-    noise they would see in diffusers. ``unet_inputs`` go to the UNet by name on every row, in both
-    halves: [n, …], or [1, …] for all pictures. Where ``known`` is given, its part of the latents is
-    put back after every row, with the noise of the next. Closing the generator cancels.
+    negative first, and on n elsewhere, where nobody reads the negative ones. On ``shallow_rows``
+    ``unet_shallow`` runs instead, on the deep features of the last row that was not; that row must
+    be guided if they are, and not if they are not. ``noise`` is one stream per picture, read on
+    the rows that draw, used there or not, so that later rows see the noise they would see in
+    diffusers. ``unet_inputs`` go to the UNet by name on every row, in both halves: [n, …], or
+    [1, …] for all pictures. Where ``known`` is given, its part of the latents is put back after
+    every row, with the noise of the next. Closing the generator cancels.
     """
     n = len(latents)
+    engines = {"unet": unet} | ({"unet_shallow": unet_shallow} if unet_shallow else {})
+    kinds = [
+        ("unet_shallow" if row in shallow_rows else "unet", row in guided_rows)
+        for row in range(table.num_rows)
+    ]
     bindings = {
-        guided: _bound(
-            unet, [*(negative_prompt_embeds if guided else ()), *prompt_embeds], unet_inputs or {}
+        (component, guided): _bound(
+            engines[component],
+            [*(negative_prompt_embeds if guided else ()), *prompt_embeds],
+            unet_inputs or {},
         )
-        for guided in {row in guided_rows for row in range(table.num_rows)}
+        for component, guided in dict.fromkeys(kinds)
+    }
+    kept_features = {
+        guided: binding.inputs["deep_features"]
+        for (component, guided), binding in bindings.items()
+        if component == "unet_shallow"
     }
 
     state = np.empty_like(next(iter(bindings.values())).inputs["sample"][:n])
@@ -105,8 +121,8 @@ def denoise(
 
     for row, timestep in enumerate(timesteps):
         start = clock()
-        guided = row in guided_rows
-        binding = bindings[guided]
+        component, guided = kinds[row]
+        binding = bindings[component, guided]
         sample_in, noise_pred = binding.inputs["sample"], binding.outputs["noise_pred"]
         before = sample_in[:n]
         before[...] = state
@@ -115,6 +131,8 @@ def denoise(
         binding.inputs["timestep"][...] = timestep
         ready = clock()
         binding.run()
+        if component == "unet" and guided in kept_features:
+            copy_into(kept_features[guided], binding.outputs["deep_features"])
         done = clock()
         if guided:
             np.subtract(noise_pred[n:], noise_pred[:n], out=model_output)
@@ -144,7 +162,7 @@ def denoise(
             np.multiply(kept.noise, kept_noise[row], out=scratch)
             state += scratch
         timings.add("model_input", start, ready)
-        timings.add("unet", ready, done)
+        timings.add(component, ready, done)
         timings.add("scheduler", done, clock())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
@@ -152,11 +170,13 @@ def denoise(
 def _bound(unet: Engine, embeds: Sequence[Array], unet_inputs: Mapping[str, Array]) -> Binding:
     """The UNet's buffers for as many rows as there are embeddings, and those written to them.
 
-    ``unet_inputs`` are repeated until all rows have one.
+    ``unet_inputs`` are repeated until all rows have one. A shallow UNet whose layers do not look
+    at the prompt has no place for the embeddings.
     """
     binding = unet.bind(len(embeds))
-    for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
-        copy_into(row_in, row)
+    if "encoder_hidden_states" in binding.inputs:
+        for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
+            copy_into(row_in, row)
     for name, rows in unet_inputs.items():
         for index, row_in in enumerate(binding.inputs[name]):
             copy_into(row_in, rows[index % len(rows)])

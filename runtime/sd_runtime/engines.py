@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
     """By component: how many rows its engine answers at once for the first pictures of ``plan``."""
     pictures = min(plan.request.num_images, profile.batch_size)
-    guided = len(plan.guided_rows)
-    compositions = {2 * pictures: guided, pictures: plan.table.num_rows - guided}
+    samples = {
+        row: pictures * (2 if row in plan.guided_rows else 1) for row in range(plan.table.num_rows)
+    }
     encoder = {} if plan.request.image is None else {ENCODER: {1}}  # one at a time: `ImageEncoder`
     return encoder | {
         "text_encoder": {1},  # each text on its own row: `PromptEncoder`
-        "unet": {batch for batch, rows in compositions.items() if rows},
+        "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
+        "unet_shallow": {samples[row] for row in plan.shallow_rows},
         "vae_decoder": {pictures},
         "safety_checker": {pictures},
     }

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest, Request
 
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
+OPTIONAL = ("unet_shallow", "safety_checker")
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 PRECISION_HINT = (
     "Nothing was kept. Try another --backend or a bundle of higher precision: "
@@ -94,7 +95,7 @@ class Pipeline(Closing):
                     f"the bundle {path} has no {component}",
                     "Make it again: sd-export --model MODEL --output BUNDLE.",
                 )
-        names = [*REQUIRED, *(name for name in ("safety_checker",) if name in present)]
+        names = [*REQUIRED, *(name for name in OPTIONAL if name in present)]
         tokenizer = Tokenizer.load(
             bundle.verified_path(TOKENIZER_FILE),
             max_tokens=bundle.manifest.model.max_prompt_tokens,
@@ -189,6 +190,8 @@ class Pipeline(Closing):
             timings=timings,
             unet_inputs={**plan.unet_inputs, **start.unet_inputs},
             known=start.known,
+            unet_shallow=self._engines.get("unet_shallow"),
+            shallow_rows=plan.shallow_rows,
         )
 
     def _open_encoder(self, backend: str, threads: int | None) -> Engine:
@@ -243,6 +246,7 @@ class Pipeline(Closing):
             guidance_scale=plan.guidance_scale,
             guidance_start=float(request.guidance_start),
             guidance_stop=float(request.guidance_stop),
+            cache_interval=request.cache_interval,
             scheduler=plan.scheduler,
             eta=float(request.eta),
             image=None if request.image is None else request.image.sha256,

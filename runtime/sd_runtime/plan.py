@@ -39,17 +39,24 @@ class Plan:
     scheduler: str
     table: SchedulerTable
     guided_rows: range
+    shallow_rows: frozenset[int]
     unet_inputs: Mapping[str, NDArray[np.float32]]
 
 
 def plan(request: Request, manifest: Manifest) -> Plan:
     """Check ``request`` against a bundle.
 
-    Raises `ConfigError` for a task, a size, a scheduler, a number of steps or a guidance that
-    cannot be done, `BundleError` where the bundle lacks what the task needs.
+    Raises `ConfigError` for a task, a size, a scheduler, a number of steps, a guidance or a
+    cache_interval that cannot be done, `BundleError` where the bundle lacks what the task needs.
     """
     task = task_of(request, manifest)
     request.check_profile(manifest.profile)
+    if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
+        raise ConfigError(
+            f"cache_interval is {request.cache_interval}, and the bundle has no shallow UNet",
+            "Leave it at 1, or export another bundle: "
+            f"sd-export --model {manifest.model.source} --feature-cache --output BUNDLE.",
+        )
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = manifest.model.defaults.num_inference_steps if steps is None else steps
     scale = manifest.model.defaults.guidance_scale if scale is None else scale
@@ -83,6 +90,7 @@ def plan(request: Request, manifest: Manifest) -> Plan:
         scheduler=scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler")),
         table=table,
         guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
+        shallow_rows=request.shallow_rows(table.num_rows),
         unet_inputs=unet_inputs,
     )
 

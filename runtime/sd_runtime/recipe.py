@@ -48,6 +48,7 @@ class Recipe:
     fingerprint: str
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    cache_interval: int = 1
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -75,6 +76,7 @@ class Recipe:
             guidance_scale=self.guidance_scale,
             guidance_start=self.guidance_start,
             guidance_stop=self.guidance_stop,
+            cache_interval=self.cache_interval,
             scheduler=self.scheduler,
             eta=self.eta,
             height=self.height,
@@ -103,6 +105,8 @@ class Recipe:
             values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
         if self.strength is not None:
             values["Denoising strength"] = f"{self.strength:g}"
+        if self.cache_interval != 1:
+            values["Cache interval"] = self.cache_interval
         if self.eta:
             values["Eta"] = f"{self.eta:g}"
         lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))

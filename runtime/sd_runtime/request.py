@@ -31,8 +31,10 @@ class Request:
     Pictures are ordered by prompt, then by number; picture i is drawn from ``seed + i``, whatever
     the batch it runs in. ``guidance_scale`` ≤ 1 runs without the unconditional half, and so do the
     steps before ``guidance_start`` and from ``guidance_stop`` on, both shares of all steps
-    (Kynkäänniemi et al. 2024): half the work there, and another picture. ``eta`` is the noise of
-    DDIM and TCD, 0 … 1.
+    (Kynkäänniemi et al. 2024): half the work there, and another picture. With a ``cache_interval``
+    of N the whole UNet runs on every N-th step, and its shallow part alone on the others, with the
+    deep features of the last whole one (DeepCache, Ma et al. 2024): another picture too, where N
+    is not 1. ``eta`` is the noise of DDIM and TCD, 0 … 1.
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
@@ -49,6 +51,7 @@ class Request:
     guidance_scale: float | None = None
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    cache_interval: int = 1
     scheduler: str | None = None
     eta: float = 0.0
     height: int | None = None
@@ -71,6 +74,7 @@ class Request:
                 "Give one negative prompt for all, or as many as there are prompts.",
             )
         _check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
+        _check_whole("cache_interval", self.cache_interval, 1, None)
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1, None)
@@ -148,6 +152,17 @@ class Request:
         if self.guidance_scale <= 1:
             return range(0)
         return range(int(self.guidance_start * num_rows), int(self.guidance_stop * num_rows))
+
+    def shallow_rows(self, num_rows: int) -> frozenset[int]:
+        """Which of ``num_rows`` UNet calls run on kept deep features.
+
+        Features are of the batch that made them, and guidance doubles it: so where guidance begins
+        or ends the whole UNet runs, and from there on every ``cache_interval``-th time.
+        """
+        guided = self.guided_rows(num_rows)
+        stretches = range(guided.start), guided, range(guided.stop, num_rows)
+        whole = {row for rows in stretches for row in rows[:: self.cache_interval]}
+        return frozenset(range(num_rows)) - whole
 
     def seeded(self) -> Self:
         """The same request with a seed: its own, or a random one of 32 bits."""

@@ -39,6 +39,7 @@ def test_sd_run_is_asked_for_the_settings(tmp_path: Path) -> None:
         seed=7,
         num_inference_steps=3,
         guidance_scale=1.5,
+        cache_interval=3,
         scheduler="ddim",
         num_images=2,
         backend="openvino",
@@ -49,6 +50,7 @@ def test_sd_run_is_asked_for_the_settings(tmp_path: Path) -> None:
     options = run.make_context("sd-run", arguments).params
     assert options["prompt"] == (settings.prompt,)
     assert options["bundle"] == tmp_path / "-b"
-    for name in ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler"):
+    for name in ("negative_prompt", "seed", "num_inference_steps", "guidance_scale"):
         assert options[name] == getattr(settings, name)
+    assert (options["cache_interval"], options["scheduler"]) == (3, "ddim")
     assert (options["num_images"], options["backend"], options["threads"]) == (2, "openvino", 1)

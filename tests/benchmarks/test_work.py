@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd_bench.work import Work, count_work
+from sd_bench.work import Work, count_work, request_work
 from sd_engines.errors import BundleError
+from sd_runtime import Pipeline, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +79,25 @@ def test_components_of_a_bundle(name: str, shapes_bundle: Path) -> None:
     half = count_work(path, dimensions={"batch": BATCH}, precision="bf16")
     assert half.flops == work.flops
     assert work.bytes - half.bytes == pytest.approx((work.bytes - border_bytes) / 2, rel=5e-3)
+
+
+def test_whole_and_shallow_calls_are_counted_apart(cached_bundle: Path) -> None:
+    request = Request(
+        "a cat",
+        seed=0,
+        num_images_per_prompt=3,
+        num_inference_steps=4,
+        scheduler="ddim",
+        guidance_stop=0.5,
+        cache_interval=2,
+    )
+    with Pipeline.load(cached_bundle, backend="onnxruntime", threads=1) as pipeline:
+        work = request_work(pipeline, request, pipeline.generate(request).timings)
+    for name in ("unet", "unet_shallow"):  # batches of two and of one; guided, then not
+        path = cached_bundle / name / "model.onnx"
+        flops = [count_work(path, dimensions={"batch": n}).flops for n in (4, 2, 2, 1)]
+        assert work[name]["calls"] == 4
+        assert work[name]["flops"] == sum(flops) / 4
 
 
 def write_node(

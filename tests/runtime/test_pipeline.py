@@ -254,6 +254,8 @@ def test_timings(tiny_model: TinyModel) -> None:
         ({"guidance_scale": "7"}, "guidance_scale is '7'"),
         ({"eta": -0.1}, "eta is -0.1"),
         ({"eta": 1.5}, "eta is 1.5"),
+        ({"cache_interval": 0}, "cache_interval is 0"),
+        ({"cache_interval": 1.5}, "cache_interval is 1.5"),
         ({"height": 0}, "height is 0"),
         ({"scheduler": 7}, "scheduler is 7"),
     ],
@@ -270,6 +272,7 @@ def test_requests_that_no_bundle_can_do(options: dict[str, Any], message: str) -
         ({"height": 128}, "64×64 .*not 128×64"),
         ({"width": 512}, "sd-export --model MODEL --height 64 --width 512"),
         ({"num_inference_steps": 5000}, "5000|1000"),
+        ({"cache_interval": 2}, "sd-export --model .* --feature-cache --output BUNDLE"),
     ],
 )
 def test_requests_that_this_bundle_cannot_do(

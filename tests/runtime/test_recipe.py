@@ -59,6 +59,13 @@ def test_request_of_a_recipe_from_a_picture() -> None:
     assert recipes_from_text(text_from_recipes([FROM_IMAGE], columns=1)) == ([FROM_IMAGE], 1)
 
 
+def test_recipes_from_before_an_option_was_there() -> None:
+    data = json.loads(text_from_recipes([RECIPE], columns=1))
+    for name in ("guidance_start", "guidance_stop", "cache_interval"):
+        del data["recipes"][0][name]
+    assert recipes_from_text(json.dumps(data)) == ([RECIPE], 1)
+
+
 def test_parameters_as_other_tools_read_them() -> None:
     assert RECIPE.parameters() == (
         "a red circle 🦊\nNegative prompt: blue\nSteps: 20, Sampler: ddim, CFG scale: 7.5, "
@@ -77,6 +84,7 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"num_inference_steps": None},
         {"guidance_scale": None},
         {"guidance_stop": 0.0},
+        {"cache_interval": 0},
         {"prompt": 7},
         {"scheduler": None},
         {"revision": 7},

@@ -15,7 +15,9 @@ from sd_bench.measurement import PROMPT
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--prompt", default=PROMPT, show_default=True)
-@request_options(without=("guidance_start", "guidance_stop", "scheduler", "threads"))
+@request_options(
+    without=("guidance_start", "guidance_stop", "cache_interval", "scheduler", "threads")
+)
 @click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def parity(
