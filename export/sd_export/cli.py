@@ -67,6 +67,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     "--guidance-scale", type=float, help="What sd-run takes. [default: the pipeline's own]"
 )
 @click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="Fused into it; repeatable."
+)
+@click.option(
     "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
 )
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
@@ -86,6 +89,7 @@ def export_command(
     prediction_type: str | None,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    loras: tuple[str, ...],
     feature_cache: bool,
     as_json: bool,
     quiet: bool,
@@ -119,6 +123,7 @@ def export_command(
         prediction_type=prediction_type,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        loras=loras,
         feature_cache=feature_cache,
         progress=_progress(quiet),
     )

@@ -14,6 +14,7 @@ from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
+from sd_export.lora import find_lora
 from sd_export.precision import check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
@@ -56,6 +57,7 @@ def export(
     prediction_type: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    loras: Sequence[str] = (),
     feature_cache: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
@@ -64,9 +66,10 @@ def export(
     ``height`` and ``width`` in pixels; None means the checkpoint's own sample size.
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
-    checkpoint's pipeline takes in diffusers, and distilled models want others. With
-    ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
-    what a request's ``cache_interval`` needs. Raises
+    checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
+    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. With ``feature_cache`` the UNet gives
+    its deep features too, and a second, shallow one takes them: what a request's
+    ``cache_interval`` needs. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
@@ -85,7 +88,11 @@ def export(
                 variant=variant,
                 prediction_type=prediction_type,
             )
-            checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
+            checkpoint = replace(
+                checkpoint,
+                defaults=_defaults(checkpoint.defaults, asked),
+                loras=tuple(map(find_lora, loras)),
+            )
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )

@@ -71,10 +71,15 @@ class Job:
         with log.stage("checkpoint", "hash") as result:
             self._stamps = _stamps(checkpoint)
             self._weights = _weight_hashes(checkpoint)
+            self._loras = [
+                {"file": lora.path.name, "sha256": _file_hash(lora.path), "scale": lora.scale}
+                for lora in checkpoint.loras
+            ]
             result.bytes = _stored_bytes(checkpoint)
         self._made_of = {
             "code": _folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
+            "loras": self._loras,
             "profile": asdict(profile),
             "versions": self.versions,
         }
@@ -261,6 +266,7 @@ class Job:
             "key": self.key,
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
+            "loras": self._loras,
             "peak_bytes": peak_memory_bytes(),
             "stages": [asdict(event) for event in self.log.ended],
         }
@@ -293,6 +299,7 @@ class Job:
 def _stamps(checkpoint: Checkpoint) -> dict[Path, tuple[int, int] | None]:
     """Size and time of change of every weight file; None for one that is gone."""
     paths = {path for paths in checkpoint.weights.values() for path in paths}
+    paths |= {lora.path for lora in checkpoint.loras}
     found = {path: path.stat() if path.exists() else None for path in paths}
     return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ExportError
+from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.single_file import single_file_names
 from sd_export.weights import Place, Weights
@@ -47,7 +48,8 @@ _OLD_ATTENTION_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|valu
 def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     """The ``text_encoder``, ``unet``, ``vae`` or ``safety_checker`` in float32, for inference.
 
-    Raises `ExportError` for weights that are missing, of another shape, not finite or unreadable.
+    The checkpoint's LoRAs are fused into it. Raises `ExportError` for weights that are missing, of
+    another shape, not finite or unreadable.
     """
     config = dict(checkpoint.configs[component])
     try:
@@ -69,7 +71,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
             parent, _, leaf = name.rpartition(".")
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
-    return module.eval().requires_grad_(requires_grad=False)
+    module.eval().requires_grad_(requires_grad=False)
+    fuse_loras(module, component, checkpoint.loras)
+    return module
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:

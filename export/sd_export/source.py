@@ -26,6 +26,8 @@ from sd_export.family import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sd_export.lora import Lora
+
 WEIGHT_STEMS = {
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
@@ -52,6 +54,7 @@ class Checkpoint:
     ``feature_extractor`` where the checkpoint has them. ``weights`` maps a model to its files.
     ``single_file`` means the original layout: all models share one file, and the tokenizer is
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
+    ``loras`` are fused into the weights when a model is loaded.
     """
 
     source: str
@@ -62,6 +65,7 @@ class Checkpoint:
     licenses: tuple[Path, ...] = ()
     license: str | None = None
     single_file: bool = False
+    loras: tuple[Lora, ...] = ()
     commit: str | None = field(default=None)
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
