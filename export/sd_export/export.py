@@ -14,7 +14,6 @@ from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
-from sd_export.lora import find_lora
 from sd_export.precision import check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
@@ -88,11 +87,11 @@ def export(
                 variant=variant,
                 prediction_type=prediction_type,
             )
-            checkpoint = replace(
-                checkpoint,
-                defaults=_defaults(checkpoint.defaults, asked),
-                loras=tuple(map(find_lora, loras)),
-            )
+            checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
+            if loras:
+                from sd_export.lora import find_lora
+
+                checkpoint = replace(checkpoint, loras=tuple(map(find_lora, loras)))
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )

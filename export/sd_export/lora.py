@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ConfigError, ExportError
-from sd_export.weights import Weights
+from sd_export.weights import Place, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ def fuse_loras(module: torch.nn.Module, component: str, loras: Sequence[Lora]) -
             for name, keys in _layers(weights, lora.path).get(component, {}).items():
                 if name not in layers:
                     raise _error(f"{lora.path.name} changes {name}, which it has not", component)
-                parts = {part: weights.tensor(key).float() for part, key in keys.items()}
+                parts = {part: weights.tensor(Place(key)).float() for part, key in keys.items()}
                 alpha = float(parts["alpha"]) if "alpha" in parts else None
                 strength = notes.strength(name, rank=len(parts["down"]), alpha=alpha)
                 product = _product(parts["up"], parts["down"], like=layers[name].weight)

@@ -17,6 +17,7 @@ from sd_export.export import export
 from sd_export.load import load_model
 from sd_export.lora import Lora, find_lora
 from sd_export.source import find_checkpoint
+from tiny import make_smallest_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -198,8 +199,10 @@ def test_several_add_up(checkpoint: Path, tmp_path: Path) -> None:
     assert_same(checkpoint, {one: 0.5, other: -1.5}, text=text)
 
 
-def test_a_bundle_knows_what_was_fused(checkpoint: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "style.safetensors", checkpoint, kohya)
+def test_a_bundle_knows_what_was_fused(tmp_path: Path) -> None:
+    checkpoint = make_smallest_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "style.safetensors"
+    save_file(peft("unet.conv_in", torch.ones(RANK, 4, 3, 3), torch.ones(8, RANK, 1, 1)), path)
     plain = export(checkpoint, tmp_path / "bundle")
     fused = export(checkpoint, tmp_path / "bundle", loras=[f"{path}=0.5"])
     again = export(checkpoint, tmp_path / "bundle", loras=[f"{path}=0.5"])
