@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from sd_engines.errors import ConfigError
-from sd_runtime.input_image import InputImage
 
 if TYPE_CHECKING:
     from sd_engines.spec import Profile
@@ -98,6 +97,8 @@ class Request:
             )
 
     def _take_pictures(self) -> None:
+        from sd_runtime.input_image import InputImage  # and so numpy: not for --help
+
         for name in ("image", "mask"):
             if getattr(self, name) is not None:
                 picture = InputImage.of(getattr(self, name), name=name)
