@@ -28,7 +28,7 @@ from sd_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -118,12 +118,12 @@ class Pipeline(Closing):
                 return step.result
         raise AssertionError("the last step holds the result")
 
-    def stream(self, request: Request) -> Iterator[Step]:
+    def stream(self, request: Request) -> Generator[Step]:
         """The same, step by step: for progress, previews, and cancelling by ``close()``."""
         planned = plan(request, self.bundle.manifest)
         return self._stream(replace(planned, request=planned.request.seeded()))
 
-    def _stream(self, plan: Plan) -> Iterator[Step]:
+    def _stream(self, plan: Plan) -> Generator[Step]:
         start, timings = clock(), Timings()
         request, table = plan.request, plan.table
         images = request.images()

@@ -27,13 +27,15 @@ class ImageRequest(NamedTuple):
 class Request:
     """Everything that decides a result, in diffusers' words; None means the bundle's default.
 
-    Pictures are ordered by prompt, then by number; picture i is drawn from ``seed + i``, whatever
-    the batch it runs in. ``guidance_scale`` ≤ 1 runs without the unconditional half, and so do the
-    steps before ``guidance_start`` and from ``guidance_stop`` on, both shares of all steps
-    (Kynkäänniemi et al. 2024): half the work there, and another picture. With a ``cache_interval``
-    of N the whole UNet runs on every N-th step, and its shallow part alone on the others, with the
-    deep features of the last whole one (DeepCache, Ma et al. 2024): another picture too, where N
-    is not 1. ``eta`` is the noise of DDIM and TCD, 0 … 1.
+    Pictures are ordered by prompt, then by number; picture i is drawn from ``seed + i``, or from
+    ``seed[i]`` where there is one for each, whatever the batch it runs in.
+
+    ``guidance_scale`` ≤ 1 runs without the unconditional half, and so do the steps before
+    ``guidance_start`` and from ``guidance_stop`` on, both shares of all steps (Kynkäänniemi et al.
+    2024): half the work there, and another picture. With a ``cache_interval`` of N the whole UNet
+    runs on every N-th step, and its shallow part alone on the others, with the deep features of the
+    last whole one (DeepCache, Ma et al. 2024): another picture too, where N is not 1. ``eta`` is
+    the noise of DDIM and TCD, 0 … 1.
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
@@ -44,7 +46,7 @@ class Request:
     prompt: str | tuple[str, ...]
     _: KW_ONLY
     negative_prompt: str | tuple[str, ...] = ""
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -60,10 +62,11 @@ class Request:
     strength: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "seed"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        for name in ("prompt", "negative_prompt"):
             _check_texts(name, getattr(self, name))
         if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(
             self.prompts
@@ -77,7 +80,15 @@ class Request:
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1, None)
-        if self.seed is not None:
+        if isinstance(self.seed, tuple):
+            if len(self.seed) != self.num_images:
+                raise ConfigError(
+                    f"{len(self.seed)} seeds for {self.num_images} pictures",
+                    "Give one seed for the first picture, or as many as there are pictures.",
+                )
+            for seed in self.seed:
+                _check_whole("seed", seed, 0, MAX_SEED)
+        elif self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
             _check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
         if self.guidance_scale is not None:
@@ -175,6 +186,9 @@ class Request:
         """The pictures one by one. The request must be `seeded`."""
         if self.seed is None:
             raise ValueError("the request has no seed yet")
+        seeds = self.seed
+        if not isinstance(seeds, tuple):
+            seeds = tuple(range(seeds, seeds + self.num_images))
         negatives = self.negative_prompt
         if isinstance(negatives, str):
             negatives = (negatives,) * len(self.prompts)
@@ -184,8 +198,8 @@ class Request:
             for _ in range(self.num_images_per_prompt)
         ]
         return tuple(
-            ImageRequest(prompt, negative, self.seed + index)
-            for index, (prompt, negative) in enumerate(texts)
+            ImageRequest(prompt, negative, seed)
+            for (prompt, negative), seed in zip(texts, seeds, strict=True)
         )
 
     def check_profile(self, profile: Profile) -> None:

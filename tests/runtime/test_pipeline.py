@@ -360,3 +360,13 @@ def test_bundles_that_do_not_open(tiny_model: TinyModel, tmp_path: Path) -> None
         whole[len(whole) // 2] ^= 1
         path.write_bytes(whole)
     Pipeline.load(damaged, threads=1).close()
+
+
+def test_each_picture_may_have_a_seed_of_its_own(tiny_model: TinyModel) -> None:
+    request = Request("a cat", seed=(11, 3), num_images_per_prompt=2, num_inference_steps=2)
+    assert [image.seed for image in request.images()] == [11, 3]
+    assert_same(tiny_model, request)
+    with pytest.raises(ConfigError, match="2 seeds for 3 pictures"):
+        replace(request, num_images_per_prompt=3)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        replace(request, seed=(0, -1))

@@ -1,0 +1,208 @@
+"""The engine room: one pipeline, one thread that draws with it, and a bounded queue before it.
+
+It knows nothing of HTTP. Every door brings its requests here, and nothing else draws.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from sd_engines.closing import Closing
+from sd_engines.errors import SdError
+from sd_runtime.plan import plan
+from sd_runtime.serve.batch import join_requests, settings_of, split_result
+from sd_runtime.serve.refusal import cancelled_error, draining_error, full_error
+from sd_runtime.serve.ticket import Progress, Ticket
+from sd_runtime.timing import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sd_runtime.pipeline import Pipeline
+    from sd_runtime.request import Request
+    from sd_runtime.result import Result, Step
+    from sd_runtime.timing import Timings
+
+logger = logging.getLogger(__name__)
+
+
+class EngineRoom(Closing):
+    """Draws one batch at a time, first come, first served. Safe to use from any thread.
+
+    Requests of the same settings that wait at the same moment share a batch where the bundle was
+    built for more than one picture a call. ``on_drawn`` gets the timings of every batch, in the
+    thread that draws. The pipeline stays the caller's, who closes it after the room.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        queue_size: int = 16,
+        on_drawn: Callable[[Timings], None] | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.queue_size = queue_size
+        self._on_drawn = on_drawn
+        self._changed = threading.Condition()
+        self._waiting: list[Ticket] = []
+        self._running: list[Ticket] = []
+        self._draining = False
+        self._mean_s = 1.0  # of one batch, recent ones weigh most
+        self._worker = threading.Thread(target=self._work, name="engine-room")
+        self._worker.start()
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        previews: int = 0,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Ticket:
+        """Accept ``request``, or refuse it at once.
+
+        Raises `ConfigError` for what the bundle cannot draw, `RefusedError` with status 429 where
+        the queue is full and 503 once the room is draining.
+        """
+        planned = plan(request, self.pipeline.bundle.manifest).request
+        ticket = Ticket(planned.seeded(), previews=previews, on_progress=on_progress)
+        with self._changed:
+            if self._draining:
+                raise draining_error()
+            self._drop_cancelled()
+            if len(self._waiting) >= self.queue_size:
+                retry_after_s = max(1, math.ceil(self._mean_s))
+                raise full_error(waiting=len(self._waiting), retry_after_s=retry_after_s)
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        with self._changed:
+            return sum(not ticket.cancelled for ticket in self._waiting)
+
+    @property
+    def running(self) -> Sequence[Ticket]:
+        """The tickets of the batch that is being drawn."""
+        return tuple(self._running)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are accepted at all."""
+        return not self._draining
+
+    @property
+    def finished(self) -> bool:
+        """Whether the room was drained and its thread has ended."""
+        return not self._worker.is_alive()
+
+    def interrupt(self) -> None:
+        """Cancel what is being drawn; those that wait come next."""
+        for ticket in self.running:
+            ticket.cancel()
+
+    def drain(self) -> None:
+        """Accept no more; what was accepted is drawn. Returns at once."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def cancel_all(self) -> None:
+        """Cancel what is being drawn and what waits."""
+        with self._changed:
+            for ticket in (*self._running, *self._waiting):
+                ticket.cancel()
+
+    def close(self) -> None:
+        """Drain, cancel everything, and wait for the thread to end: one step at most."""
+        self.drain()
+        self.cancel_all()
+        self._worker.join()
+
+    def _work(self) -> None:
+        while tickets := self._next():
+            start = clock()
+            self._draw(tickets)
+            self._mean_s += 0.2 * (clock() - start - self._mean_s)
+
+    def _next(self) -> list[Ticket]:
+        """Who is drawn next: the first that waits, and whoever fits into its batch.
+
+        Empty once the room is drained.
+        """
+        with self._changed:
+            self._running = []
+            while True:
+                self._drop_cancelled()
+                if self._waiting:
+                    break
+                if self._draining:
+                    return []
+                self._changed.wait()
+            first, *others = self._waiting
+            settings, taken = settings_of(first.request), [first]
+            left = self.pipeline.profile.batch_size - first.request.num_images
+            for ticket in others:
+                if ticket.request.num_images <= left and settings_of(ticket.request) == settings:
+                    left -= ticket.request.num_images
+                    taken.append(ticket)
+            self._waiting = [ticket for ticket in self._waiting if ticket not in taken]
+            self._running = taken
+        for ticket in taken:
+            ticket.started_s = clock()
+        return taken
+
+    def _drop_cancelled(self) -> None:
+        left = [ticket for ticket in self._waiting if ticket.cancelled]
+        self._waiting = [ticket for ticket in self._waiting if not ticket.cancelled]
+        for ticket in left:
+            ticket.result.set_exception(cancelled_error())
+
+    def _draw(self, tickets: Sequence[Ticket]) -> None:
+        """Draw ``tickets`` as one batch; afterwards each has its result or an error."""
+        try:
+            result = self._drawn(tickets)
+        except Exception as error:
+            if len(tickets) > 1:
+                # One picture must not spoil its neighbours': whose fault it is shows alone.
+                for ticket in tickets:
+                    self._draw([ticket])
+                return
+            if not isinstance(error, SdError):
+                logger.exception("a drawing failed for a reason that nobody foresaw")
+            tickets[0].result.set_exception(error)
+            return
+        if self._on_drawn is not None:
+            self._on_drawn(result.timings)
+        parts = split_result(result, [ticket.request for ticket in tickets])
+        for ticket, part in zip(tickets, parts, strict=True):
+            ticket.result.set_result(part)
+
+    def _drawn(self, tickets: Sequence[Ticket]) -> Result:
+        request = join_requests([ticket.request for ticket in tickets])
+        with closing(self.pipeline.stream(request)) as steps:
+            for step in steps:
+                if step.result is not None:
+                    return step.result
+                if all(ticket.cancelled for ticket in tickets):
+                    raise cancelled_error()
+                _report(step, tickets)
+        raise AssertionError("the last step holds the result")
+
+
+def _report(step: Step, tickets: Sequence[Ticket]) -> None:
+    """Tell each ticket of ``step``; only one that is drawn alone may run in several batches."""
+    wanted = any(ticket.wants_preview(step.index, step.num_steps) for ticket in tickets)
+    pictures = step.preview() if wanted else None
+    first = 0
+    for ticket in tickets:
+        own = slice(first, first + ticket.request.num_images)
+        first = own.stop
+        preview = None if pictures is None else pictures[own]
+        ticket.report(Progress(step.index, step.num_steps, step.first_image, preview))

@@ -1,0 +1,89 @@
+"""One accepted request: what its owner sees of it while it waits and is drawn."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sd_runtime.timing import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sd_runtime.request import Request
+    from sd_runtime.result import Result
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One UNet call of a ticket's drawing: ``index`` counts 0 … num_steps − 1.
+
+    ``preview`` uint8 [n, H, W, 3], where one was asked for, shows the pictures from
+    ``first_image`` on that are being drawn.
+    """
+
+    index: int
+    num_steps: int
+    first_image: int
+    preview: NDArray[np.uint8] | None
+
+
+class Ticket:
+    """The owner's end of a request in the engine room. Safe to use from any thread.
+
+    ``result`` gets the `Result`, or the error; its callbacks and ``on_progress`` run in the thread
+    that draws, so they must be short. ``previews`` of them are made on the way, evenly spread.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        previews: int = 0,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.request = request
+        self.result: Future[Result] = Future()
+        self.accepted_s = clock()
+        self.started_s: float | None = None
+        self.progress: Progress | None = None
+        self.latest_preview: NDArray[np.uint8] | None = None
+        self._previews = previews
+        self._on_progress = on_progress
+        self._cancelled = threading.Event()
+        self._preview_wanted = threading.Event()
+
+    def cancel(self) -> None:
+        """Let go of it: it leaves the queue, or its drawing stops after the step it is in."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its owner, or an interrupt, let go of it."""
+        return self._cancelled.is_set()
+
+    def want_preview(self) -> None:
+        """Have ``latest_preview`` made after the step it is in."""
+        self._preview_wanted.set()
+
+    def wants_preview(self, index: int, num_steps: int) -> bool:
+        """Whether a preview is due after step ``index``. The last step has the picture itself."""
+        if index + 1 == num_steps:
+            return False
+        due = range(1, self._previews + 1)
+        planned = any(num_steps * i // (self._previews + 1) == index + 1 for i in due)
+        return planned or self._preview_wanted.is_set()
+
+    def report(self, progress: Progress) -> None:
+        """Note a step and tell the owner of it."""
+        self.progress = progress
+        if progress.preview is not None:
+            self.latest_preview = progress.preview
+            self._preview_wanted.clear()
+        if self._on_progress is not None:
+            self._on_progress(progress)

@@ -1,0 +1,212 @@
+"""The engine room: who is drawn, who is refused, and that sharing a batch changes no picture."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from sd_engines.errors import BackendError, ConfigError
+from sd_runtime import Request
+from sd_runtime.serve.batch import join_requests, settings_of
+from sd_runtime.serve.engine_room import EngineRoom
+from sd_runtime.serve.refusal import RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import TinyModel
+    from sd_runtime.serve.ticket import Progress, Ticket
+
+WAIT_S = 60
+REQUEST = Request("a cat", seed=3, num_inference_steps=4, guidance_scale=7.5, scheduler="euler_a")
+LONG = replace(REQUEST, num_inference_steps=900, scheduler="ddim")
+
+
+@pytest.fixture
+def room(tiny_model: TinyModel) -> Iterator[EngineRoom]:
+    """Two pictures a batch, three requests in the queue."""
+    with EngineRoom(tiny_model.pipeline, queue_size=3) as room:
+        yield room
+
+
+def blocked(room: EngineRoom) -> tuple[Ticket, threading.Event]:
+    """A ticket that stops the room after its first step, and the event that lets it go on."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stop(progress: Progress) -> None:
+        if progress.index == 0:
+            reached.set()
+            assert go_on.wait(WAIT_S)
+
+    ticket = room.submit(LONG, on_progress=stop)
+    assert reached.wait(WAIT_S)
+    return ticket, go_on
+
+
+def test_a_request_equals_the_pipelines_own(tiny_model: TinyModel, room: EngineRoom) -> None:
+    steps: list[Progress] = []
+    ticket = room.submit(REQUEST, on_progress=steps.append)
+    result = ticket.result.result(WAIT_S)
+    np.testing.assert_array_equal(result.pixels, tiny_model.pipeline.generate(REQUEST).pixels)
+    assert result.request == REQUEST
+    assert [step.index for step in steps] == [0, 1, 2]  # the last one is the result
+    assert {step.num_steps for step in steps} == {4}
+
+
+def test_without_a_seed_the_ticket_has_one(room: EngineRoom) -> None:
+    ticket = room.submit(replace(REQUEST, seed=None))
+    assert ticket.request.seed is not None
+    assert ticket.result.result(WAIT_S).request == ticket.request
+
+
+def test_what_the_bundle_cannot_draw_is_refused_at_the_border(room: EngineRoom) -> None:
+    with pytest.raises(ConfigError, match="unknown scheduler"):
+        room.submit(replace(REQUEST, scheduler="no_such"))
+    with pytest.raises(ConfigError, match="draws 64×64"):
+        room.submit(replace(REQUEST, height=512))
+
+
+def test_a_full_queue_refuses_at_once_and_serves_in_turn(room: EngineRoom) -> None:
+    running, go_on = blocked(room)
+    order: list[int] = []
+    tickets = []
+    for seed in range(3):
+        # Two pictures each: none can share a batch.
+        ticket = room.submit(replace(REQUEST, seed=seed, num_images_per_prompt=2))
+        ticket.result.add_done_callback(lambda _, seed=seed: order.append(seed))
+        tickets.append(ticket)
+    assert room.waiting == 3
+    with pytest.raises(RefusedError, match="queue is full: 3") as refusal:
+        room.submit(REQUEST)
+    assert refusal.value.status == 429
+    assert int(refusal.value.headers["Retry-After"]) >= 1
+    tickets[1].cancel()  # who leaves makes room
+    assert room.waiting == 2
+    late = room.submit(replace(REQUEST, num_images_per_prompt=2))
+    running.cancel()
+    go_on.set()
+    late.result.result(WAIT_S)
+    assert sorted(order) == [0, 1, 2]
+    assert [seed for seed in order if seed != 1] == [0, 2]
+    with pytest.raises(RefusedError, match="cancelled"):
+        tickets[1].result.result(WAIT_S)
+
+
+def test_a_cancelled_drawing_stops_within_a_step(room: EngineRoom) -> None:
+    seen: list[int] = []
+    ticket = room.submit(LONG, on_progress=lambda progress: seen.append(progress.index))
+    while not seen:
+        assert not ticket.result.done()
+    ticket.cancel()
+    steps = len(seen)
+    with pytest.raises(RefusedError, match="cancelled"):
+        ticket.result.result(WAIT_S)
+    assert len(seen) <= steps + 2  # the one it was in, and one that may have ended in between
+
+
+def test_an_interrupt_stops_what_is_drawn_and_nothing_else(room: EngineRoom) -> None:
+    running, go_on = blocked(room)
+    waiting = room.submit(REQUEST)
+    room.interrupt()
+    go_on.set()
+    with pytest.raises(RefusedError, match="cancelled"):
+        running.result.result(WAIT_S)
+    assert waiting.result.result(WAIT_S).pixels.shape == (1, 64, 64, 3)
+
+
+def test_requests_that_wait_together_share_a_batch(tiny_model: TinyModel) -> None:
+    batches: list[object] = []
+    others = [
+        replace(REQUEST, prompt="a red dog", negative_prompt="cat", seed=90),
+        replace(REQUEST, num_inference_steps=3),  # other settings: a batch of its own
+        replace(REQUEST, prompt="a horse", seed=5),
+    ]
+    with EngineRoom(tiny_model.pipeline, on_drawn=batches.append) as room:
+        running, go_on = blocked(room)
+        tickets = [room.submit(request) for request in others]
+        running.cancel()
+        go_on.set()
+        wait([ticket.result for ticket in tickets], WAIT_S)
+    assert len(batches) == 2
+    for ticket, request in zip(tickets, others, strict=True):
+        result = ticket.result.result(0)
+        alone = tiny_model.pipeline.generate(request)
+        np.testing.assert_allclose(result.latents, alone.latents, atol=1e-5)
+        assert np.abs(result.pixels.astype(int) - alone.pixels).max() <= 1
+        assert result.request == request
+        assert result.recipes == alone.recipes
+
+
+def test_flags_of_a_shared_batch_go_to_their_owners(
+    guarded_model: TinyModel, suspect: Request
+) -> None:
+    requests = [replace(suspect, seed=seed, num_images_per_prompt=1) for seed in range(4)]
+    joined = join_requests(requests)
+    assert settings_of(joined) == settings_of(requests[0])
+    together = guarded_model.pipeline.generate(joined).nsfw_content_detected
+    alone = [guarded_model.pipeline.generate(request) for request in requests]
+    assert together == tuple(result.nsfw_content_detected[0] for result in alone)
+
+
+def test_a_neighbour_that_fails_spoils_nobody(tiny_model: TinyModel) -> None:
+    bad = replace(REQUEST, prompt="a dog", guidance_scale=3e38)  # overflows float32
+    fine = replace(REQUEST, guidance_scale=3e38, prompt="a cat", negative_prompt="a cat")
+    with EngineRoom(tiny_model.pipeline) as room:
+        running, go_on = blocked(room)
+        tickets = [room.submit(bad), room.submit(fine)]
+        running.cancel()
+        go_on.set()
+        assert tickets[1].result.result(WAIT_S).pixels.shape == (1, 64, 64, 3)
+        with pytest.raises(BackendError, match="not finite"):
+            tickets[0].result.result(WAIT_S)
+
+
+def test_previews_come_evenly_and_on_demand(room: EngineRoom) -> None:
+    steps: list[Progress] = []
+    request = replace(REQUEST, num_inference_steps=8, num_images_per_prompt=2)
+    room.submit(request, previews=3, on_progress=steps.append).result.result(WAIT_S)
+    shown = [step for step in steps if step.preview is not None]
+    assert [step.index for step in shown] == [1, 3, 5]
+    assert all(step.preview.shape == (2, 64, 64, 3) for step in shown)
+
+    ticket, go_on = blocked(room)
+    ticket.want_preview()
+    go_on.set()
+    while ticket.latest_preview is None:
+        assert not ticket.result.done()
+    ticket.cancel()
+    assert ticket.latest_preview.shape == (1, 64, 64, 3)
+
+
+def test_drained_it_finishes_what_it_accepted(tiny_model: TinyModel) -> None:
+    with EngineRoom(tiny_model.pipeline) as room:
+        running, go_on = blocked(room)
+        waiting = room.submit(REQUEST)
+        room.drain()
+        assert not room.accepting
+        with pytest.raises(RefusedError, match="shutting down") as refusal:
+            room.submit(REQUEST)
+        assert refusal.value.status == 503
+        assert not room.finished
+        running.cancel()
+        go_on.set()
+        assert waiting.result.result(WAIT_S).pixels.shape == (1, 64, 64, 3)
+        for thread in threading.enumerate():
+            if thread.name == "engine-room":
+                thread.join(WAIT_S)
+        assert room.finished
+
+
+def test_closed_it_lets_go_of_everybody(tiny_model: TinyModel) -> None:
+    room = EngineRoom(tiny_model.pipeline)
+    tickets = [room.submit(replace(LONG, num_images_per_prompt=2)) for _ in range(2)]
+    room.close()
+    room.close()
+    for ticket in tickets:
+        with pytest.raises(RefusedError, match="cancelled"):
+            ticket.result.result(0)
