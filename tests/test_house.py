@@ -21,6 +21,7 @@ SOURCES = {  # in the one order in which imports may run: each may import those 
 }
 ORDER = list(SOURCES)
 IMPORT_NAMES = {
+    "fastapi": ["fastapi", "pydantic", "starlette"],
     "pillow": ["PIL"],
     "huggingface-hub": ["huggingface_hub"],
     "onnxruntime-gpu": ["onnxruntime"],
@@ -46,7 +47,7 @@ def _declared(*extras: str) -> set[str]:
 
 MAY_IMPORT = {
     "sd_engines": {"numpy"} | _declared(*BACKEND_EXTRAS) - _declared(),
-    "sd_runtime": _declared() | {"cupy"},
+    "sd_runtime": _declared("serve") | {"cupy"},  # and the next test
     "sd_export": _declared("export"),
     "sd_bench": _declared(*PROJECT["optional-dependencies"]),
 }
@@ -84,6 +85,16 @@ def test_imports_run_one_way(package: str) -> None:
     for path in modules:
         strangers = _imports(path) - known - MAY_IMPORT[package]
         assert not strangers, f"{path.relative_to(ROOT)} imports {sorted(strangers)}"
+
+
+def test_only_sd_serve_needs_its_extra() -> None:
+    extra = _declared("serve") - _declared()
+    serve = SOURCES["sd_runtime"] / "serve"
+    for path in _modules("sd_runtime"):
+        free = not path.is_relative_to(serve) or path.stem in ("__init__", "cli", "engine_room")
+        assert not free or not _imports(path) & extra, path
+    loaded = _loaded_by("import sd_runtime.cli, sd_runtime.job, sd_runtime.serve.cli")
+    assert not loaded & extra
 
 
 def test_only_load_knows_the_model_classes() -> None:

@@ -24,10 +24,11 @@ def test_options_that_the_readme_names_exist() -> None:
     from sd_bench.cli import cli
     from sd_export.cli import export_command
     from sd_runtime.cli import run
+    from sd_runtime.serve.cli import serve_command
 
     context = click.Context(cli)
     instruments = [cli.get_command(context, name) for name in cli.list_commands(context)]
-    commands = [run, export_command, *export_command.commands.values(), *instruments]
+    commands = [run, serve_command, export_command, *export_command.commands.values(), *instruments]
     known = {name for c in commands for p in c.params for name in p.opts}
     pip_options = {"--index-url", "--constraint", "--strict"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - pip_options

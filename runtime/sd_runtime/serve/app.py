@@ -1,0 +1,36 @@
+"""All doors of one engine room as one ASGI application."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from sd_runtime.serve.error_body import install_error_handlers
+from sd_runtime.serve.openai_images import openai_routes
+
+if TYPE_CHECKING:
+    from sd_runtime.serve.engine_room import EngineRoom
+    from sd_runtime.serve.offer import Offer
+
+
+class Problem(BaseModel):
+    """An error: an object in OpenAI's dialect, a short code in AUTOMATIC1111's."""
+
+    error: dict[str, Any] | str
+
+
+def make_app(room: EngineRoom, offer: Offer) -> FastAPI:
+    """The application that answers for ``room`` within ``offer``."""
+    app = FastAPI(
+        title="sd-serve",
+        version=version("sd-toolkit"),
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )
+    install_error_handlers(app)
+    app.include_router(openai_routes(room, offer))
+    return app

@@ -1,0 +1,37 @@
+"""What the bodies of all doors have in common: plain JSON, strict types, no unknown names."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from sd_engines.errors import ConfigError, nearest
+
+
+class Body(BaseModel):
+    """A JSON object whose fields are checked before anything else happens.
+
+    An unknown field is a `ConfigError` that names the nearest, unless it is one of ``neutral``:
+    fields of other servers that are let through with the values that change nothing here.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_names(cls, values: Any) -> Any:
+        """Refuse what would silently have no effect."""
+        if not isinstance(values, dict):
+            return values  # pydantic says what it should be
+        for name, value in values.items():
+            if name in cls.model_fields:
+                continue
+            if name not in cls.neutral:
+                raise ConfigError(f"unknown field {name!r}", nearest(name, cls.model_fields))
+            if value is not None and value not in cls.neutral[name]:
+                raise ConfigError(
+                    f"{name} is {value!r}, which this server cannot do", "Leave it out."
+                )
+        return values

@@ -1,0 +1,97 @@
+"""``sd-serve``: a bundle behind HTTP.
+
+Its address on stdout once it listens, words for people on stderr. Everything heavy is imported
+when it is needed, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sd_engines.errors import ConfigError
+from sd_runtime.command import run_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command("sd-serve", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option(
+    "--queue-size",
+    type=_POSITIVE,
+    default=16,
+    show_default=True,
+    help="Requests that may wait; one more is refused at once.",
+)
+@click.option(
+    "--max-images", type=_POSITIVE, default=10, show_default=True, help="Pictures in one request."
+)
+@click.option(
+    "--max-steps", type=_POSITIVE, default=150, show_default=True, help="Steps of one request."
+)
+@click.option(
+    "--backend",
+    default="auto",
+    help="One of the bundle's. [default: the fastest that runs here]",
+)
+@click.option("--threads", type=_POSITIVE, help="For backends on the CPU.")
+@click.version_option(package_name="sd-toolkit", message="%(version)s")
+def serve_command(
+    *,
+    bundle: Path,
+    host: str,
+    port: int,
+    queue_size: int,
+    max_images: int,
+    max_steps: int,
+    backend: str,
+    threads: int | None,
+) -> int:
+    """Answer HTTP requests with the engines in BUNDLE, which sd-export made.
+
+    Example: sd-serve bundle --port 8000
+
+    SIGTERM and Ctrl-C end it in order: what was accepted is drawn first.
+    """
+    import logging
+
+    try:
+        from sd_runtime.serve.server import Settings, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"sd-serve needs {error.name}, which is not installed",
+            'Install it: pip install "sd-toolkit[serve]".',
+        ) from error
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    settings = Settings(
+        host=host,
+        port=port,
+        queue_size=queue_size,
+        max_images=max_images,
+        max_steps=max_steps,
+        backend=backend,
+        threads=threads,
+    )
+    return serve(bundle, settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``sd-serve`` and return its exit code."""
+    return run_command(serve_command, arguments)

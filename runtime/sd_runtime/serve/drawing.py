@@ -1,0 +1,76 @@
+"""A ticket of the engine room as an event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from sd_runtime.serve.refusal import RefusedError
+from sd_runtime.serve.ticket import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from concurrent.futures import Future
+
+    from starlette.requests import Request as Connection
+
+    from sd_runtime.request import Request
+    from sd_runtime.result import Result
+    from sd_runtime.serve.engine_room import EngineRoom
+
+
+class Drawing:
+    """One request on its way. Made inside a running event loop; raises as `EngineRoom.submit`.
+
+    Whoever made it calls `cancel` when nobody listens any more; after the end that does nothing.
+    """
+
+    def __init__(
+        self, room: EngineRoom, request: Request, *, previews: int = 0, steps: bool = False
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Progress | Future[Result]] = asyncio.Queue()
+        self.ticket = room.submit(
+            request, previews=previews, on_progress=self._put if steps else None
+        )
+        self.ticket.result.add_done_callback(self._put)
+
+    def _put(self, event: Progress | Future[Result]) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def cancel(self) -> None:
+        """Let go of it."""
+        self.ticket.cancel()
+
+    async def events(self) -> AsyncIterator[Progress | Result]:
+        """Its steps, where they were asked for, then its result; raises what the room raised."""
+        while isinstance(event := await self._events.get(), Progress):
+            yield event
+        yield event.result()
+
+    async def result(self, connection: Connection) -> Result:
+        """Its result; a client that leaves before cancels it, and gets status 499.
+
+        ``connection`` is the HTTP request, its body read.
+        """
+        left = asyncio.ensure_future(_disconnected(connection))
+        ended = asyncio.ensure_future(self._last_event())
+        try:
+            await asyncio.wait((left, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                raise RefusedError("the client left", "Stay.", status=499, code="client_left")
+            return ended.result()
+        finally:
+            left.cancel()
+            ended.cancel()
+            self.cancel()
+
+    async def _last_event(self) -> Result:
+        while isinstance(event := await self._events.get(), Progress):
+            pass
+        return event.result()
+
+
+async def _disconnected(connection: Connection) -> None:
+    while (await connection.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,97 @@
+"""What a server offers: one model, what its bundle can draw, and how much of it one may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from sd_engines.errors import ConfigError
+from sd_runtime.plan import plan
+from sd_runtime.request import Request
+from sd_runtime.serve.refusal import RefusedError
+from sd_runtime.table import SCHEDULERS
+
+if TYPE_CHECKING:
+    from sd_runtime.pipeline import Pipeline
+
+MAX_PROMPT_CHARS = 4000
+"""CLIP reads some 300 of them; a few layers of templates fit."""
+MAX_BODY_BYTES = 16 * 2**20
+"""A picture of 12 MB in base64, for png-info."""
+MAX_GUIDANCE_SCALE = 100.0
+"""Beyond it pictures are noise, or no numbers at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """The one model behind a server: what it is called, and what a request for it may hold.
+
+    ``height`` and ``width`` are in pixels; ``created`` is a Unix time in seconds.
+    """
+
+    model: str
+    created: int
+    fingerprint: str
+    backend: str
+    precision: str
+    height: int
+    width: int
+    scheduler: str
+    schedulers: tuple[str, ...]
+    default_steps: int
+    default_guidance_scale: float
+    max_images: int
+    max_steps: int
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Pipeline, *, max_images: int, max_steps: int) -> Self:
+        """What ``pipeline`` can draw, without the schedulers that its checkpoint excludes."""
+        path, unet = pipeline.bundle.path.resolve(), pipeline.engines["unet"]
+        own = plan(Request(""), pipeline.bundle.manifest)
+        return cls(
+            model=path.name.removesuffix(".bundle"),
+            created=int((path / "bundle.json").stat().st_mtime),
+            fingerprint=pipeline.fingerprint,
+            backend=unet.backend,
+            precision=unet.precision,
+            height=pipeline.profile.height,
+            width=pipeline.profile.width,
+            scheduler=own.scheduler,
+            default_steps=min(own.num_inference_steps, max_steps),
+            default_guidance_scale=own.guidance_scale,
+            schedulers=tuple(name for name in sorted(SCHEDULERS) if _fits(name, pipeline)),
+            max_images=max_images,
+            max_steps=max_steps,
+        )
+
+    def check(self, request: Request) -> None:
+        """Raise `ConfigError` where ``request`` asks for more than this server gives."""
+        for name, value, limit in (
+            ("pictures", request.num_images, self.max_images),
+            ("steps", request.num_inference_steps or self.default_steps, self.max_steps),
+        ):
+            if value > limit:
+                raise ConfigError(
+                    f"{value} {name} in one request",
+                    f"Ask for {limit} at most; sd-serve --max-images and --max-steps say so.",
+                )
+
+    def check_model(self, model: str | None) -> None:
+        """Raise `RefusedError` (404) for another model than the one that is served."""
+        if model not in (None, self.model):
+            raise RefusedError(
+                f"there is no model {model!r} here",
+                f"Leave it out, or name the one that is served: {self.model}.",
+                status=404,
+                code="model_not_found",
+            )
+
+
+def _fits(scheduler: str, pipeline: Pipeline) -> bool:
+    if scheduler.endswith("Scheduler"):
+        return False  # the class behind a short name
+    try:
+        plan(Request("", scheduler=scheduler), pipeline.bundle.manifest)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,242 @@
+"""The door for OpenAI's clients: ``/v1/images/generations`` and ``/v1/models``.
+
+What their Images API has no word for is spelt as diffusers spells it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+
+from sd_engines.errors import ConfigError, SdError
+from sd_runtime.image import encode_image
+from sd_runtime.request import MAX_SEED
+from sd_runtime.request import Request as DrawRequest
+from sd_runtime.serve.body import Body
+from sd_runtime.serve.drawing import Drawing
+from sd_runtime.serve.error_body import openai_body
+from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+from sd_runtime.serve.ticket import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive, Scope, Send
+
+    from sd_runtime.result import Result
+    from sd_runtime.serve.engine_room import EngineRoom
+
+_AS_IN_REQUEST = {
+    *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
+    *("guidance_start", "guidance_stop", "scheduler", "eta"),
+}
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Generation(Body):
+    """What to draw. A field that is null or left out means the default."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
+    model: str | None = None
+    n: int | None = Field(None, ge=1, description="Pictures. [default: 1]")
+    size: str | None = Field(
+        None,
+        pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+        description="WIDTHxHEIGHT in pixels, as the bundle was built.",
+    )
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Pictures on the way.")
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARS)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Picture i takes seed + i.")
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)
+    guidance_start: _Share | None = None
+    guidance_stop: _Share | None = None
+    scheduler: str | None = Field(None, max_length=100)
+    eta: _Share | None = None
+    user: str | None = Field(None, description="Not used.")
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        "background": ("auto", "opaque"),
+        "moderation": ("auto", "low"),
+        "quality": ("auto", "standard"),
+    }
+
+    def request(self, offer: Offer) -> DrawRequest:
+        """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
+        if self.partial_images and not self.stream:
+            raise ConfigError("partial_images without stream", "Set stream to true as well.")
+        own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True)
+        if self.size not in (None, "auto"):
+            own["width"], own["height"] = (int(part) for part in self.size.split("x"))
+        request = DrawRequest.from_mapping(
+            {
+                "num_inference_steps": offer.default_steps,
+                "num_images_per_prompt": self.n or 1,
+                **own,
+            }
+        )
+        offer.check(request)
+        return request
+
+
+class Picture(BaseModel):
+    """One picture, and what it was drawn with."""
+
+    b64_json: str
+    seed: int
+    recipe: dict[str, Any]
+    nsfw_content_detected: bool | None
+
+
+class Pictures(BaseModel):
+    """All pictures of one request."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str
+    background: str
+
+
+class DrawingStream(StreamingResponse):
+    """Server-sent events of a drawing that is cancelled when the client leaves, however early."""
+
+    def __init__(self, drawing: Drawing, content: AsyncIterator[str]) -> None:
+        super().__init__(
+            content,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+        self._drawing = drawing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._drawing.cancel()
+
+
+def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
+    """The routes of this door."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post(
+        "/v1/images/generations",
+        response_model=Pictures,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
+    async def generate(body: Generation, connection: Request) -> Response:
+        """Draw pictures from a prompt."""
+        offer.check_model(body.model)
+        request, format_ = body.request(offer), body.output_format or "png"
+        if body.stream:
+            drawing = Drawing(room, request, previews=body.partial_images or 0, steps=True)
+            return DrawingStream(drawing, _events(drawing, room, offer, format_))
+        result = await Drawing(room, request).result(connection)
+        pictures = await asyncio.to_thread(_pictures, result, format_)
+        return JSONResponse({"data": pictures, **_form(offer, format_, "created")})
+
+    @router.get("/v1/models")
+    async def models() -> JSONResponse:
+        """The one model that is served, and what one may ask of it."""
+        return JSONResponse({"object": "list", "data": [_model(offer)]})
+
+    @router.get("/v1/models/{model}")
+    async def model(model: str) -> JSONResponse:
+        """The same, by name."""
+        offer.check_model(model)
+        return JSONResponse(_model(offer))
+
+    return router
+
+
+async def _events(
+    drawing: Drawing, room: EngineRoom, offer: Offer, format_: str
+) -> AsyncIterator[str]:
+    """OpenAI's events. Comment lines, which their clients skip, say how far the drawing is."""
+    yield _comment(waiting=room.waiting)
+    form = _form(offer, format_, "created_at")
+    form["quality"] = "auto"
+    num_partials = 0
+    try:
+        async for event in drawing.events():
+            if isinstance(event, Progress):
+                yield _comment(step=event.index + 1, num_steps=event.num_steps)
+                if event.preview is None:
+                    continue
+                for number, pixels in enumerate(event.preview):
+                    data = await asyncio.to_thread(encode_image, pixels, format_.upper())
+                    yield _event(
+                        "image_generation.partial_image",
+                        b64_json=base64.b64encode(data).decode(),
+                        partial_image_index=num_partials,
+                        image_index=event.first_image + number,
+                        **form,
+                    )
+                num_partials += 1
+            else:
+                pictures = await asyncio.to_thread(_pictures, event, format_)
+                for number, picture in enumerate(pictures):
+                    yield _event(
+                        "image_generation.completed", image_index=number, **picture, **form
+                    )
+    except SdError as error:
+        yield f"event: error\ndata: {json.dumps(openai_body(error))}\n\n"
+
+
+def _event(kind: str, **values: Any) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **values})}\n\n"
+
+
+def _comment(**values: int) -> str:
+    return f": {json.dumps(values)}\n\n"
+
+
+def _form(offer: Offer, format_: str, created: str) -> dict[str, Any]:
+    """What all answers say of their pictures."""
+    size = f"{offer.width}x{offer.height}"
+    return {
+        created: int(time.time()),
+        "output_format": format_,
+        "size": size,
+        "background": "opaque",
+    }
+
+
+def _pictures(result: Result, format_: str) -> list[dict[str, Any]]:
+    flags = result.nsfw_content_detected
+    return [
+        {
+            "b64_json": base64.b64encode(result.encode(index, format_.upper())).decode(),
+            "seed": recipe.seed,
+            "recipe": asdict(recipe),
+            "nsfw_content_detected": None if flags is None else flags[index],
+        }
+        for index, recipe in enumerate(result.recipes)
+    ]
+
+
+def _model(offer: Offer) -> dict[str, Any]:
+    extra = {
+        name: value for name, value in asdict(offer).items() if name not in ("model", "created")
+    }
+    return {
+        "id": offer.model,
+        "object": "model",
+        "created": offer.created,
+        "owned_by": "sd-toolkit",
+        **extra,
+        "max_prompt_chars": MAX_PROMPT_CHARS,
+    }

@@ -1,0 +1,132 @@
+"""The process: a socket, a pipeline, the application, and an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+import uvicorn
+
+from sd_engines.errors import ConfigError
+from sd_runtime.pipeline import Pipeline
+from sd_runtime.request import Request
+from sd_runtime.serve.app import make_app
+from sd_runtime.serve.engine_room import EngineRoom
+from sd_runtime.serve.offer import Offer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+logger = logging.getLogger(__name__)
+SEND_TIMEOUT_S = 30
+"""How long clients may take to fetch what is drawn once the server ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line, parsed. ``port`` 0 takes a free one."""
+
+    host: str
+    port: int
+    queue_size: int
+    max_images: int
+    max_steps: int
+    backend: str
+    threads: int | None
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in order: the first signal drains the room, a second cancels what is in it.
+
+    While it drains it still answers: that it is not ready, and what it had accepted.
+    """
+
+    def __init__(self, config: uvicorn.Config, room: EngineRoom, url: str) -> None:
+        super().__init__(config)
+        self.signals: list[int] = []
+        self._room = room
+        self._url = url
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal; `on_tick` acts on it, for locks cannot be taken here."""
+        self.signals.append(sig)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where on stdout."""
+        await super().startup(sockets=sockets)
+        click.echo(self._url)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every 0.1 s; True ends the server."""
+        if self.signals and self._room.accepting:
+            logger.info("Finishing what was accepted; another signal cancels it.")
+            self._room.drain()
+        if len(self.signals) > 1:
+            self._room.cancel_all()
+        if self._room.finished:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(bundle: Path, settings: Settings) -> int:
+    """Serve ``bundle`` until a signal comes; the exit code: 0, or 130 and 143 after a second one.
+
+    Raises `ConfigError` where the address cannot be listened on, and as `Pipeline.load`.
+    """
+    with (
+        _bound_socket(settings.host, settings.port) as listener,
+        Pipeline.load(
+            bundle,
+            backend=settings.backend,
+            threads=settings.threads,
+            request=Request(""),
+        ) as pipeline,
+        EngineRoom(pipeline, queue_size=settings.queue_size) as room,
+    ):
+        offer = Offer.from_pipeline(
+            pipeline, max_images=settings.max_images, max_steps=settings.max_steps
+        )
+        config = uvicorn.Config(
+            make_app(room, offer),
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SEND_TIMEOUT_S,
+        )
+        server = DrainingServer(config, room, _url(listener))
+        server.run(sockets=[listener])
+    return 0 if len(server.signals) < 2 else 128 + server.signals[1]
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    """Bound now, before anything heavy; it listens once there is somebody to answer."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {error.strerror}",
+            "Choose another --host or --port; 0 takes a free port.",
+        ) from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

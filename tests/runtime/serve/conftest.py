@@ -1,0 +1,118 @@
+"""One real server process for all tests of the doors, and a way to start others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from conftest import TinyModel
+
+MAIN = "import sys; from sd_runtime.serve.cli import main; sys.exit(main())"
+WAIT_S = 60
+KEY = "a key of the tests"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ``sd-serve``."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def ask(
+        self, path: str, body: object = None, *, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """GET ``path``, or POST ``body`` to it as JSON (bytes as they are)."""
+        data = None
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(  # noqa: S310 - our own server
+            self.url + path,
+            data=data,
+            headers={"Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:  # noqa: S310
+                return Reply(answer.status, dict(answer.headers), answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return Reply(error.code, dict(error.headers), error.read())
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """What it has logged so far, of ``--log-format json``."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextmanager
+def running(folder: Path, *arguments: object, key: str | None = None) -> Iterator[Server]:
+    """Start ``sd-serve`` with ``arguments`` on a free port; afterwards end it at once."""
+    environment = {name: value for name, value in os.environ.items() if name != "SD_SERVE_API_KEY"}
+    if key is not None:
+        environment["SD_SERVE_API_KEY"] = key
+    log = folder / "stderr.txt"
+    command = [sys.executable, "-W", "error", "-c", MAIN, *map(str, arguments), "--port", "0"]
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, log.read_text()
+        try:
+            yield Server(url, process, log)
+        finally:
+            for _ in range(2):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.05)
+            process.wait(WAIT_S)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """64×64 pictures, two at a time; at most 40 pictures of 40 steps a request; no key."""
+    folder = tmp_path_factory.mktemp("server")
+    limits = ("--max-images", 40, "--max-steps", 40, "--queue-size", 8)
+    with running(folder, tiny_model.bundle, "--threads", 1, *limits) as server:
+        yield server
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Any]:
+    """`running` in the test's own folder."""
+    return lambda *arguments, key=None: running(tmp_path, *arguments, key=key)

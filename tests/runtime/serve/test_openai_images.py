@@ -1,0 +1,155 @@
+"""The door for OpenAI's clients, seen by their own Python client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from sd_runtime import Request
+from sd_runtime.recipe import Recipe, recipes_from_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import TinyModel
+
+    from .conftest import Server
+
+EXTRA = {"seed": 7, "num_inference_steps": 3, "scheduler": "euler_a", "guidance_scale": 3}
+REQUEST = Request("a cat", **EXTRA)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def picture_of(b64_json: str | None) -> Image.Image:
+    assert b64_json is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(b64_json)))
+    picture.load()
+    return picture
+
+
+def difference(picture: Image.Image, expected: np.ndarray) -> int:
+    return int(np.abs(np.asarray(picture.convert("RGB")).astype(int) - expected).max())
+
+
+def test_pictures_are_the_pipelines_own(tiny_model: TinyModel, client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        prompt="a cat", n=3, size="64x64", response_format="b64_json", extra_body=EXTRA
+    )
+    alone = [
+        tiny_model.pipeline.generate(Request("a cat", **EXTRA | {"seed": 7 + i})).pixels[0]
+        for i in range(3)
+    ]
+    assert answer.size == "64x64"
+    assert answer.output_format == "png"
+    for image, expected in zip(answer.data, alone, strict=True):
+        picture = picture_of(image.b64_json)
+        assert difference(picture, expected) <= 1
+        (recipe,), _ = recipes_from_text(picture.info["sd-toolkit"])
+        assert recipe == Recipe.from_json(image.recipe)
+        assert recipe.seed == image.seed
+
+
+@pytest.mark.parametrize("format_", ["jpeg", "webp"])
+def test_other_formats(tiny_model: TinyModel, client: openai.OpenAI, format_: str) -> None:
+    (image,) = client.images.generate(prompt="a cat", output_format=format_, extra_body=EXTRA).data
+    picture = picture_of(image.b64_json)
+    assert picture.format == format_.upper()
+    own = tiny_model.pipeline.generate(REQUEST).encode(0, format_.upper())
+    assert difference(picture, np.asarray(Image.open(io.BytesIO(own)))) == 0
+
+
+def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, server: Server) -> None:
+    (alone,) = client.images.generate(prompt="a cat", extra_body=EXTRA).data
+    options = {**EXTRA, "num_inference_steps": 3}
+    events = list(
+        client.images.generate(prompt="a cat", stream=True, partial_images=2, extra_body=options)
+    )
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert [picture_of(event.b64_json).size for event in events] == [(64, 64)] * 3
+    assert events[-1].b64_json == alone.b64_json
+    # Comments, which clients skip, tell of every step.
+    body = {"prompt": "a cat", "stream": True, **EXTRA}
+    lines = server.ask("/v1/images/generations", body).body.decode().splitlines()
+    comments = [json.loads(line[1:]) for line in lines if line.startswith(":")]
+    assert comments[1:] == [{"step": step, "num_steps": 3} for step in (1, 2)]
+
+
+def test_a_stream_of_several_pictures_says_which_is_which(client: openai.OpenAI) -> None:
+    events = list(
+        client.images.generate(prompt="a cat", n=3, stream=True, partial_images=1, extra_body=EXTRA)
+    )
+    partial = [event for event in events if event.type.endswith("partial_image")]
+    completed = [event for event in events if event.type.endswith("completed")]
+    assert [event.image_index for event in completed] == [0, 1, 2]
+    assert {event.image_index for event in partial} <= {0, 1, 2}
+    assert [event.seed for event in completed] == [7, 8, 9]
+
+
+def test_the_model_is_listed_with_what_it_can_do(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id) == model
+    assert (model.height, model.width, model.max_steps) == (64, 64, 40)
+    assert "dpm++_2m_karras" in model.schedulers
+    client.images.generate(prompt="a cat", model=model.id, extra_body=EXTRA)
+    with pytest.raises(openai.NotFoundError, match="served: bundle"):
+        client.images.generate(prompt="a cat", model="dall-e-3", extra_body=EXTRA)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "prompt: Field required"),
+        ({"prompt": "a cat", "num_inference_step": 3}, "Did you mean 'num_inference_steps'"),
+        ({"prompt": "a cat", "scheduler": "eulr"}, "Did you mean 'euler'"),
+        ({"prompt": "a cat", "size": "512x768"}, "draws 64×64"),
+        ({"prompt": "a cat", "n": 41}, "Ask for 40 at most"),
+        ({"prompt": "a cat", "n": True}, "n: Input should be a valid integer"),
+        ({"prompt": "a cat", "num_inference_steps": 41}, "Ask for 40 at most"),
+        ({"prompt": "a" * 4001}, "at most 4000 characters"),
+        ({"prompt": "a cat", "response_format": "url"}, "Input should be 'b64_json'"),
+        ({"prompt": "a cat", "background": "transparent"}, "background is 'transparent'"),
+        ({"prompt": "a cat", "partial_images": 2}, "Set stream to true"),
+        ({"prompt": "a cat", "guidance_scale": 1e9}, "less than or equal to 100"),
+        ({"prompt": "a cat", "seed": 2**64}, "seed: "),
+        ({"prompt": "a cat", "n": 2, "seed": 2**64 - 1}, "seed of the last picture"),
+        ({"prompt": "\ud800"}, "prompt: "),
+        ([], "valid dictionary"),
+        (b"{", "JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", ""),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_a_wrong_request_says_what_to_do(server: Server, body: object, words: str) -> None:
+    reply = server.ask("/v1/images/generations", body)
+    assert reply.status == 400
+    error = reply.json["error"]
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert error["hint"]
+    assert error["hint"] in error["message"]
+
+
+def test_only_json_is_read(server: Server) -> None:
+    """A form of another site's page could send plain text without asking first."""
+    body = b'{"prompt": "a cat"}'
+    reply = server.ask("/v1/images/generations", body, headers={"Content-Type": "text/plain"})
+    assert reply.status == 400
+    assert server.ask("/nowhere").status == 404
+    assert server.ask("/v1/images/generations").status == 405

@@ -1,0 +1,83 @@
+"""``sd-serve`` as a process: what it refuses to start with, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, Any
+
+from sd_runtime.serve.cli import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from http.client import HTTPResponse
+    from pathlib import Path
+
+    import pytest
+
+    from conftest import TinyModel
+
+    from .conftest import Server
+
+SHORT = {"prompt": "a cat", "num_inference_steps": 1}
+LONG = {"prompt": "a cat", "num_inference_steps": 150, "n": 6}
+
+
+def test_a_missing_bundle_is_exit_code_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "none"), "--port", "0"]) == 3
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused_before_anything_heavy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main([str(tmp_path / "none"), "--port", port]) == 2
+    err = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}" in err
+    assert "Choose another" in err
+
+
+@contextmanager
+def accepted(server: Server, body: dict[str, Any]) -> Iterator[HTTPResponse]:
+    """A stream whose head has arrived: the request is in the engine room."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request(
+            "POST", "/v1/images/generations", json.dumps({**body, "stream": True}), headers
+        )
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def test_sigterm_finishes_what_was_accepted(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    with start(tiny_model.bundle, "--threads", 1) as server:
+        with accepted(server, LONG) as stream:
+            server.process.send_signal(signal.SIGTERM)
+            while (late := server.ask("/v1/images/generations", SHORT)).status == 200:
+                pass
+            assert late.status == 503
+            assert late.json["error"]["code"] == "shutting_down"
+            assert stream.read().count(b"event: image_generation.completed") == 6
+        assert server.process.wait(60) == 0
+
+
+def test_a_second_signal_cancels(tiny_model: TinyModel, start: Callable[..., Any]) -> None:
+    with start(tiny_model.bundle, "--threads", 1) as server:
+        with accepted(server, LONG) as stream:
+            for _ in range(2):
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.05)  # two of a kind at once are one
+            assert b'"code": "cancelled"' in stream.read()
+        assert server.process.wait(60) == 143
