@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_PIXELS = 64 * 10**6
 JSON_CHUNK = "sd-toolkit"
 _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _XMP = (
@@ -99,6 +100,31 @@ def read_recipe_text(path: Path) -> str:
             "Only pictures that sd-run wrote, unedited, do; give the prompt yourself.",
         )
     return str(text)
+
+
+def read_parameters(data: bytes) -> str:
+    """The text for people in the bytes of a picture, this toolkit's or another's; "" without one.
+
+    ``data`` may be anybody's: only PNG, JPEG and WebP of at most 64 megapixels are decoded.
+    Raises `ConfigError` for anything else.
+    """
+    from PIL import Image
+
+    hint = f"Send a PNG, JPEG or WebP of at most {MAX_PIXELS // 10**6} megapixels."
+    try:
+        with Image.open(io.BytesIO(data), formats=[*set(FORMATS.values())]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ConfigError(f"the picture is of {image.width}×{image.height} pixels", hint)
+            image.load()  # a PNG's chunks may come after its pixels
+            text = image.info.get("parameters")
+            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    except ConfigError:
+        raise
+    except Exception as error:  # a file that was tampered with raises anything
+        raise ConfigError(f"the picture cannot be read: {error}", hint) from error
+    if text is None and isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        text = comment.removeprefix(_UNICODE).decode("utf-16-be", errors="replace")
+    return text if isinstance(text, str) else ""
 
 
 def grid_of(images: Sequence[NDArray[np.uint8]], *, columns: int) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from sd_runtime.serve.a1111 import a1111_routes
 from sd_runtime.serve.error_body import install_error_handlers
 from sd_runtime.serve.openai_images import openai_routes
 
@@ -33,4 +34,5 @@ def make_app(room: EngineRoom, offer: Offer) -> FastAPI:
     )
     install_error_handlers(app)
     app.include_router(openai_routes(room, offer))
+    app.include_router(a1111_routes(room, offer))
     return app
