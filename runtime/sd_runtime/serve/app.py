@@ -9,11 +9,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from sd_runtime.serve.a1111 import a1111_routes
+from sd_runtime.serve.access import Access
 from sd_runtime.serve.error_body import install_error_handlers
 from sd_runtime.serve.openai_images import openai_routes
+from sd_runtime.serve.operations import operation_routes
 
 if TYPE_CHECKING:
     from sd_runtime.serve.engine_room import EngineRoom
+    from sd_runtime.serve.metrics import Metrics
     from sd_runtime.serve.offer import Offer
 
 
@@ -23,8 +26,8 @@ class Problem(BaseModel):
     error: dict[str, Any] | str
 
 
-def make_app(room: EngineRoom, offer: Offer) -> FastAPI:
-    """The application that answers for ``room`` within ``offer``."""
+def make_app(room: EngineRoom, offer: Offer, *, metrics: Metrics, api_key: str | None) -> Access:
+    """The application that answers for ``room`` within ``offer``, to those who have the key."""
     app = FastAPI(
         title="sd-serve",
         version=version("sd-toolkit"),
@@ -35,4 +38,5 @@ def make_app(room: EngineRoom, offer: Offer) -> FastAPI:
     install_error_handlers(app)
     app.include_router(openai_routes(room, offer))
     app.include_router(a1111_routes(room, offer))
-    return app
+    app.include_router(operation_routes(room, metrics))
+    return Access(app, metrics=metrics, api_key=api_key)

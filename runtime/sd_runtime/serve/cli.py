@@ -6,7 +6,6 @@ when it is needed, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sd_runtime.serve.log_format import LogFormat
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -50,6 +51,14 @@ _POSITIVE = click.IntRange(min=1)
     help="One of the bundle's. [default: the fastest that runs here]",
 )
 @click.option("--threads", type=_POSITIVE, help="For backends on the CPU.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="Let in only who sends the key in this file. [default: $SD_SERVE_API_KEY, else everybody]",
+)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
 def serve_command(
     *,
@@ -61,6 +70,8 @@ def serve_command(
     max_steps: int,
     backend: str,
     threads: int | None,
+    api_key_file: Path | None,
+    log_format: LogFormat,
 ) -> int:
     """Answer HTTP requests with the engines in BUNDLE, which sd-export made.
 
@@ -68,9 +79,11 @@ def serve_command(
 
     SIGTERM and Ctrl-C end it in order: what was accepted is drawn first.
     """
-    import logging
+    from sd_runtime.serve.api_key import load_api_key
 
+    api_key = load_api_key(api_key_file)
     try:
+        from sd_runtime.serve.log_format import start_logging
         from sd_runtime.serve.server import Settings, serve
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -78,8 +91,7 @@ def serve_command(
             'Install it: pip install "sd-toolkit[serve]".',
         ) from error
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    start_logging(log_format)
     settings = Settings(
         host=host,
         port=port,
@@ -88,6 +100,7 @@ def serve_command(
         max_steps=max_steps,
         backend=backend,
         threads=threads,
+        api_key=api_key,
     )
     return serve(bundle, settings)
 

@@ -34,7 +34,7 @@ class EngineRoom(Closing):
     """Draws one batch at a time, first come, first served. Safe to use from any thread.
 
     Requests of the same settings that wait at the same moment share a batch where the bundle was
-    built for more than one picture a call. ``on_drawn`` gets the timings of every batch, in the
+    built for more than one picture a call. ``on_drawn`` gets every batch and its timings, in the
     thread that draws. The pipeline stays the caller's, who closes it after the room.
     """
 
@@ -43,7 +43,7 @@ class EngineRoom(Closing):
         pipeline: Pipeline,
         *,
         queue_size: int = 16,
-        on_drawn: Callable[[Timings], None] | None = None,
+        on_drawn: Callable[[Sequence[Ticket], Timings], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.queue_size = queue_size
@@ -179,7 +179,7 @@ class EngineRoom(Closing):
             tickets[0].result.set_exception(error)
             return
         if self._on_drawn is not None:
-            self._on_drawn(result.timings)
+            self._on_drawn(tickets, result.timings)
         parts = split_result(result, [ticket.request for ticket in tickets])
         for ticket, part in zip(tickets, parts, strict=True):
             ticket.result.set_result(part)

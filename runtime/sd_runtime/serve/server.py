@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +16,7 @@ from sd_runtime.pipeline import Pipeline
 from sd_runtime.request import Request
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
+from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.offer import Offer
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Settings:
     max_steps: int
     backend: str
     threads: int | None
+    api_key: str | None
 
 
 class DrainingServer(uvicorn.Server):
@@ -77,32 +80,37 @@ def serve(bundle: Path, settings: Settings) -> int:
 
     Raises `ConfigError` where the address cannot be listened on, and as `Pipeline.load`.
     """
-    with (
-        _bound_socket(settings.host, settings.port) as listener,
-        Pipeline.load(
-            bundle,
-            backend=settings.backend,
-            threads=settings.threads,
-            request=Request(""),
-        ) as pipeline,
-        EngineRoom(pipeline, queue_size=settings.queue_size) as room,
-    ):
-        offer = Offer.from_pipeline(
-            pipeline, max_images=settings.max_images, max_steps=settings.max_steps
-        )
-        config = uvicorn.Config(
-            make_app(room, offer),
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=SEND_TIMEOUT_S,
-        )
-        server = DrainingServer(config, room, _url(listener))
-        server.run(sockets=[listener])
+    metrics = Metrics()
+    with _bound_socket(settings.host, settings.port) as listener:
+        _warn_of_strangers(listener, settings.api_key)
+        with (
+            Pipeline.load(
+                bundle,
+                backend=settings.backend,
+                threads=settings.threads,
+                request=Request(""),
+            ) as pipeline,
+            EngineRoom(
+                pipeline, queue_size=settings.queue_size, on_drawn=metrics.count_batch
+            ) as room,
+        ):
+            offer = Offer.from_pipeline(
+                pipeline, max_images=settings.max_images, max_steps=settings.max_steps
+            )
+            metrics.watch(room)
+            config = uvicorn.Config(
+                make_app(room, offer, metrics=metrics, api_key=settings.api_key),
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=SEND_TIMEOUT_S,
+            )
+            server = DrainingServer(config, room, _url(listener))
+            server.run(sockets=[listener])
     return 0 if len(server.signals) < 2 else 128 + server.signals[1]
 
 
@@ -125,6 +133,15 @@ def _bound_socket(host: str, port: int) -> socket.socket:
             "Choose another --host or --port; 0 takes a free port.",
         ) from error
     return listener
+
+
+def _warn_of_strangers(listener: socket.socket, api_key: str | None) -> None:
+    address = ip_address(listener.getsockname()[0].partition("%")[0])
+    if api_key is None and not address.is_loopback:
+        logger.warning(
+            "Anybody who reaches %s may draw: give an --api-key-file, or listen on 127.0.0.1",
+            address,
+        )
 
 
 def _url(listener: socket.socket) -> str:

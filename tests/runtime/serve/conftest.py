@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MAIN = "import sys; from sd_runtime.serve.cli import main; sys.exit(main())"
 WAIT_S = 60
-KEY = "a key of the tests"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Server:
-    """A running ``sd-serve``."""
+    """A running ``sd-serve``; ``log`` is its stderr."""
 
     url: str
     process: subprocess.Popen[str]
@@ -70,6 +69,11 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return Reply(error.code, dict(error.headers), error.read())
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, its labels as they are written; 0 where it has none yet."""
+        lines = self.ask("/metrics").body.decode().splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0)
 
     def log_lines(self) -> list[dict[str, Any]]:
         """What it has logged so far, of ``--log-format json``."""
@@ -104,10 +108,12 @@ def running(folder: Path, *arguments: object, key: str | None = None) -> Iterato
 
 @pytest.fixture(scope="session")
 def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """64×64 pictures, two at a time; at most 40 pictures of 40 steps a request; no key."""
+    """64×64 pictures, two at a time; at most 40 pictures of 40 steps a request; JSON logs."""
     folder = tmp_path_factory.mktemp("server")
     limits = ("--max-images", 40, "--max-steps", 40, "--queue-size", 8)
-    with running(folder, tiny_model.bundle, "--threads", 1, *limits) as server:
+    with running(
+        folder, tiny_model.bundle, "--threads", 1, "--log-format", "json", *limits
+    ) as server:
         yield server
     assert "Traceback" not in server.log.read_text()
 
