@@ -13,6 +13,7 @@ from sd_runtime.serve.access import Access
 from sd_runtime.serve.error_body import install_error_handlers
 from sd_runtime.serve.openai_images import openai_routes
 from sd_runtime.serve.operations import operation_routes
+from sd_runtime.serve.page import page_routes
 
 if TYPE_CHECKING:
     from sd_runtime.serve.engine_room import EngineRoom
@@ -39,4 +40,5 @@ def make_app(room: EngineRoom, offer: Offer, *, metrics: Metrics, api_key: str |
     app.include_router(openai_routes(room, offer))
     app.include_router(a1111_routes(room, offer))
     app.include_router(operation_routes(room, metrics))
+    app.include_router(page_routes())
     return Access(app, metrics=metrics, api_key=api_key)
