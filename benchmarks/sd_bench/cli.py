@@ -12,7 +12,7 @@ from sd_runtime.command import run_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_COMMANDS: Final = ("latency", "scaling", "compare", "gate", "peers", "parity", "quality")
+_COMMANDS: Final = ("latency", "scaling", "compare", "gate", "peers", "parity", "quality", "serve")
 
 
 class _Commands(click.Group):

@@ -68,15 +68,12 @@ class EngineRoom(Closing):
         Raises `ConfigError` for what the bundle cannot draw, `RefusedError` with status 429 where
         the queue is full and 503 once the room is draining.
         """
+        with self._changed:
+            self._check_room()  # before the work of checking the request
         planned = plan(request, self.pipeline.bundle.manifest).request
         ticket = Ticket(planned.seeded(), previews=previews, on_progress=on_progress)
         with self._changed:
-            if self._draining:
-                raise draining_error()
-            self._drop_cancelled()
-            if len(self._waiting) >= self.queue_size:
-                retry_after_s = max(1, math.ceil(self._mean_s))
-                raise full_error(waiting=len(self._waiting), retry_after_s=retry_after_s)
+            self._check_room()
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket
@@ -157,6 +154,14 @@ class EngineRoom(Closing):
         for ticket in taken:
             ticket.started_s = clock()
         return taken
+
+    def _check_room(self) -> None:
+        if self._draining:
+            raise draining_error()
+        self._drop_cancelled()
+        if len(self._waiting) >= self.queue_size:
+            retry_after_s = max(1, math.ceil(self._mean_s))
+            raise full_error(waiting=len(self._waiting), retry_after_s=retry_after_s)
 
     def _drop_cancelled(self) -> None:
         left = [ticket for ticket in self._waiting if ticket.cancelled]

@@ -135,7 +135,7 @@ def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
     @router.post(
         "/v1/images/generations",
         response_model=Pictures,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def generate(body: Generation, connection: Request) -> Response:
         """Draw pictures from a prompt."""

@@ -1,0 +1,80 @@
+"""``sd-bench serve``, the question what a server adds, and how it bears load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sd_bench.commands.request import request_options
+from sd_bench.measurement import PROMPT
+
+if TYPE_CHECKING:
+    from sd_bench.served import Load
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=10), default=100, show_default=True)
+@request_options(without=("guidance_start", "guidance_stop"), num_inference_steps=4)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def serve(
+    bundle: Path,
+    clients: int,
+    seconds: float,
+    rounds: int,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Serve BUNDLE, and load the server: CLIENTS at once, then 4 times what it takes at most."""
+    from statistics import median
+    from tempfile import TemporaryDirectory
+
+    from sd_bench.served import ServerProcess, overhead_ms, put_under_load
+    from sd_runtime import Pipeline, Request
+
+    requests = [Request(PROMPT, seed=seed, **options) for seed in range(8)]
+    arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
+    with (
+        TemporaryDirectory() as folder,
+        Pipeline.load(bundle, backend=backend, threads=threads) as pipeline,
+        ServerProcess(
+            bundle, log=Path(folder, "log"), queue_size=clients, options=arguments
+        ) as server,
+    ):
+        expected = [pipeline.generate(request).pixels[0] for request in requests]
+        added_ms = overhead_ms(server, pipeline, requests[0], rounds=rounds)
+        loads = [
+            put_under_load(server, requests, expected, clients=number, seconds=seconds)
+            for number in (clients, 4 * (clients + 1))
+        ]
+    report = {
+        "overhead_ms": {"p50": round(median(added_ms), 2), "rounds": rounds},
+        "load": loads[0].to_json(),
+        "overload": loads[1].to_json(),
+    }
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo(f"HTTP adds {median(added_ms):.2f} ms (p50 of {rounds}) to the call and the PNG")
+    for load in loads:
+        click.echo(_words(load))
+
+
+def _words(load: Load) -> str:
+    figures, memory = load.to_json(), [size / 1e6 for size in load.resident_bytes]
+    return "\n".join(
+        (
+            f"{load.clients} clients, {load.seconds:.0f} s: {figures['drawn']} pictures drawn, "
+            f"{load.wrong} wrong, {load.differing} with values off by 1; {load.failed} failed",
+            f"  drawn, ms: {figures['drawn_ms']}",
+            f"  refused: {figures['refused']}, ms: {figures['refused_ms']}",
+            f"  memory, MB, by quarters: {', '.join(f'{size:.0f}' for size in memory)}",
+        )
+    )

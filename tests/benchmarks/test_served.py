@@ -1,0 +1,52 @@
+"""``sd-bench serve``: a real server, loaded for a moment."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from sd_bench.cli import main
+from sd_bench.served import ServerProcess, put_under_load
+from sd_engines.errors import BackendError
+from sd_runtime import Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FAST = ["--threads", "1", "--num-inference-steps", "1", "--rounds", "10", "--seconds", "1"]
+
+
+def test_a_server_stays_right_under_load(
+    shapes_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["serve", str(shapes_bundle), "--backend", "onnxruntime", "--clients", "2"]
+    assert main([*arguments, *FAST, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["overhead_ms"]["rounds"] == 10
+    for name, clients in (("load", 2), ("overload", 12)):
+        load = report[name]
+        assert load["clients"] == clients
+        assert load["drawn"] > 0
+        assert load["wrong"] == load["failed"] == 0
+        assert len(load["resident_bytes"]) == 4
+    assert report["load"]["refused"] == 0
+    assert report["overload"]["refused"] > 0
+
+
+def test_a_wrong_picture_is_noticed(shapes_bundle: Path, tmp_path: Path) -> None:
+    options = ["--backend", "onnxruntime", "--threads", "1"]
+    with ServerProcess(
+        shapes_bundle, log=tmp_path / "log", queue_size=1, options=options
+    ) as server:
+        request = Request("a red circle", seed=1, num_inference_steps=1)
+        expected = np.full((128, 128, 3), 127, dtype=np.uint8)
+        load = put_under_load(server, [request], [expected], clients=1, seconds=0.2)
+    assert load.wrong == len(load.drawn_ms) > 0
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="did not start: Error: "):
+        ServerProcess(tmp_path / "none", log=tmp_path / "log", queue_size=1, options=[])
