@@ -41,15 +41,15 @@ def serve(
 
     requests = [Request(PROMPT, seed=seed, **options) for seed in range(8)]
     arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
+    with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
+        expected = [pipeline.generate(request).pixels[0] for request in requests]
     with (
         TemporaryDirectory() as folder,
-        Pipeline.load(bundle, backend=backend, threads=threads) as pipeline,
         ServerProcess(
             bundle, log=Path(folder, "log"), queue_size=clients, options=arguments
         ) as server,
     ):
-        expected = [pipeline.generate(request).pixels[0] for request in requests]
-        added_ms = overhead_ms(server, pipeline, requests[0], rounds=rounds)
+        added_ms = overhead_ms(server, requests[0], rounds=rounds)
         loads = [
             put_under_load(server, requests, expected, clients=number, seconds=seconds)
             for number in (clients, 4 * (clients + 1))
@@ -62,7 +62,7 @@ def serve(
     if as_json:
         click.echo(json.dumps(report))
         return
-    click.echo(f"HTTP adds {median(added_ms):.2f} ms (p50 of {rounds}) to the call and the PNG")
+    click.echo(f"HTTP adds {median(added_ms):.2f} ms (p50 of {rounds}) to the drawing and the PNG")
     for load in loads:
         click.echo(_words(load))
 

@@ -21,7 +21,7 @@ from sd_runtime.image import encode_image, read_parameters
 from sd_runtime.request import MAX_SEED
 from sd_runtime.request import Request as DrawRequest
 from sd_runtime.serve.body import Body
-from sd_runtime.serve.drawing import Drawing
+from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.offer import MAX_BODY_BYTES, MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
 from sd_runtime.timing import clock
 
@@ -124,7 +124,8 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
         if body.send_images is not False:
             images = await asyncio.to_thread(_pictures, result)
         parameters = body.model_dump(mode="json")
-        return JSONResponse({"images": images, "parameters": parameters, "info": _info(result)})
+        answer = {"images": images, "parameters": parameters, "info": _info(result)}
+        return JSONResponse(answer, headers=timing_header(result))
 
     @router.get("/samplers")
     async def samplers() -> JSONResponse:

@@ -71,6 +71,12 @@ class Drawing:
         return event.result()
 
 
+def timing_header(result: Result) -> dict[str, str]:
+    """What each stage took in all, in ms, as browsers and other clients read it: Server-Timing."""
+    totals = result.timings.totals_ms()
+    return {"Server-Timing": ", ".join(f"{name};dur={ms:.3f}" for name, ms in totals.items())}
+
+
 async def _disconnected(connection: Connection) -> None:
     while (await connection.receive())["type"] != "http.disconnect":
         pass

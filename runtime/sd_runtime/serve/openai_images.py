@@ -21,7 +21,7 @@ from sd_runtime.image import encode_image
 from sd_runtime.request import MAX_SEED
 from sd_runtime.request import Request as DrawRequest
 from sd_runtime.serve.body import Body
-from sd_runtime.serve.drawing import Drawing
+from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.ticket import Progress
@@ -146,7 +146,8 @@ def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
             return DrawingStream(drawing, _events(drawing, room, offer, format_))
         result = await Drawing(room, request).result(connection)
         pictures = await asyncio.to_thread(_pictures, result, format_)
-        return JSONResponse({"data": pictures, **_form(offer, format_, "created")})
+        answer = {"data": pictures, **_form(offer, format_, "created")}
+        return JSONResponse(answer, headers=timing_header(result))
 
     @router.get("/v1/models")
     async def models() -> JSONResponse:

@@ -102,6 +102,13 @@ def test_a_stream_of_several_pictures_says_which_is_which(client: openai.OpenAI)
     assert [event.seed for event in completed] == [7, 8, 9]
 
 
+def test_the_answer_says_what_the_drawing_took(server: Server) -> None:
+    reply = server.ask("/v1/images/generations", {"prompt": "a cat", **EXTRA})
+    stages = dict(part.split(";dur=") for part in reply.headers["server-timing"].split(", "))
+    assert {"unet", "vae_decoder", "total", "png"} <= set(stages)
+    assert float(stages["total"]) > float(stages["unet"]) > 0
+
+
 def test_the_model_is_listed_with_what_it_can_do(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id) == model
