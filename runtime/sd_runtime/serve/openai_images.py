@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _AS_IN_REQUEST = {
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
-    *("guidance_start", "guidance_stop", "scheduler", "eta"),
+    *("guidance_start", "guidance_stop", "cache_interval", "scheduler", "eta"),
 }
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -62,6 +62,7 @@ class Generation(Body):
     guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)
     guidance_start: _Share | None = None
     guidance_stop: _Share | None = None
+    cache_interval: int | None = Field(None, ge=1)
     scheduler: str | None = Field(None, max_length=100)
     eta: _Share | None = None
     user: str | None = Field(None, description="Not used.")

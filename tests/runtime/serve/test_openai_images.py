@@ -132,6 +132,8 @@ def test_the_model_is_listed_with_what_it_can_do(client: openai.OpenAI) -> None:
         ({"prompt": "a" * 4001}, "at most 4000 characters"),
         ({"prompt": "a cat", "response_format": "url"}, "Input should be 'b64_json'"),
         ({"prompt": "a cat", "background": "transparent"}, "background is 'transparent'"),
+        ({"prompt": "a cat", "cache_interval": 2}, "no shallow UNet"),
+        ({"prompt": "a cat", "image": "/etc/hostname"}, "unknown field 'image'"),
         ({"prompt": "a cat", "partial_images": 2}, "Set stream to true"),
         ({"prompt": "a cat", "guidance_scale": 1e9}, "less than or equal to 100"),
         ({"prompt": "a cat", "seed": 2**64}, "seed: "),
