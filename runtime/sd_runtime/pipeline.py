@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest, Request
 
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL = ("unet_shallow", "safety_checker")
+SHALLOW = "unet_shallow"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 PRECISION_HINT = (
     "Nothing was kept. Try another --backend or a bundle of higher precision: "
@@ -64,7 +64,8 @@ class Pipeline(Closing):
         self.bundle = bundle
         self._engines = dict(engines)
         self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
-        self._images = ImageEncoder(partial(self._open_encoder, backend, threads))
+        self._open = partial(open_engine, bundle, backend=backend, threads=threads)
+        self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
         self.fingerprint = fingerprint(bundle.manifest)
 
     @classmethod
@@ -78,7 +79,8 @@ class Pipeline(Closing):
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
-        The VAE's encoder is opened for the first request that starts from a picture.
+        The VAE's encoder is opened for the first request that starts from a picture, the shallow
+        UNet for the first with a cache_interval.
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
@@ -95,7 +97,7 @@ class Pipeline(Closing):
                     f"the bundle {path} has no {component}",
                     "Make it again: sd-export --model MODEL --output BUNDLE.",
                 )
-        names = [*REQUIRED, *(name for name in OPTIONAL if name in present)]
+        names = [*REQUIRED, *(name for name in ("safety_checker",) if name in present)]
         tokenizer = Tokenizer.load(
             bundle.verified_path(TOKENIZER_FILE),
             max_tokens=bundle.manifest.model.max_prompt_tokens,
@@ -103,7 +105,7 @@ class Pipeline(Closing):
         batches: dict[str, set[int]] = {}
         if request is not None:
             batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
-            names += [name for name in (ENCODER,) if name in batches]
+            names += [name for name in (ENCODER, SHALLOW) if batches.get(name)]
         engines = open_engines(bundle, names, backend=backend, threads=threads, batches=batches)
         return cls(bundle, engines, tokenizer, backend=backend, threads=threads)
 
@@ -190,18 +192,16 @@ class Pipeline(Closing):
             timings=timings,
             unet_inputs={**plan.unet_inputs, **start.unet_inputs},
             known=start.known,
-            unet_shallow=self._engines.get("unet_shallow"),
+            unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
         )
 
-    def _open_encoder(self, backend: str, threads: int | None) -> Engine:
-        """The VAE's encoder, on the UNet's backend where that is free to choose."""
-        if ENCODER not in self._engines:
+    def _engine_on_demand(self, component: str) -> Engine:
+        """One that not every request needs, on the UNet's backend where that is free to choose."""
+        if component not in self._engines:
             unet = self._engines["unet"].entry
-            self._engines[ENCODER] = open_engine(
-                self.bundle, ENCODER, backend=backend, threads=threads, prefer=unet
-            )
-        return self._engines[ENCODER]
+            self._engines[component] = self._open(component, prefer=unet)
+        return self._engines[component]
 
     def _decode(self, latents: Array) -> NDArray[np.float32]:
         """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""

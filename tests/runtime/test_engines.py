@@ -76,7 +76,7 @@ def test_the_first_batches_of_a_shallow_unet(
         "a cat", num_inference_steps=4, scheduler="ddim", cache_interval=2, **guidance
     )
     asked: dict[str, set[int]] = {}
-    with Pipeline.load(cached_bundle, backend="onnxruntime", threads=1) as pipeline:
+    with Pipeline.load(cached_bundle, backend="onnxruntime", request=request) as pipeline:
         expected = first_batches(plan(request, pipeline.bundle.manifest), pipeline.profile)
         for name, engine in pipeline._engines.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
