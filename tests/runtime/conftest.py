@@ -104,10 +104,11 @@ class TinyModel:
         return pixels, latents[-1], output.nsfw_content_detected
 
 
-def make_model(
+@contextmanager
+def tiny_model_in(
     folder: Path, *, batch_size: int, safety_checker: bool = False, **checkpoint_options: Any
-) -> TinyModel:
-    """Make, export and open a tiny model below ``folder``."""
+) -> Iterator[TinyModel]:
+    """Make, export and open a tiny model below ``folder``; its engines are freed at the end."""
     from diffusers import DiffusionPipeline
 
     from sd_export import export
@@ -126,7 +127,8 @@ def make_model(
             divide_pictures(oracle)
             oracle.safety_checker.save_pretrained(checkpoint / "safety_checker")
         export(checkpoint, bundle, batch_size=batch_size)
-    return TinyModel(checkpoint, bundle, Pipeline.load(bundle, threads=1), oracle)
+    with Pipeline.load(bundle, threads=1) as pipeline:
+        yield TinyModel(checkpoint, bundle, pipeline, oracle)
 
 
 def divide_pictures(oracle: StableDiffusionPipeline) -> None:
@@ -157,15 +159,16 @@ def divide_pictures(oracle: StableDiffusionPipeline) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """64×64 pictures, two at a time, PNDM, epsilon; a UNet of one level."""
-    model = make_model(tmp_path_factory.mktemp("tiny"), batch_size=2, block_out_channels=(32,))
-    yield model
-    model.pipeline.close()
+    with tiny_model_in(
+        tmp_path_factory.mktemp("tiny"), batch_size=2, block_out_channels=(32,)
+    ) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")
 def guarded_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """Another shape: 24×24 pictures from a factor of 2, v_prediction, DDIM, a safety checker."""
-    model = make_model(
+    with tiny_model_in(
         tmp_path_factory.mktemp("guarded"),
         batch_size=1,
         seed=1,
@@ -175,29 +178,27 @@ def guarded_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
         sample_size=12,
         vae_block_out_channels=(8, 16),
         cross_attention_dim=48,
-    )
-    yield model
-    model.pipeline.close()
+    ) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")
 def consistency_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """As SimianLuo/LCM_Dreamshaper_v7."""
-    model = make_model(
+    with tiny_model_in(
         tmp_path_factory.mktemp("lcm"),
         batch_size=2,
         time_cond_proj_dim=256,
         scheduler="LCMScheduler",
         **SMALL,
-    )
-    yield model
-    model.pipeline.close()
+    ) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")
 def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """As stabilityai/stable-diffusion-2-1."""
-    model = make_model(
+    with tiny_model_in(
         tmp_path_factory.mktemp("v2"),
         batch_size=1,
         v2=True,
@@ -206,24 +207,22 @@ def v2_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
         scheduler="DDIMScheduler",
         scheduler_options={"set_alpha_to_one": False},
         **SMALL,
-    )
-    yield model
-    model.pipeline.close()
+    ) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")
 def inpainting_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """A UNet of nine channels, which is fed the mask: 24×24 pictures, two at a time, DDIM."""
-    model = make_model(
+    with tiny_model_in(
         tmp_path_factory.mktemp("inpainting"),
         batch_size=2,
         inpainting=True,
         seed=2,
         scheduler="DDIMScheduler",
         **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 16)},
-    )
-    yield model
-    model.pipeline.close()
+    ) as model:
+        yield model
 
 
 @pytest.fixture
