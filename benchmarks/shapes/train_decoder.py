@@ -9,14 +9,21 @@ noisy and denoised again by the UNet keeps its places, and its details are the U
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from descent import Descent
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
-from train_vae import RESOLUTION, as_images, hard_scene, pixel_weights, round_trip_faults
+from train_vae import (
+    RESOLUTION,
+    as_images,
+    hard_scene,
+    pixel_weights,
+    reconstruction_loss,
+    round_trip_faults,
+)
 
 from sd_bench.scene import caption, draw
 
@@ -71,10 +78,9 @@ def main() -> None:
     vae.post_quant_conv.requires_grad_(True)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.0)
-    started, step, running, reported = time.time(), 0, 0.0, time.time()
-    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
-        rate = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
+    descent = Descent(optimizer, minutes=args.minutes, learning_rate=args.learning_rate, warm_up=50)
+    running, reported = 0.0, time.time()
+    for progress in descent:
         rows = torch.randint(len(drawings), (16,))
         images = as_images(drawings[rows])
         with torch.autocast("cpu", torch.bfloat16):
@@ -82,16 +88,12 @@ def main() -> None:
             read = torch.cat([encoded.float(), latents[rows][4:] / scale])
             decoded = vae.decode(read.contiguous(memory_format=torch.channels_last)).sample
         error = (decoded.float() - images) * pixel_weights(images, shape=4)
-        loss = error.abs().mean() + 0.5 * error.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        loss = reconstruction_loss(error)
+        descent.step(loss)
         running = 0.98 * running + 0.02 * float(error.detach().abs().mean())
-        step += 1
         if time.time() - reported > 60:
             reported = time.time()
-            print(f"{progress:4.0%} step {step} error {running:.4f}", flush=True)
+            print(f"{progress:4.0%} step {descent.steps} error {running:.4f}", flush=True)
     vae.save_pretrained(args.folder / "vae")
     print(f"held-out round trips wrong: {round_trip_faults(vae, pictures=500):.1%}", flush=True)
 

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from descent import Descent
 from diffusers import AutoencoderKL
-from train_vae import RESOLUTION, batch, pixel_weights, round_trip_faults
+from train_vae import (
+    RESOLUTION,
+    batch,
+    pixel_weights,
+    reconstruction_loss,
+    round_trip_faults,
+)
 
 
 def main() -> None:
@@ -38,10 +44,9 @@ def main() -> None:
     vae.quant_conv.requires_grad_(True)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.0)
-    started, step, running, reported = time.time(), 0, 0.0, time.time()
-    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
-        rate = min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
+    descent = Descent(optimizer, minutes=args.minutes, learning_rate=args.learning_rate, warm_up=50)
+    running, reported = 0.0, time.time()
+    for progress in descent:
         images = batch(rng, size=16, crop=RESOLUTION)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
@@ -50,18 +55,14 @@ def main() -> None:
                 old = before.encode(images).latent_dist.mean
         error = (decoded.float() - images) * pixel_weights(images, shape=4)
         moved = (posterior.mean.float() - old.float()).square().mean()
-        loss = error.abs().mean() + 0.5 * error.square().mean() + args.nearness * moved
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        loss = reconstruction_loss(error) + args.nearness * moved
+        descent.step(loss)
         running = 0.98 * running + 0.02 * float(error.detach().abs().mean())
-        step += 1
         if time.time() - reported > 120:
             reported = time.time()
             wrong = round_trip_faults(vae, pictures=100)
             print(
-                f"{progress:4.0%} step {step} error {running:.4f} "
+                f"{progress:4.0%} step {descent.steps} error {running:.4f} "
                 f"moved {float(moved):.4f} of {float(old.float().var()):.3f} wrong {wrong:.0%}",
                 flush=True,
             )

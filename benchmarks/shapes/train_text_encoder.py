@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from descent import Descent
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -160,11 +159,8 @@ def main() -> None:
     parameters = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     print(f"{len(tokenizer)} tokens", flush=True)
-    started, step = time.time(), 0
-    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = (
-            min(1, step / 100) * 5e-4 * (1 + math.cos(math.pi * progress))
-        )
+    descent = Descent(optimizer, minutes=args.minutes, learning_rate=1e-3, warm_up=100)
+    for _ in descent:
         scenes = [reworded(lesson(rng), rng) for _ in range(64)]
         ids = token_ids(tokenizer, [caption(scene, rng) for scene in scenes])
         with torch.autocast("cpu", torch.bfloat16):
@@ -176,13 +172,9 @@ def main() -> None:
                 for i, logits in enumerate(read)
             ]
         ).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step} loss {float(loss):.4f}", flush=True)
+        descent.step(loss)
+        if descent.steps % 100 == 0:
+            print(f"step {descent.steps} loss {float(loss):.4f}", flush=True)
     encoder.save_pretrained(args.output / "text_encoder")
     held_out = [random_scene(rng, held_out=True) for _ in range(500)]
     with torch.no_grad():

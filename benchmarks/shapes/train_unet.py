@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from descent import Descent
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -143,12 +143,16 @@ def main() -> None:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
     )
-    step, running, reported = 0, 1.0, time.time()
-    seconds = max(60 * args.minutes, 1e-9)
-    while (progress := (time.time() - started) / seconds) < 1:
+    descent = Descent(
+        optimizer,
+        minutes=args.minutes,
+        learning_rate=args.learning_rate,
+        warm_up=200,
+        started=started,
+    )
+    running, reported = 1.0, time.time()
+    for progress in descent:
         layout = 1.0 if resumed else (time.time() - started) / (60 * args.layout_minutes)
-        rate = min(1.0, step / 200) * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
         rows = torch.randint(len(scenes), (args.batch_size,))
         words = [
             "" if rng.random() < DROPPED_CAPTIONS else caption(scenes[row], rng) for row in rows
@@ -165,15 +169,11 @@ def main() -> None:
             model_output = unet(sample, timesteps, prompt_embeds).sample
         velocity = noise_schedule.get_velocity(latents, noise, timesteps)
         loss = (model_output.float() - velocity).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        descent.step(loss)
         ema.update_parameters(unet)
         running = 0.98 * running + 0.02 * loss.item()
-        step += 1
-        if step % 50 == 0:
-            print(f"{progress:4.0%} step {step} loss {running:.4f}", flush=True)
+        if descent.steps % 50 == 0:
+            print(f"{progress:4.0%} step {descent.steps} loss {running:.4f}", flush=True)
         if time.time() - reported > 300:
             reported = time.time()
             save(args.folder, unet=ema.module, text_encoder=text_encoder, vae=vae)

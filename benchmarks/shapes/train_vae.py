@@ -8,12 +8,12 @@ background, which would otherwise drown their colours.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from descent import Descent
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -73,6 +73,11 @@ def pixel_weights(images: torch.Tensor, *, shape: float) -> torch.Tensor:
     return 1 + (shape - 1) * (gap.amin(dim=1, keepdim=True) > 0.02).float()
 
 
+def reconstruction_loss(error: torch.Tensor) -> torch.Tensor:
+    """Of weighted differences: the mean of their size, and half that of their squares."""
+    return error.abs().mean() + 0.5 * error.square().mean()
+
+
 def round_trip_faults(vae: AutoencoderKL, *, pictures: int) -> float:
     """Share of held-out drawings that the checker no longer reads right after a round trip."""
     rng = np.random.default_rng(7)
@@ -98,30 +103,27 @@ def main() -> None:
     rng = np.random.default_rng(time.time_ns())
     vae = new_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    started, step, running, reported = time.time(), 0, 0.0, time.time()
-    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
+    descent = Descent(
+        optimizer, minutes=args.minutes, learning_rate=args.learning_rate, warm_up=100
+    )
+    running, reported = 0.0, time.time()
+    for progress in descent:
         whole = progress > 0.6
         images = batch(rng, size=16 if whole else 48, crop=RESOLUTION if whole else CROP)
-        rate = min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = (decoded.float() - images) * pixel_weights(images, shape=4 if whole else 8)
         divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-        loss = error.abs().mean() + 0.5 * error.square().mean() + 2e-4 * divergence
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        loss = reconstruction_loss(error) + 2e-4 * divergence
+        descent.step(loss)
         running = 0.98 * running + 0.02 * float(error.detach().abs().mean())
-        step += 1
         if time.time() - reported > 120:
             reported = time.time()
             vae.save_pretrained(args.output)
             wrong = round_trip_faults(vae, pictures=50)
             print(
-                f"{progress:4.0%} step {step} error {running:.4f} "
+                f"{progress:4.0%} step {descent.steps} error {running:.4f} "
                 f"KL {divergence.item():.2f} held-out round trips wrong {wrong:.0%}",
                 flush=True,
             )
