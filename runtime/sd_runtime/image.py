@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64 * 10**6
@@ -102,26 +103,39 @@ def read_recipe_text(path: Path) -> str:
     return str(text)
 
 
-def read_parameters(data: bytes) -> str:
-    """The text for people in the bytes of a picture, this toolkit's or another's; "" without one.
+def picture_from_bytes(data: bytes) -> Image:
+    """A picture that anybody may have sent, decoded.
 
-    ``data`` may be anybody's: only PNG, JPEG and WebP of at most 64 megapixels are decoded.
-    Raises `ConfigError` for anything else.
+    Raises `ConfigError` for all but PNG, JPEG and WebP of at most `MAX_PIXELS`.
     """
     from PIL import Image
 
     hint = f"Send a PNG, JPEG or WebP of at most {MAX_PIXELS // 10**6} megapixels."
     try:
-        with Image.open(io.BytesIO(data), formats=[*set(FORMATS.values())]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ConfigError(f"the picture is of {image.width}×{image.height} pixels", hint)
-            image.load()  # a PNG's chunks may come after its pixels
-            text = image.info.get("parameters")
-            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+        image = Image.open(io.BytesIO(data), formats=[*set(FORMATS.values())])
+        if image.width * image.height > MAX_PIXELS:
+            raise ConfigError(f"the picture is of {image.width}×{image.height} pixels", hint)
+        image.load()
     except ConfigError:
         raise
     except Exception as error:  # a file that was tampered with raises anything
         raise ConfigError(f"the picture cannot be read: {error}", hint) from error
+    return image
+
+
+def read_parameters(data: bytes) -> str:
+    """The text for people in the bytes of a picture, this toolkit's or another's; "" without one.
+
+    Raises `ConfigError` as `picture_from_bytes`.
+    """
+    image = picture_from_bytes(data)
+    text = image.info.get("parameters")
+    try:
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"the picture's EXIF cannot be read: {error}", "Send it as it was written."
+        ) from error
     if text is None and isinstance(comment, bytes) and comment.startswith(_UNICODE):
         text = comment.removeprefix(_UNICODE).decode("utf-16-be", errors="replace")
     return text if isinstance(text, str) else ""

@@ -116,6 +116,16 @@ class Request:
                 object.__setattr__(self, name, picture)
         if self.image is None and self.mask is not None:
             raise ConfigError("a mask without a picture", "Give the picture too: --image PICTURE.")
+        if self.mask is not None and self.mask.image.size != self.image.image.size:
+            (image_width, image_height), (width, height) = (
+                self.image.image.size,
+                self.mask.image.size,
+            )
+            raise ConfigError(
+                f"the mask is {height}×{width} (height × width), its picture "
+                f"{image_height}×{image_width}",
+                "Give a mask that was made for the picture, of the same size.",
+            )
         if self.strength is not None:
             _check_real("strength", self.strength, 0.0, 1.0)
             if self.image is None:

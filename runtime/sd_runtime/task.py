@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
+
 from sd_engines.errors import BundleError, ConfigError
+from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
-    from sd_runtime.request import Request
 
 Draw: TypeAlias = Literal["image", "noise", "masked_image", "unused"]
 MASK_INPUTS = ("mask", "masked_image_latents")
@@ -77,3 +79,20 @@ def takes_mask(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an inpainting checkpoint's."""
     unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
     return unet is not None and {spec.name for spec in unet.inputs}.issuperset(MASK_INPUTS)
+
+
+def tasks_of(manifest: Manifest) -> tuple[str, ...]:
+    """The names of all that can be asked of a bundle."""
+    if takes_mask(manifest):
+        return ("inpainting",)
+    if ENCODER not in manifest.components:
+        return (TEXT_TO_IMAGE.name,)
+    return (TEXT_TO_IMAGE.name, IMAGE_TO_IMAGE.name, "inpainting")
+
+
+def plainest_request(manifest: Manifest) -> Request:
+    """The least that a bundle can be asked: nothing, of nothing, where it takes a picture."""
+    if not takes_mask(manifest):
+        return Request("")
+    black = np.zeros((1, 1, 3), np.uint8)
+    return Request("", image=black, mask=black)

@@ -214,6 +214,7 @@ def test_a_recipe_needs_the_picture_again(tiny_model: TinyModel) -> None:
     [
         ({"image": None}, "a mask without a picture"),
         ({"image": None, "mask": None, "strength": 0.5}, "strength is 0.5 without a picture"),
+        ({"mask": Image.new("L", (8, 9))}, "the mask is 9×8 .height × width., its picture"),
         ({"strength": 0.0}, "leaves none to run"),
         ({"strength": 0.19}, "leaves none to run"),
         ({"strength": 1.1}, "strength is 1.1"),

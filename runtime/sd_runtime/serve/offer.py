@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
-from sd_runtime.request import Request
 from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.table import SCHEDULERS
+from sd_runtime.task import plainest_request, tasks_of
 
 if TYPE_CHECKING:
+    from sd_engines.manifest import Manifest
     from sd_runtime.pipeline import Pipeline
+    from sd_runtime.request import Request
 
 MAX_PROMPT_CHARS = 4000
 """CLIP reads some 300 of them; a few layers of templates fit."""
 MAX_BODY_BYTES = 16 * 2**20
-"""A picture of 12 MB in base64, for png-info."""
+"""A picture of 12 MB in base64."""
 MAX_GUIDANCE_SCALE = 100.0
 """Beyond it pictures are noise, or no numbers at all."""
 
@@ -34,6 +36,7 @@ class Offer:
     fingerprint: str
     backend: str
     precision: str
+    tasks: tuple[str, ...]
     height: int
     width: int
     scheduler: str
@@ -47,19 +50,24 @@ class Offer:
     def from_pipeline(cls, pipeline: Pipeline, *, max_images: int, max_steps: int) -> Self:
         """What ``pipeline`` can draw, without the schedulers that its checkpoint excludes."""
         path, unet = pipeline.bundle.path.resolve(), pipeline.engines["unet"]
-        own = plan(Request(""), pipeline.bundle.manifest)
+        manifest = pipeline.bundle.manifest
+        plainest = plainest_request(manifest)
+        own = plan(plainest, manifest)
         return cls(
             model=path.name.removesuffix(".bundle"),
             created=int((path / "bundle.json").stat().st_mtime),
             fingerprint=pipeline.fingerprint,
             backend=unet.backend,
             precision=unet.precision,
+            tasks=tasks_of(manifest),
             height=pipeline.profile.height,
             width=pipeline.profile.width,
             scheduler=own.scheduler,
             default_steps=min(own.num_inference_steps, max_steps),
             default_guidance_scale=own.guidance_scale,
-            schedulers=tuple(name for name in sorted(SCHEDULERS) if _fits(name, pipeline)),
+            schedulers=tuple(
+                name for name in sorted(SCHEDULERS) if _fits(name, plainest, manifest)
+            ),
             max_images=max_images,
             max_steps=max_steps,
         )
@@ -87,11 +95,11 @@ class Offer:
             )
 
 
-def _fits(scheduler: str, pipeline: Pipeline) -> bool:
+def _fits(scheduler: str, request: Request, manifest: Manifest) -> bool:
     if scheduler.endswith("Scheduler"):
         return False  # the class behind a short name
     try:
-        plan(Request("", scheduler=scheduler), pipeline.bundle.manifest)
+        plan(replace(request, scheduler=scheduler), manifest)
     except ConfigError:
         return False
     return True

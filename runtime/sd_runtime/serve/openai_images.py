@@ -1,7 +1,4 @@
-"""The door for OpenAI's clients: ``/v1/images/generations`` and ``/v1/models``.
-
-What their Images API has no word for is spelt as diffusers spells it.
-"""
+"""The door for OpenAI's clients: ``/v1/images/generations``, ``…/edits`` and ``/v1/models``."""
 
 from __future__ import annotations
 
@@ -10,20 +7,17 @@ import base64
 import json
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field
 
-from sd_engines.errors import ConfigError, SdError
+from sd_engines.errors import SdError
 from sd_runtime.image import encode_image
-from sd_runtime.request import MAX_SEED
-from sd_runtime.request import Request as DrawRequest
-from sd_runtime.serve.body import Body
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
-from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
+from sd_runtime.serve.openai_bodies import Edit, Generation, Pictures
 from sd_runtime.serve.ticket import Progress
 
 if TYPE_CHECKING:
@@ -31,83 +25,14 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from sd_runtime.request import Request as DrawRequest
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
 
-_AS_IN_REQUEST = {
-    *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
-    *("guidance_start", "guidance_stop", "cache_interval", "scheduler", "eta"),
+_ANSWERS: dict[str, Any] = {
+    "response_model": Pictures,
+    "responses": {200: {"content": {"text/event-stream": {}}}},
 }
-_Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Generation(Body):
-    """What to draw. A field that is null or left out means the default."""
-
-    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
-    model: str | None = None
-    n: int | None = Field(None, ge=1, description="Pictures. [default: 1]")
-    size: str | None = Field(
-        None,
-        pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-        description="WIDTHxHEIGHT in pixels, as the bundle was built.",
-    )
-    response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="Pictures on the way.")
-    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARS)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Picture i takes seed + i.")
-    num_inference_steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)
-    guidance_start: _Share | None = None
-    guidance_stop: _Share | None = None
-    cache_interval: int | None = Field(None, ge=1)
-    scheduler: str | None = Field(None, max_length=100)
-    eta: _Share | None = None
-    user: str | None = Field(None, description="Not used.")
-
-    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
-        "background": ("auto", "opaque"),
-        "moderation": ("auto", "low"),
-        "quality": ("auto", "standard"),
-    }
-
-    def request(self, offer: Offer) -> DrawRequest:
-        """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
-        if self.partial_images and not self.stream:
-            raise ConfigError("partial_images without stream", "Set stream to true as well.")
-        own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True)
-        if self.size not in (None, "auto"):
-            own["width"], own["height"] = (int(part) for part in self.size.split("x"))
-        request = DrawRequest.from_mapping(
-            {
-                "num_inference_steps": offer.default_steps,
-                "num_images_per_prompt": self.n or 1,
-                **own,
-            }
-        )
-        offer.check(request)
-        return request
-
-
-class Picture(BaseModel):
-    """One picture, and what it was drawn with."""
-
-    b64_json: str
-    seed: int
-    recipe: dict[str, Any]
-    nsfw_content_detected: bool | None
-
-
-class Pictures(BaseModel):
-    """All pictures of one request."""
-
-    created: int
-    data: list[Picture]
-    output_format: str
-    size: str
-    background: str
 
 
 class DrawingStream(StreamingResponse):
@@ -133,15 +58,23 @@ def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
     """The routes of this door."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post(
-        "/v1/images/generations",
-        response_model=Pictures,
-        responses={200: {"content": {"text/event-stream": {}}}},
-    )
+    @router.post("/v1/images/generations", **_ANSWERS)
     async def generate(body: Generation, connection: Request) -> Response:
         """Draw pictures from a prompt."""
         offer.check_model(body.model)
-        request, format_ = body.request(offer), body.output_format or "png"
+        return await drawn(body, body.request(offer), connection)
+
+    @router.post("/v1/images/edits", **_ANSWERS)
+    async def edit(
+        body: Annotated[Edit, Form(media_type="multipart/form-data")], connection: Request
+    ) -> Response:
+        """Draw pictures from a prompt and a picture, or only what a mask says of it."""
+        offer.check_model(body.model)
+        request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
+        return await drawn(body, request, connection)
+
+    async def drawn(body: Generation, request: DrawRequest, connection: Request) -> Response:
+        format_ = body.output_format or "png"
         if body.stream:
             drawing = Drawing(room, request, previews=body.partial_images or 0, steps=True)
             return DrawingStream(drawing, _events(drawing, room, offer, format_))
@@ -168,6 +101,7 @@ async def _events(
     drawing: Drawing, room: EngineRoom, offer: Offer, format_: str
 ) -> AsyncIterator[str]:
     """OpenAI's events. Comment lines, which their clients skip, say how far the drawing is."""
+    kind = "image_generation" if drawing.ticket.request.image is None else "image_edit"
     yield _comment(waiting=room.waiting)
     form = _form(offer, format_, "created_at")
     form["quality"] = "auto"
@@ -181,7 +115,7 @@ async def _events(
                 for number, pixels in enumerate(event.preview):
                     data = await asyncio.to_thread(encode_image, pixels, format_.upper())
                     yield _event(
-                        "image_generation.partial_image",
+                        f"{kind}.partial_image",
                         b64_json=base64.b64encode(data).decode(),
                         partial_image_index=num_partials,
                         image_index=event.first_image + number,
@@ -191,9 +125,7 @@ async def _events(
             else:
                 pictures = await asyncio.to_thread(_pictures, event, format_)
                 for number, picture in enumerate(pictures):
-                    yield _event(
-                        "image_generation.completed", image_index=number, **picture, **form
-                    )
+                    yield _event(f"{kind}.completed", image_index=number, **picture, **form)
     except SdError as error:
         yield f"event: error\ndata: {json.dumps(openai_body(error))}\n\n"
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import click
 import uvicorn
 
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.pipeline import Pipeline
-from sd_runtime.request import Request
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.offer import Offer
+from sd_runtime.task import plainest_request
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,7 @@ def serve(bundle: Path, settings: Settings) -> int:
                 bundle,
                 backend=settings.backend,
                 threads=settings.threads,
-                request=Request(""),
+                request=plainest_request(open_bundle(bundle).manifest),
             ) as pipeline,
             EngineRoom(
                 pipeline, queue_size=settings.queue_size, on_drawn=metrics.count_batch

@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
-from sd_runtime.serve.openai_images import Generation
+from sd_runtime.serve.openai_bodies import Edit, Generation
 
 if TYPE_CHECKING:
     from .conftest import Server
@@ -49,7 +49,9 @@ def test_the_page_sends_and_reads_what_there_is(server: Server) -> None:
     names = set(re.findall(r"^    (\w+):", sent.group(1), re.MULTILINE))
     names |= set(re.findall(r"\bbody\.(\w+) =", html))
     assert {"prompt", "seed", "stream"} <= names
-    assert names <= set(Generation.model_fields)
+    starts = {"image", "mask", "strength"}
+    assert starts <= names <= set(Edit.model_fields)
+    assert names - starts <= set(Generation.model_fields)
     model = server.ask("/v1/models").json["data"][0]
     assert set(re.findall(r"\bmodel\.([a-z_]+)\b", html)) <= set(model)
     picture = server.ask("/v1/images/generations", {"prompt": "a cat", "num_inference_steps": 1})

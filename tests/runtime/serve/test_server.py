@@ -81,3 +81,15 @@ def test_a_second_signal_cancels(tiny_model: TinyModel, start: Callable[..., Any
                 time.sleep(0.05)  # two of a kind at once are one
             assert b'"code": "cancelled"' in stream.read()
         assert server.process.wait(60) == 143
+
+
+def test_a_bundle_for_inpainting_is_served(
+    inpainting_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    with start(inpainting_model.bundle, "--threads", 1) as server:
+        (model,) = server.ask("/v1/models").json["data"]
+        assert model["tasks"] == ["inpainting"]
+        assert "ddim" in model["schedulers"]
+        reply = server.ask("/v1/images/generations", SHORT)
+        assert reply.status == 400
+        assert "picture and a mask" in reply.json["error"]["message"]

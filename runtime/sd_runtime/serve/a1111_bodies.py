@@ -1,0 +1,164 @@
+"""What clients of AUTOMATIC1111's web UI send for a picture, and what they get.
+
+Names are that API's. Fields that would change the picture and that nothing here can do are
+refused, not ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, ClassVar, Literal
+
+from PIL import ImageOps
+from pydantic import BaseModel, Field
+
+from sd_engines.errors import ConfigError
+from sd_runtime.image import picture_from_bytes
+from sd_runtime.request import MAX_SEED, Request
+from sd_runtime.serve.body import Body
+from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+
+_AS_IN_REQUEST = {"prompt", "negative_prompt", "width", "height", "eta"}
+_PLAIN_SPACINGS = ("", "automatic", "uniform", "normal")
+"""Sigma spacings that are a sampler's own."""
+_OFF: tuple[object, ...] = (False, 0, 0.0, "", [], {})
+_PLAIN_MASK = {
+    **dict.fromkeys(("mask_blur", "mask_blur_x", "mask_blur_y"), 0),
+    "inpainting_fill": 1,
+    "inpaint_full_res": 0,
+}
+"""What masks are here: sharp, over what they hide, for the whole picture."""
+_ANY_NUMBER: tuple[object, ...] = (-1, 0, 0.0, 1, 1.0, 0.5, 0.7, 0.75)
+"""What clients send of numbers that have no effect while their feature is off."""
+
+
+class TextToImage(Body):
+    """What to draw. A field that is null or left out means the default."""
+
+    prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARS)
+    seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="-1 is a random one.")
+    sampler_name: str | None = Field(None, max_length=100)
+    sampler_index: str | None = Field(None, max_length=100, description="Its older name.")
+    scheduler: str | None = Field(None, max_length=100, description="Karras, Exponential, Beta …")
+    batch_size: int | None = Field(None, ge=1)
+    n_iter: int | None = Field(None, ge=1, description="Times batch_size: the pictures in all.")
+    steps: int | None = Field(None, ge=1)
+    cfg_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    eta: float | None = Field(None, ge=0, le=1)
+    send_images: bool | None = None
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), _OFF),
+        **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
+        **dict.fromkeys(("styles", "script_name", "script_args", "alwayson_scripts"), _OFF),
+        **dict.fromkeys(("override_settings", "refiner_checkpoint", "comments"), _OFF),
+        **dict.fromkeys(("override_settings_restore_afterwards",), (True, False)),
+        **dict.fromkeys(("disable_extra_networks",), (True, False)),
+        **dict.fromkeys(("subseed", "seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
+        **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), _OFF),
+        **dict.fromkeys(("s_noise", "s_tmax"), (0, 1)),
+        **dict.fromkeys(("denoising_strength", "refiner_switch_at"), _ANY_NUMBER),
+    }
+
+    def request(self, offer: Offer) -> Request:
+        """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
+        own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True) | self.pictures()
+        if self.seed not in (None, -1):
+            own["seed"] = self.seed
+        if self.cfg_scale is not None:
+            own["guidance_scale"] = self.cfg_scale
+        request = Request.from_mapping(
+            {
+                "num_inference_steps": self.steps or offer.default_steps,
+                "num_images_per_prompt": (self.batch_size or 1) * (self.n_iter or 1),
+                "scheduler": self._scheduler(),
+                **own,
+            }
+        )
+        offer.check(request)
+        return request
+
+    def pictures(self) -> dict[str, Any]:
+        """What the drawing starts from, as a request names it."""
+        return {}
+
+    def _scheduler(self) -> str | None:
+        """Sampler and sigma spacing as one name: "DPM++ 2M" and "Karras" are dpm++_2m_karras."""
+        sampler = self.sampler_name or self.sampler_index
+        spacing = (self.scheduler or "").lower()
+        if sampler is None or spacing in _PLAIN_SPACINGS or sampler.lower().endswith(spacing):
+            return sampler
+        return f"{sampler}_{spacing}"
+
+
+class ImageToImage(TextToImage):
+    """What to make of a picture, or of what is white in its mask."""
+
+    init_images: list[str] = Field(
+        min_length=1, max_length=1, description="Base64, a data: URL or bare."
+    )
+    mask: str | None = Field(None, description="As init_images.")
+    denoising_strength: float = Field(
+        0.75, ge=0, le=1, description="The share of the steps that run."
+    )
+    inpainting_mask_invert: Literal[0, 1] | None = None
+    mask_blur: int | None = None
+    mask_blur_x: int | None = None
+    mask_blur_y: int | None = None
+    inpainting_fill: int | None = None
+    inpaint_full_res: bool | int | None = None
+    inpaint_full_res_padding: int | None = None
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        **TextToImage.neutral,
+        **dict.fromkeys(("include_init_images", "resize_mode"), _OFF),
+        "initial_noise_multiplier": (0, 1, 1.0),
+        "image_cfg_scale": _ANY_NUMBER,
+    }
+
+    def pictures(self) -> dict[str, Any]:
+        """The picture and its mask, decoded, and the strength."""
+        pictures: dict[str, Any] = {
+            "image": picture_from_bytes(bytes_of(self.init_images[0])),
+            "strength": self.denoising_strength,
+        }
+        if self.mask is None:
+            return pictures
+        for name, value in _PLAIN_MASK.items():
+            if (given := getattr(self, name)) is not None and given != value:
+                raise ConfigError(
+                    f"{name} is {given} with a mask, which this server cannot do",
+                    f"Send {value}: masks are applied as they are, to the whole picture.",
+                )
+        mask = picture_from_bytes(bytes_of(self.mask)).convert("RGB")
+        return {**pictures, "mask": ImageOps.invert(mask) if self.inpainting_mask_invert else mask}
+
+
+class Drawn(BaseModel):
+    """The pictures; ``info`` is JSON in a text, as that API has it."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+class PngInfo(Body):
+    """A picture to read."""
+
+    image: str = Field(description="Base64, a data: URL or bare.")
+
+
+def bytes_of(text: str) -> bytes:
+    """The bytes behind base64, bare or as a ``data:`` URL. No other URL is ever followed."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError(
+            f"the picture is no base64: {error}", "Send its bytes in base64; URLs are not read."
+        ) from error

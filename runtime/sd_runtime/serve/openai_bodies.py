@@ -1,0 +1,150 @@
+"""What OpenAI's clients send for a picture, and what they get.
+
+What their Images API has no word for is spelt as diffusers spells it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sd_engines.errors import ConfigError
+from sd_runtime.image import picture_from_bytes
+from sd_runtime.request import MAX_SEED, Request
+from sd_runtime.serve.body import Body
+from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_AS_IN_REQUEST = {
+    *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
+    *("guidance_start", "guidance_stop", "cache_interval", "scheduler", "eta"),
+}
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Generation(Body):
+    """What to draw. A field that is null or left out means the default."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
+    model: str | None = None
+    n: int | None = Field(None, ge=1, description="Pictures. [default: 1]")
+    size: str | None = Field(
+        None,
+        pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+        description="WIDTHxHEIGHT in pixels, as the bundle was built.",
+    )
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    stream: bool | None = Field(None, description="Server-sent events instead of one answer.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Pictures on the way.")
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARS)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Picture i takes seed + i.")
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)
+    guidance_start: _Share | None = None
+    guidance_stop: _Share | None = None
+    cache_interval: int | None = Field(None, ge=1)
+    scheduler: str | None = Field(None, max_length=100)
+    eta: _Share | None = None
+    user: str | None = Field(None, description="Not used.")
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        "background": ("auto", "opaque"),
+        "moderation": ("auto", "low"),
+        "quality": ("auto", "standard"),
+    }
+
+    def request(self, offer: Offer) -> Request:
+        """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
+        if self.partial_images and not self.stream:
+            raise ConfigError("partial_images without stream", "Set stream to true as well.")
+        own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True) | self.pictures()
+        if self.size not in (None, "auto"):
+            own["width"], own["height"] = (int(part) for part in self.size.split("x"))
+        request = Request.from_mapping(
+            {
+                "num_inference_steps": offer.default_steps,
+                "num_images_per_prompt": self.n or 1,
+                **own,
+            }
+        )
+        offer.check(request)
+        return request
+
+    def pictures(self) -> dict[str, Any]:
+        """What the drawing starts from, as a request names it."""
+        return {}
+
+
+class Edit(Generation):
+    """What to make of a picture. A form, so that all of it but the pictures is text."""
+
+    model_config = ConfigDict(strict=False)
+
+    image: UploadFile = Field(description="PNG, JPEG or WebP; clients may call it image[].")
+    mask: UploadFile | None = Field(
+        None,
+        description="What is fully see-through in it is repainted; in one without such parts, "
+        "what is white.",
+    )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The share of the steps that run. [default: 0.8, 1 with a mask]",
+    )
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        **Generation.neutral,
+        "input_fidelity": ("low",),
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_one_of_a_list(cls, values: Any) -> Any:
+        """Clients that could send several pictures name one so."""
+        if isinstance(values, dict) and "image[]" in values:
+            values = {"image": values["image[]"]} | values
+            del values["image[]"]
+        return values
+
+    def pictures(self) -> dict[str, Any]:
+        """The picture and its mask, decoded, and the strength."""
+        pictures: dict[str, Any] = {"image": picture_from_bytes(self.image.file.read())}
+        if self.strength is not None:
+            pictures["strength"] = self.strength
+        if self.mask is not None:
+            pictures["mask"] = _mask_from_bytes(self.mask.file.read())
+        return pictures
+
+
+class Picture(BaseModel):
+    """One picture, and what it was drawn with."""
+
+    b64_json: str
+    seed: int
+    recipe: dict[str, Any]
+    nsfw_content_detected: bool | None
+
+
+class Pictures(BaseModel):
+    """All pictures of one request."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str
+    background: str
+
+
+def _mask_from_bytes(data: bytes) -> Image.Image:
+    """White where something is to be repainted."""
+    mask = picture_from_bytes(data)
+    alpha = mask.convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return mask
+    return alpha.point([255, *[0] * 255])
