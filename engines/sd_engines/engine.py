@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
-from sd_engines.manifest import BACKENDS
+from sd_engines.manifest import BACKENDS, PORTABLE_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import ModuleType, TracebackType
+
+    from numpy.typing import NDArray
 
     from sd_engines.bundle import Bundle
     from sd_engines.manifest import ComponentEntry, EngineEntry
@@ -116,14 +118,22 @@ def load_engine(
     engine: EngineEntry,
     max_batch: int,
     threads: int | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Engine:
     """Load the file at ``path`` with no bundle around it; its bytes are taken on trust.
 
-    For what this process built itself; `open_engine` is for everybody else. `BackendError` where
-    the backend does not start.
+    For what this process built itself; `open_engine` is for everybody else. ``weights`` take the
+    place of the graph's own initializers of the same names, and are kept. `BackendError` where
+    the backend does not start, `ConfigError` where its weights cannot be changed.
     """
+    if weights and engine.backend not in PORTABLE_BACKENDS:
+        raise ConfigError(
+            f"the weights of an engine of {engine.backend} are built into it",
+            "Fuse the LoRA instead: sd-export … --lora FILE; or name another --backend.",
+        )
+    more = {"weights": weights} if weights else {}
     loaded: Engine = _module(engine.backend).load(
-        path, component=component, engine=engine, max_batch=max_batch, threads=threads
+        path, component=component, engine=engine, max_batch=max_batch, threads=threads, **more
     )
     return loaded
 
@@ -136,8 +146,9 @@ def open_engine(
     threads: int | None = None,
     precision: Precision | None = None,
     prefer: EngineEntry | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Engine:
-    """Open ``component`` of ``bundle``, its bytes checked.
+    """Open ``component`` of ``bundle``, its bytes checked; ``weights`` as in `load_engine`.
 
     ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
     installed, made for this machine and opens; ``prefer`` and its backend's others go before all,
@@ -172,7 +183,7 @@ def open_engine(
     refusals: list[BackendError | EngineMismatchError] = []
     for entry in entries:
         try:
-            return _open(bundle, entry, threads)
+            return _open(bundle, entry, threads, weights)
         except (BackendError, EngineMismatchError) as error:
             refusals.append(error)
             level = logging.WARNING if isinstance(error, EngineMismatchError) else logging.INFO
@@ -200,7 +211,12 @@ def check_engine(bundle: Bundle, entry: EngineEntry) -> None:
     _module(entry.backend).check(entry, bundle_path=bundle.path)
 
 
-def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
+def _open(
+    bundle: Bundle,
+    entry: EngineEntry,
+    threads: int | None,
+    weights: Mapping[str, NDArray[Any]] | None,
+) -> Engine:
     check_engine(bundle, entry)  # hashing takes seconds
     component = bundle.manifest.components[entry.component]
     return load_engine(
@@ -209,6 +225,7 @@ def _open(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Engine:
         engine=entry,
         max_batch=bundle.manifest.profile.max_batch(entry.component, component.inputs),
         threads=threads,
+        weights=weights,
     )
 
 

@@ -97,6 +97,7 @@ def _make(
     from safetensors.numpy import save as to_safetensors
 
     from sd_export import verify, wrappers
+    from sd_export.layer_table import write_layer_table
     from sd_export.load import load_model
     from sd_export.onnx_export import OPSET, save, trace
     from sd_export.onnx_passes import to_half
@@ -131,6 +132,7 @@ def _make(
             to_half(graph, precision)
     with log.stage(component, "save") as result:
         result.bytes = save(graph, work.bundle / component)
+        write_layer_table(work.bundle / component, module=module, model=model)
     # onnxscript's rewriter remembers its last match, through it the whole graph, and onnx_ir every
     # value that was ever an initializer: what they remember must not hold the weights
     for value in (*values, *graph.graph.initializers.values()):

@@ -77,10 +77,13 @@ def trace(
 
 
 def save(model: ir.Model, folder: Path) -> int:
-    """Write ``model`` and its weights below ``folder``, one file each; bytes written."""
+    """Write ``model`` and its weights below ``folder``, one file each; bytes written.
+
+    Only what a graph reads while it is loaded, shapes and axes, stays inside it.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=1024)
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

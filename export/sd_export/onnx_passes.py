@@ -6,6 +6,7 @@ own from the whole Attention and GroupNormalization operators of opset 23.
 
 from __future__ import annotations
 
+import ast
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 HalfPrecision: TypeAlias = Literal["fp16", "bf16"]
 _HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
+TRANSPOSED = ".T"
+"""How the name of a weight ends that lies [in, out], not [out, in] as in its checkpoint."""
 # inputs that ONNX wants in float32 whatever the operator computes in
 _ALWAYS_FLOAT = {"Resize": (1, 2)}
 # timesteps reach 1000, and half precision has no digits left after the point there
@@ -25,16 +28,31 @@ _ANGLES = ("Sin", "Cos")
 
 
 def tidy(model: ir.Model) -> ir.Model:
-    """Drop what tracing leaves: traces of source lines, dead nodes, weights stored twice."""
+    """Drop what tracing leaves: traces of source lines, dead nodes, constants stored twice."""
+    _name_weights(model.graph)
     for rewrite in (
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
-        passes.DeduplicateInitializersPass(),
+        passes.DeduplicateInitializersPass(size_limit=16),  # weights stay their layer's own
         passes.ClearMetadataAndDocStringPass(),
     ):
         rewrite(model)
     model.graph.name = "graph"
     return model
+
+
+def _name_weights(graph: ir.Graph) -> None:
+    """Call the weights of linear layers after them; the exporter left them transposed, nameless."""
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer():
+            continue
+        scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+        name = f"{scopes[-2]}.weight{TRANSPOSED}"
+        if name in graph.initializers:  # a layer that is called twice
+            node.replace_input_with(1, graph.initializers[name])
+        else:
+            weight.name = name
 
 
 def to_half(model: ir.Model, precision: HalfPrecision) -> ir.Model:

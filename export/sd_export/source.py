@@ -26,7 +26,7 @@ from sd_export.family import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sd_export.lora import Lora
+    from sd_runtime.lora import Lora
 
 WEIGHT_STEMS = {
     "text_encoder": "model",

@@ -70,6 +70,13 @@ _FILE = click.Path(path_type=Path)
 @click.option("--width", type=int, help="In pixels, as the bundle was built.")
 @click.option("--grid", is_flag=True, help="One file with all pictures side by side.")
 @click.option("--save-latents", type=_FILE, metavar="FILE.npy", help="Also write the latents.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=SCALE]",
+    help="Put on the engines when they are opened; repeatable.",
+)
 @click.option("--backend", help="One of the bundle's. [default: the fastest that runs here]")
 @click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
@@ -85,6 +92,7 @@ def run(
     num_images: int | None,
     grid: bool,
     save_latents: Path | None,
+    loras: tuple[str, ...],
     backend: str | None,
     threads: int | None,
     as_json: bool,
@@ -98,6 +106,7 @@ def run(
     import logging
 
     from sd_runtime.job import Job, draw
+    from sd_runtime.lora import find_lora
 
     level = logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -115,6 +124,7 @@ def run(
         save_latents=save_latents,
         backend=backend,
         threads=threads,
+        loras=tuple(map(find_lora, loras)),
     )
     draw(job, as_json=as_json, quiet=quiet)
 

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 from sd_engines.choice import fastest_engine
 from sd_engines.engine import open_engine
+from sd_runtime.lora import fused_weights
 from sd_runtime.task import ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.spec import Profile
+    from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
 
 
@@ -41,8 +43,11 @@ def open_engines(
     backend: str,
     threads: int | None,
     batches: Mapping[str, Collection[int]],
+    loras: Sequence[Lora] = (),
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
+
+    ``loras`` are put on them.
 
     While one is hashed another is read, and while one is compiled another is. ``backend`` "auto"
     prefers the one whose UNet is fastest here. All engines are open, or none.
@@ -50,7 +55,14 @@ def open_engines(
     prefer = fastest_engine(bundle, "unet", threads=threads) if backend == "auto" else None
 
     def open_bound(component: str) -> Engine:
-        engine = open_engine(bundle, component, backend=backend, threads=threads, prefer=prefer)
+        engine = open_engine(
+            bundle,
+            component,
+            backend=backend,
+            threads=threads,
+            prefer=prefer,
+            weights=fused_weights(bundle, component, loras),
+        )
         try:
             for batch in batches.get(component, ()):
                 engine.bind(batch)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.manifest import Manifest
+    from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
 
@@ -52,6 +53,7 @@ class Job:
     save_latents: Path | None
     backend: str | None
     threads: int | None
+    loras: tuple[Lora, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     timings, results = Timings(), []
     with timings.measure("load"):
         pipeline = Pipeline.load(
-            job.bundle, backend=order.backend, threads=job.threads, request=order.requests[0]
+            job.bundle,
+            backend=order.backend,
+            threads=job.threads,
+            request=order.requests[0],
+            loras=job.loras,
         )
     bar_or_none = nullcontext() if quiet else progress_bar(num_steps, "Denoising")
     with pipeline, bar_or_none as bar:
@@ -166,6 +172,12 @@ def _order(job: Job, manifest: Manifest) -> Order:
                 "%s was drawn with another bundle (%s): expect another picture",
                 job.from_image,
                 recipes[0].model,
+            )
+        if any(recipe.loras != tuple(map(str, job.loras)) for recipe in recipes):
+            logger.warning(
+                "%s was drawn with other LoRAs (%s): expect another picture",
+                job.from_image,
+                ", ".join(recipes[0].loras) or "none",
             )
         for name, picture in inputs.items():
             digests = {getattr(recipe, name) for recipe in recipes} - {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -17,6 +18,7 @@ from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise, predicted_original_sample
 from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.image_encoder import ImageEncoder
+from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import plan
 from sd_runtime.recipe import Recipe, fingerprint
@@ -60,9 +62,12 @@ class Pipeline(Closing):
         *,
         backend: str = "auto",
         threads: int | None = None,
+        loras: Sequence[Lora] = (),
     ) -> None:
         self.bundle = bundle
+        self.loras = tuple(loras)
         self._engines = dict(engines)
+        self._tokenizer = tokenizer
         self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
         self._open = partial(open_engine, bundle, backend=backend, threads=threads)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
@@ -76,6 +81,7 @@ class Pipeline(Closing):
         backend: str = "auto",
         threads: int | None = None,
         request: Request | None = None,
+        loras: Sequence[str | Lora] = (),
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
@@ -86,8 +92,10 @@ class Pipeline(Closing):
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
         Engines that compile for a number of pictures do so when it is first asked for; given a
         ``request``, they do so here, side by side, and requests like it are answered at once.
+        ``loras``, each ``FILE.safetensors`` or ``FILE.safetensors=SCALE``, are put on the engines,
+        as far as a backend's weights can be changed; `use_loras` takes others.
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
-        unknown backend and as `plan` does.
+        unknown backend, a LoRA of another model, and as `plan` does.
         """
         bundle = open_bundle(path)
         present = bundle.manifest.components
@@ -106,8 +114,36 @@ class Pipeline(Closing):
         if request is not None:
             batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
             names += [name for name in (ENCODER, SHALLOW) if batches.get(name)]
-        engines = open_engines(bundle, names, backend=backend, threads=threads, batches=batches)
-        return cls(bundle, engines, tokenizer, backend=backend, threads=threads)
+        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
+        engines = open_engines(
+            bundle, names, backend=backend, threads=threads, batches=batches, loras=found
+        )
+        return cls(bundle, engines, tokenizer, backend=backend, threads=threads, loras=found)
+
+    def use_loras(self, loras: Sequence[str | Lora]) -> None:
+        """Put these LoRAs on the engines in place of those that are there; none takes them off.
+
+        The engines that LoRAs change are opened anew, before the old ones are closed: where a LoRA
+        is refused, everything stays as it is. Raises as `load`.
+        """
+        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
+        with ExitStack() as opened:
+            changed = {}
+            for component, engine in self._engines.items():
+                if component in OWNERS:
+                    changed[component] = opened.enter_context(
+                        self._open(
+                            component,
+                            prefer=engine.entry,
+                            weights=fused_weights(self.bundle, component, found),
+                        )
+                    )
+            opened.pop_all()
+        for component, engine in changed.items():
+            self._engines[component].close()
+            self._engines[component] = engine
+        self._prompts = PromptEncoder(self._tokenizer, self._engines["text_encoder"])
+        self.loras = tuple(found)
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -200,7 +236,9 @@ class Pipeline(Closing):
         """One that not every request needs, on the UNet's backend where that is free to choose."""
         if component not in self._engines:
             unet = self._engines["unet"].entry
-            self._engines[component] = self._open(component, prefer=unet)
+            self._engines[component] = self._open(
+                component, prefer=unet, weights=fused_weights(self.bundle, component, self.loras)
+            )
         return self._engines[component]
 
     def _decode(self, latents: Array) -> NDArray[np.float32]:
@@ -256,6 +294,7 @@ class Pipeline(Closing):
             width=profile.width,
             backend=self._engines["unet"].entry.backend,
             precision=self._engines["unet"].entry.precision,
+            loras=tuple(map(str, self.loras)),
             model=model.source,
             revision=model.revision,
             fingerprint=self.fingerprint,

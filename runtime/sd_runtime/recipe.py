@@ -30,6 +30,7 @@ class Recipe:
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
     the recipe does not hold; None, and so ``strength``, where it was made from noise alone.
+    ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class Recipe:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    loras: tuple[str, ...] = ()
 
     def request(self, *, image: object = None, mask: object = None) -> Request:
         """The request that draws this one picture again.
@@ -105,6 +107,8 @@ class Recipe:
             values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
         if self.strength is not None:
             values["Denoising strength"] = f"{self.strength:g}"
+        if self.loras:
+            values["Lora hashes"] = " ".join(lora[:10] for lora in self.loras)
         if self.cache_interval != 1:
             values["Cache interval"] = self.cache_interval
         if self.eta:
@@ -125,7 +129,10 @@ class Recipe:
             raise _unreadable(f"{', '.join(texts)} must be text")
         if values["num_inference_steps"] is None or values["guidance_scale"] is None:
             raise _unreadable("num_inference_steps and guidance_scale must be numbers")
-        recipe = cls(**values)
+        loras = values.get("loras", ())
+        if not isinstance(loras, list | tuple) or not all(isinstance(lora, str) for lora in loras):
+            raise _unreadable("loras must be a list of text")
+        recipe = cls(**{**values, "loras": tuple(loras)})
         for name in ("revision", "image", "mask"):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")

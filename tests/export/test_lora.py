@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sd_engines.errors import ConfigError, ExportError
+from sd_engines.errors import ConfigError
 from sd_export.export import export
 from sd_export.load import load_model
-from sd_export.lora import Lora, find_lora
+from sd_export.lora import find_lora
 from sd_export.source import find_checkpoint
+from sd_runtime.lora import Lora
 from tiny import make_smallest_checkpoint
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def test_files_that_are_no_lora(
 ) -> None:
     path = tmp_path / "bad.safetensors"
     save_file({name: torch.ones(shape) for name, shape in keys.items()}, path)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ConfigError, match=message):
         find_lora(str(path))
 
 
@@ -251,7 +252,7 @@ def test_layers_that_the_model_has_not(
     save_file(tensors, path)
     found = replace(find_checkpoint(str(checkpoint)), loras=(find_lora(str(path)),))
     load_model(found, "text_encoder")
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load_model(found, "unet")
 
 

@@ -24,7 +24,10 @@ from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
@@ -89,8 +92,11 @@ def load(
     engine: EngineEntry,
     max_batch: int,
     threads: int | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> OnnxRuntimeEngine:
     """Open the ONNX at ``path``; ``threads`` None: every core this process may use.
+
+    ``weights`` take the place of its initializers.
 
     `BackendError` where the package, the provider or memory is missing.
     """
@@ -108,6 +114,9 @@ def load(
     options.log_severity_level = 3  # errors only: what matters arrives as an exception
     lean = engine.flags == LEAN
     options.enable_cpu_mem_arena = not lean
+    values = [package.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
+    if weights:  # `add_initializer` would come after optimizers that have read the old ones
+        options.add_external_initializers([*weights], values)
     provider: Any = _PROVIDERS[target]
     stream = None
     if target == "cuda":
@@ -131,7 +140,12 @@ def load(
             'Check the NVIDIA driver, and run: pip install "sd-toolkit[cuda]"',
         )
     return OnnxRuntimeEngine(
-        session, component=component, engine=engine, max_batch=max_batch, stream=stream
+        session,
+        component=component,
+        engine=engine,
+        max_batch=max_batch,
+        stream=stream,
+        weights=values,
     )
 
 
@@ -160,6 +174,7 @@ class OnnxRuntimeEngine(Closing):
         engine: EngineEntry,
         max_batch: int,
         stream: Any,
+        weights: Sequence[Any],
     ) -> None:
         self.inputs = {spec.name: spec for spec in component.inputs}
         self.outputs = {spec.name: spec for spec in component.outputs}
@@ -174,6 +189,7 @@ class OnnxRuntimeEngine(Closing):
         self._session = session
         self._max_batch = max_batch
         self._stream = stream  # must outlive the session
+        self._weights = weights  # as well
         self._xp = np if engine.target == "cpu" else import_package("cupy", extra="cuda")
         self._bindings: dict[int, OnnxRuntimeBinding] = {}
 

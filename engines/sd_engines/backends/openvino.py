@@ -28,7 +28,10 @@ from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
@@ -94,8 +97,11 @@ def load(
     engine: EngineEntry,
     max_batch: int,
     threads: int | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> OpenVinoEngine:
     """Read the ONNX at ``path``; it is compiled for a batch when that batch is first asked for.
+
+    ``weights`` take the place of its initializers.
 
     ``threads`` None: every core this process may use. `BackendError` where the package or the
     precision is not here, or the graph cannot be read.
@@ -105,6 +111,8 @@ def load(
         model = _core().read_model(os.fspath(path))
     except Exception as error:
         raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
+    if weights:
+        _replace_constants(model, weights)
     return OpenVinoEngine(
         model,
         component=component,
@@ -285,6 +293,16 @@ class OpenVinoBinding:
     def close(self) -> None:
         """Let go of the request; the buffers stay the caller's."""
         self._request = None
+
+
+def _replace_constants(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
+    constants = {
+        node.get_friendly_name(): node
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    for name, array in weights.items():
+        constants[name].output(0).replace(_package().op.Constant(array).output(0))
 
 
 def _name(port: Any, known: Any) -> str:

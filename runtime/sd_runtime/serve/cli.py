@@ -52,6 +52,9 @@ _POSITIVE = click.IntRange(min=1)
 )
 @click.option("--threads", type=_POSITIVE, help="For backends on the CPU.")
 @click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="Put on the engines; repeatable."
+)
+@click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help="Let in only who sends the key in this file. [default: $SD_SERVE_API_KEY, else everybody]",
@@ -70,6 +73,7 @@ def serve_command(
     max_steps: int,
     backend: str,
     threads: int | None,
+    loras: tuple[str, ...],
     api_key_file: Path | None,
     log_format: LogFormat,
 ) -> int:
@@ -100,6 +104,7 @@ def serve_command(
         max_steps=max_steps,
         backend=backend,
         threads=threads,
+        loras=loras,
         api_key=api_key,
     )
     return serve(bundle, settings)

@@ -40,6 +40,7 @@ class Settings:
     max_steps: int
     backend: str
     threads: int | None
+    loras: tuple[str, ...]
     api_key: str | None
 
 
@@ -90,6 +91,7 @@ def serve(bundle: Path, settings: Settings) -> int:
                 backend=settings.backend,
                 threads=settings.threads,
                 request=plainest_request(open_bundle(bundle).manifest),
+                loras=settings.loras,
             ) as pipeline,
             EngineRoom(
                 pipeline, queue_size=settings.queue_size, on_drawn=metrics.count_batch

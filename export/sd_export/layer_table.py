@@ -1,0 +1,46 @@
+"""Where the weights of each layer lie in a component's files: what a LoRA at load changes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import onnx
+import torch
+
+from sd_export.onnx_export import MODEL_FILE
+from sd_export.onnx_passes import TRANSPOSED
+from sd_runtime.layer_table import TABLE_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_HALF_NAMES = (".float16", ".bfloat16")
+
+
+def write_layer_table(folder: Path, *, module: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Describe the graph in ``folder``, traced from ``module``, by the layers of ``model``."""
+    names = {id(layer): name for name, layer in model.named_modules()}
+    layers = {
+        name: names[id(layer)]
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    table = {}
+    for tensor in graph.initializer:
+        name = tensor.name
+        for ending in _HALF_NAMES:
+            name = name.removesuffix(ending)
+        layer, weight, _ = name.removesuffix(TRANSPOSED).rpartition(".weight")
+        if weight and layer in layers and tensor.external_data:
+            external = {entry.key: entry.value for entry in tensor.external_data}
+            table[layers[layer]] = {
+                "initializer": tensor.name,
+                "dtype": onnx.TensorProto.DataType.Name(tensor.data_type).lower(),
+                "shape": list(tensor.dims),
+                "transposed": name.endswith(TRANSPOSED),
+                "file": external["location"],
+                "offset": int(external.get("offset", 0)),
+            }
+    (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

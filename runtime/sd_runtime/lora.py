@@ -1,0 +1,130 @@
+"""LoRAs put on a bundle's engines when they are opened: W + scale · alpha / rank · up · down."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sd_engines.errors import ConfigError
+from sd_runtime.layer_table import LayerTable
+from sd_runtime.lora_layers import LORA_HINT, LoraNotes, lora_error, lora_layers, spellings_of
+from sd_runtime.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from sd_engines.bundle import Bundle
+
+OWNERS = {"text_encoder": "text_encoder", "unet": "unet", "unet_shallow": "unet"}
+"""Components that LoRAs change, and whose layers they have."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One file and how strongly it is applied."""
+
+    path: Path
+    scale: float
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __str__(self) -> str:
+        """As a picture's recipe names it: the same file by any name is the same."""
+        return f"{self.sha256} {self.scale:g}"
+
+
+def find_lora(text: str, suffixes: Collection[str] = (".safetensors",)) -> Lora:
+    """The LoRA that ``FILE`` or ``FILE=SCALE`` names; `ConfigError` where there is none."""
+    path, scale = Path(text).expanduser(), 1.0
+    name, equals, number = text.rpartition("=")
+    if equals and not path.exists():
+        path = Path(name).expanduser()
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ConfigError(f"--lora {text}: {number!r} is no scale", "Such as FILE=0.8.")
+    if not path.is_file():
+        raise ConfigError(f"--lora {text}: no such file", LORA_HINT)
+    if path.suffix not in suffixes:
+        raise ConfigError(f"--lora {text}: not a weight file", f"Known: {', '.join(suffixes)}.")
+    return Lora(path, scale)
+
+
+def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict[str, NDArray[Any]]:
+    """The weights of ``component`` that ``loras`` change, by what its graph calls them.
+
+    Raises `ConfigError` for a file that is no LoRA of this model, `BundleError` for a bundle that
+    does not say where its weights lie.
+    """
+    if not loras or component not in OWNERS:
+        return {}
+    owner = OWNERS[component]
+    table = LayerTable.open(bundle, component)
+    layers = {spelling: name for name in table.layers for spelling in spellings_of(name)}
+    changed: dict[str, NDArray[np.float32]] = {}
+    for lora in loras:
+        file = TensorFile.open(lora.path)
+        notes = LoraNotes.read(file.metadata, owner)
+        for spelling, keys in lora_layers(file, lora.path.name).get(owner, {}).items():
+            if spelling not in layers:
+                if component == owner:
+                    raise lora_error(
+                        f"{lora.path.name} changes {spelling} of the {owner}, which it has not"
+                    )
+                continue  # a deep layer
+            name = layers[spelling]
+            if name not in changed:
+                changed[name] = table.read(name).copy()
+            changed[name] += np.float32(lora.scale) * lora_change(
+                keys,
+                file.read,
+                layer=spelling,
+                file=lora.path.name,
+                notes=notes,
+                shape=changed[name].shape,
+            )
+    return {table.initializer(name): table.stored(name, w) for name, w in changed.items()}
+
+
+def lora_change(
+    keys: Mapping[str, str],
+    read: Callable[[str], NDArray[np.float32]],
+    *,
+    layer: str,
+    file: str,
+    notes: LoraNotes,
+    shape: tuple[int, ...],
+) -> NDArray[np.float32]:
+    """What ``file`` adds to the weight of ``layer``, float32 [out, in, …] of ``shape``, at scale 1.
+
+    ``keys`` are those of its "down", "up" and perhaps "alpha", which ``read`` reads. Raises
+    `ConfigError` where they have another shape or are not finite.
+    """
+    down, up = read(keys["down"]), read(keys["up"])
+    alpha = float(read(keys["alpha"]).item()) if "alpha" in keys else None
+    rank, columns = len(down), up.reshape(len(up), -1)
+    if columns.shape != (shape[0], rank) or down[0].size != math.prod(shape[1:]):
+        raise lora_error(
+            f"{file}: {layer} is {up.shape} × {down.shape}, of another shape than the model's "
+            f"{shape}"
+        )
+    product = (columns @ down.reshape(rank, -1)).reshape(shape)
+    if not np.isfinite(product).all():
+        raise lora_error(f"{file}: {layer} is not finite")
+    strength = np.float32(notes.strength(layer, rank=rank, alpha=alpha))
+    change: NDArray[np.float32] = strength * product
+    return change

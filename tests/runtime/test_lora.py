@@ -1,0 +1,193 @@
+"""LoRAs put on the engines of a bundle when they are opened, and taken off again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sd_engines.errors import BundleError, ConfigError
+from sd_export.export import export
+from sd_runtime import Pipeline, Request
+from sd_runtime.cli import main
+from sd_runtime.recipe import Recipe
+from tiny import make_smallest_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+REQUEST = Request("a cat", seed=3, num_inference_steps=2, guidance_scale=3)
+SHALLOW = Request("a cat", seed=3, num_inference_steps=4, guidance_scale=3, cache_interval=2)
+LAYERS = {
+    "lora_unet_down_blocks_0_resnets_0_conv1": ((8, 3, 3), 8),
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": ((8,), 8),
+    "lora_unet_mid_block_attentions_0_proj_in": ((8, 1, 1), 8),
+    "lora_unet_up_blocks_0_resnets_1_time_emb_proj": ((32,), 8),
+    "lora_te_text_model_encoder_layers_1_mlp_fc1": ((8,), 16),
+}
+
+
+def write_lora(path: Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Path:
+    """A file of kohya's, rank 2, that changes linear and convolutional layers a lot."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key, (inward, outward) in LAYERS.items():
+        down = torch.randn((2, *inward), generator=generator)
+        up = torch.randn((outward, 2, *(1,) * (len(inward) - 1)), generator=generator)
+        tensors[f"{key}.lora_down.weight"] = down.to(dtype)
+        tensors[f"{key}.lora_up.weight"] = (up / 4).to(dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(4.0).to(dtype)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, its bundle, and three LoRAs."""
+    folder = tmp_path_factory.mktemp("lora")
+    make_smallest_checkpoint(folder / "checkpoint")
+    write_lora(folder / "one.safetensors", seed=1)
+    write_lora(folder / "other.safetensors", seed=2)
+    write_lora(folder / "half.safetensors", seed=3, dtype=torch.bfloat16)
+    backends = ("onnxruntime", "openvino")
+    export(folder / "checkpoint", folder / "bundle", backends=backends, feature_cache=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(folder: Path) -> Path:
+    """The bundle with all three fused when it was exported."""
+    export(folder / "checkpoint", folder / "fused", loras=named(folder), feature_cache=True)
+    return folder / "fused"
+
+
+def named(folder: Path) -> list[str]:
+    return [
+        f"{folder}/one.safetensors=0.8",
+        f"{folder}/other.safetensors=-0.3",
+        f"{folder}/half.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_they_do_at_load_what_they_do_at_export(folder: Path, fused: Path, backend: str) -> None:
+    with (
+        Pipeline.load(fused, threads=1) as expected,
+        Pipeline.load(folder / "bundle", backend=backend, loras=named(folder)) as pipeline,
+    ):
+        for request in (REQUEST, SHALLOW):
+            own = expected.generate(request).latents
+            found = pipeline.generate(request).latents
+            assert np.linalg.norm(found - own) <= 1e-4 * np.linalg.norm(own)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_once_taken_off_they_leave_no_trace(folder: Path, backend: str) -> None:
+    with Pipeline.load(folder / "bundle", backend=backend, threads=1) as pipeline:
+        before = pipeline.generate(SHALLOW)
+        pipeline.use_loras(named(folder))
+        changed = pipeline.generate(SHALLOW)
+        pipeline.use_loras(named(folder)[:1])
+        with pytest.raises(ConfigError):
+            pipeline.use_loras([f"{folder}/none.safetensors"])
+        less = pipeline.generate(SHALLOW)
+        pipeline.use_loras([])
+        after = pipeline.generate(SHALLOW)
+    latents = [result.latents for result in (before, changed, less)]
+    assert not np.allclose(latents[0], latents[1], atol=1e-2)
+    assert not np.allclose(latents[1], latents[2], atol=1e-2)
+    np.testing.assert_array_equal(after.latents, before.latents)
+    assert after.recipes == before.recipes
+
+
+def test_a_picture_says_what_it_was_drawn_with(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = named(folder)[0]
+    drawn = str(tmp_path / "drawn.png")
+    bundle = str(folder / "bundle")
+    assert main([bundle, "a cat", "-o", drawn, "--num-inference-steps", "2", "--lora", lora]) == 0
+    again = [bundle, "--from-image", drawn, "-o", str(tmp_path / "again.png")]
+    assert main([*again, "--lora", lora]) == 0
+    assert "expect another picture" not in caplog.text
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+    assert main(again) == 0
+    assert "was drawn with other LoRAs" in caplog.text
+    with Pipeline.load(bundle, threads=1, loras=[lora]) as pipeline:
+        (recipe,) = pipeline.generate(REQUEST).recipes
+    assert Recipe.from_json(json.loads(json.dumps(asdict(recipe)))) == recipe
+    assert "Lora hashes: " + recipe.loras[0][:10] in recipe.parameters()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"unet.conv_in.lora_A.weight": (3, 4, 3, 3)}, "one half of conv_in"),
+        (
+            {
+                "lora_unet_no_such.lora_down.weight": (2, 8),
+                "lora_unet_no_such.lora_up.weight": (8, 2),
+            },
+            "which it has not",
+        ),
+        (
+            {
+                "unet.conv_in.lora_A.weight": (3, 9, 3, 3),
+                "unet.conv_in.lora_B.weight": (8, 3, 1, 1),
+            },
+            "of another shape",
+        ),
+        ({"unet.conv_in.hada_w1_a": (3, 4)}, "no part of a LoRA"),
+        ({}, "is empty"),
+    ],
+)
+def test_files_that_are_no_lora_of_the_model(
+    folder: Path, tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    save_file(
+        {name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Pipeline.load(folder / "bundle", threads=1, loras=[str(tmp_path / "a.safetensors")])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello, this is no file of tensors",
+        (2**40).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"[]",
+        (60).to_bytes(8, "little")
+        + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'.ljust(60),
+        (62).to_bytes(8, "little")
+        + b'{"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}'.ljust(62)
+        + bytes(8),
+    ],
+)
+def test_files_that_are_no_safetensors(folder: Path, tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="no safetensors file"):
+        Pipeline.load(folder / "bundle", threads=1, loras=[str(path)])
+
+
+def test_an_older_bundle_says_that_it_must_be_made_again(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    old = shutil.copytree(folder / "bundle", tmp_path / "old")
+    manifest = json.loads((old / "bundle.json").read_text())
+    for component in manifest["components"].values():
+        component["files"] = {
+            name: entry
+            for name, entry in component["files"].items()
+            if not name.endswith("layers.json")
+        }
+    (old / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="does not say where the weights"):
+        Pipeline.load(old, backend="onnxruntime", loras=named(folder))
