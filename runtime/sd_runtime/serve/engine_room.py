@@ -99,6 +99,17 @@ class EngineRoom(Closing):
         """Whether the room was drained and its thread has ended."""
         return not self._worker.is_alive()
 
+    @property
+    def draws_in_this_thread(self) -> bool:
+        """Whether the caller is the room's own thread, in which `close` would wait for itself."""
+        return threading.get_ident() == self._worker.ident
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Cancel one: at once where it waits, after the step it is in where it is being drawn."""
+        ticket.cancel()
+        with self._changed:
+            self._drop_cancelled()
+
     def interrupt(self) -> None:
         """Cancel what is being drawn; those that wait come next."""
         for ticket in self.running:

@@ -97,6 +97,16 @@ def test_a_full_queue_refuses_at_once_and_serves_in_turn(room: EngineRoom) -> No
         tickets[1].result.result(WAIT_S)
 
 
+def test_one_that_waits_is_cancelled_at_once(room: EngineRoom) -> None:
+    _running, go_on = blocked(room)
+    waiting = room.submit(replace(REQUEST, num_images_per_prompt=2))
+    room.cancel(waiting)
+    with pytest.raises(RefusedError, match="cancelled"):
+        waiting.result.result(0)
+    go_on.set()
+    assert not room.draws_in_this_thread
+
+
 def test_a_cancelled_drawing_stops_within_a_step(room: EngineRoom) -> None:
     seen: list[int] = []
     ticket = room.submit(LONG, on_progress=lambda progress: seen.append(progress.index))

@@ -1,0 +1,7 @@
+"""``python -m sd_runtime.embed FOLDER``."""
+
+import sys
+
+from sd_runtime.embed.cli import main
+
+sys.exit(main())

@@ -1,0 +1,188 @@
+/* What crosses the boundary: statuses, pictures, nothing else. boundary LIBRARY BUNDLE PIXELS
+ * writes the pixels of one picture, prints only what went wrong. The library is loaded as a
+ * plug-in would be: late, and out of sight of others. */
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <unistd.h>
+
+#include "sd_runtime.h"
+
+#define CHECK(condition)                                             \
+  do {                                                               \
+    if (!(condition)) {                                              \
+      fprintf(stderr, "line %d: not %s\n", __LINE__, #condition);    \
+      exit(1);                                                       \
+    }                                                                \
+  } while (0)
+#define FROM(library, name) \
+  __typeof__(&name) name;  \
+  *(void **)&name = dlsym(library, #name)
+#define NUM_SIGNALS 32
+
+static volatile sig_atomic_t interrupts;
+
+static void interrupted(int number) { interrupts += number == SIGINT; }
+
+static volatile sig_atomic_t slowly;
+
+static void slow_down(void *user_data, void *job_data, sd_job *job, const sd_progress *progress) {
+  (void)job, (void)progress;
+  if (slowly && user_data == NULL && job_data == NULL) usleep(20000);
+}
+
+static void read_dispositions(struct sigaction *all) {
+  for (int number = 1; number < NUM_SIGNALS; number++) sigaction(number, NULL, &all[number]);
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc == 4);
+  signal(SIGINT, interrupted);
+  struct sigaction before[NUM_SIGNALS], after[NUM_SIGNALS];
+  read_dispositions(before);
+  void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+  CHECK(library != NULL);
+  FROM(library, sd_abi_version);
+  FROM(library, sd_context_open);
+  FROM(library, sd_context_close);
+  FROM(library, sd_context_info);
+  FROM(library, sd_context_statistics);
+  FROM(library, sd_job_submit);
+  FROM(library, sd_job_poll);
+  FROM(library, sd_job_wait);
+  FROM(library, sd_job_cancel);
+  FROM(library, sd_job_result);
+  FROM(library, sd_job_free);
+  FROM(library, sd_status_code);
+  FROM(library, sd_status_message);
+  FROM(library, sd_status_hint);
+  FROM(library, sd_status_free);
+  FROM(library, sd_string_free);
+#define FAILS(call, expected, words)                                 \
+  do {                                                               \
+    sd_status *status = (call);                                      \
+    if (strstr(sd_status_message(status), words) == NULL)            \
+      fprintf(stderr, "%s\n", sd_status_message(status));            \
+    CHECK(strstr(sd_status_message(status), words) != NULL);         \
+    CHECK(sd_status_code(status) == (expected));                     \
+    CHECK(strlen(sd_status_hint(status)) > 0);                       \
+    sd_status_free(status);                                          \
+  } while (0)
+
+  CHECK(sd_abi_version() == SD_ABI_VERSION);
+  CHECK(sd_status_code(NULL) == SD_OK);
+  sd_status_free(NULL);
+  sd_job_free(NULL);
+  sd_string_free(NULL);
+
+  sd_context *context;
+  sd_open_params params = {0};
+  FAILS(sd_context_open(NULL, &context), SD_ERROR_CONFIG, "sd_open_params is NULL");
+  FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "struct_size");
+  params.struct_size = sizeof params;
+  FAILS(sd_context_open(&params, NULL), SD_ERROR_CONFIG, "context is NULL");
+  FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "bundle is NULL");
+  params.bundle = "/no/such/b\xc3\xbcndel";
+  setenv("SD_RUNTIME_PYTHON", "/no/such/python", 1);
+  FAILS(sd_context_open(&params, &context), SD_ERROR, "no Python at /no/such/python");
+  unsetenv("SD_RUNTIME_PYTHON");
+  FAILS(sd_context_open(&params, &context), SD_ERROR_BUNDLE, "/no/such/b\xc3\xbcndel");
+  CHECK(context == NULL);
+  params.bundle = argv[2];
+  params.backend = "abacus";
+  FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "abacus");
+  params.backend = "onnxruntime";
+  params.threads = 1;
+  params.on_progress = slow_down;
+  CHECK(sd_context_open(&params, &context) == NULL);
+
+  sd_job *job;
+  sd_request request = {.struct_size = sizeof request};
+  FAILS(sd_job_submit(NULL, &request, &job), SD_ERROR_CONFIG, "context is NULL");
+  FAILS(sd_job_submit(context, NULL, &job), SD_ERROR_CONFIG, "sd_request is NULL");
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "no prompt");
+  request.prompt = "\xff";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "not UTF-8");
+  request.prompt = "a cat";
+  request.options_json = "{\"eta\": ";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "options_json");
+  request.options_json = "[]";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "no object");
+  request.options_json = "{\"prompt\": \"a dog\"}";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "twice");
+  request.options_json = "{\"etta\": 0}";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "etta");
+  request.options_json = "{\"eta\": 0.5}";
+  request.format = "gif";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "gif");
+  request.format = NULL;
+  uint8_t pixels[64 * 64 * 3];
+  request.pixels = pixels;
+  request.pixels_bytes = sizeof pixels - 1;
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "12287 bytes");
+  request.pixels_bytes = sizeof pixels;
+  CHECK(job == NULL);
+
+  /* A program of tomorrow, with a field that this library does not know. */
+  struct {
+    sd_request known;
+    uint64_t unknown;
+  } newer = {request, 1};
+  newer.known.struct_size = sizeof newer;
+  FAILS(sd_job_submit(context, &newer.known, &job), SD_ERROR_CONFIG, "does not know");
+  newer.unknown = 0;
+  const uint64_t seed = 5;
+  newer.known.seed = &seed;
+  newer.known.scheduler = "ddim";
+  newer.known.num_inference_steps = 3;
+  sd_result result = {.struct_size = sizeof result};
+  CHECK(sd_job_submit(context, &newer.known, &job) == NULL);
+  raise(SIGINT); /* the caller's business alone */
+  CHECK(sd_job_wait(job, 60000) == SD_JOB_SUCCEEDED);
+  CHECK(sd_job_poll(job, NULL) == SD_JOB_SUCCEEDED);
+  CHECK(sd_job_cancel(job) == NULL);
+  CHECK(sd_job_result(job, &result) == NULL);
+  CHECK(result.pixels == pixels && result.num_images == 1);
+  CHECK(result.height == 64 && result.width == 64 && result.latent_channels == 4);
+  CHECK(result.files == NULL && result.nsfw_content_detected == NULL);
+  CHECK(strstr(result.json, "\"seed\": 5") != NULL);
+  sd_job_free(job);
+  FILE *file = fopen(argv[3], "wb");
+  CHECK(file != NULL && fwrite(pixels, sizeof pixels, 1, file) == 1 && fclose(file) == 0);
+
+  /* The same into memory of the job's, which outlives the context. */
+  newer.known.pixels = NULL;
+  CHECK(sd_job_submit(context, &newer.known, &job) == NULL);
+  CHECK(sd_job_wait(job, -1) == SD_JOB_SUCCEEDED);
+  char *text;
+  CHECK(sd_context_info(context, &text) == NULL);
+  CHECK(strstr(text, "\"abi_version\": 1") != NULL && strstr(text, "\"euler_a\"") != NULL);
+  sd_string_free(text);
+  CHECK(sd_context_statistics(context, &text) == NULL);
+  CHECK(strstr(text, "\"succeeded\": 2") != NULL && strstr(text, "\"unet\"") != NULL);
+  sd_string_free(text);
+
+  slowly = 1;
+  sd_job *unfinished;
+  newer.known.num_inference_steps = 900;
+  CHECK(sd_job_submit(context, &newer.known, &unfinished) == NULL);
+  CHECK(sd_job_wait(unfinished, 1) < SD_JOB_SUCCEEDED);
+  sd_result none = {.struct_size = sizeof none};
+  FAILS(sd_job_result(unfinished, &none), SD_ERROR_NOT_ENDED, "not ended");
+  CHECK(sd_context_close(context) == NULL);
+  CHECK(sd_job_poll(unfinished, NULL) == SD_JOB_CANCELLED);
+  FAILS(sd_job_result(unfinished, &none), SD_ERROR_CANCELLED, "cancelled");
+  sd_job_free(unfinished);
+  CHECK(sd_job_result(job, &result) == NULL);
+  CHECK(result.pixels != pixels && memcmp(result.pixels, pixels, sizeof pixels) == 0);
+  sd_job_free(job);
+
+  CHECK(interrupts == 1);
+  read_dispositions(after);
+  for (int number = 1; number < NUM_SIGNALS; number++)
+    CHECK(before[number].sa_handler == after[number].sa_handler);
+  return 0;
+}

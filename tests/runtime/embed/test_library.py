@@ -1,0 +1,159 @@
+"""``libsd_runtime.so`` from C and C++: what it exports, says, draws, and leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_engines.errors import ConfigError
+from sd_runtime import Request
+from sd_runtime.embed.cli import main
+from sd_runtime.embed.library import HEADER, build_library, symbols
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import TinyModel
+
+PROGRAMS = Path(__file__).parent / "programs"
+OURS = re.compile(
+    r".*(?:libsd_runtime\.so|embed/source|embed/include|/c\+\+/|[/(](?:load|service)\+0x).*"
+)
+"""A line of a stack in the library or in a program of the example."""
+
+
+def link(library: Path) -> tuple[str, ...]:
+    return f"-L{library.parent}", "-lsd_runtime", f"-Wl,-rpath,{library.parent}", "-pthread"
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_library_exports_the_frozen_symbols(library: Path) -> None:
+    listed = run("nm", "-D", "--defined-only", library).stdout.split("\n")
+    names = [line.split()[2] for line in listed if line and line.split()[1] != "A"]
+    assert sorted(name.partition("@@")[0] for name in names) == symbols()
+    assert {name.partition("@@")[2] for name in names} == {"SD_RUNTIME_1"}
+    text = HEADER.read_text()
+    assert all(f"{name}(" in text for name in symbols())
+
+
+def test_nothing_but_statuses_crosses_the_boundary(
+    library: Path, compiled: Callable[..., Path], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    program, pixels = compiled("boundary.c", "-ldl"), tmp_path / "pixels"
+    done = run(program, library, tiny_model.bundle, pixels)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    request = Request("a cat", seed=5, num_inference_steps=3, scheduler="ddim", eta=0.5)
+    expected = tiny_model.pipeline.generate(request).pixels
+    drawn = np.fromfile(pixels, np.uint8).reshape(expected.shape)
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_jobs_in_cpp_do_not_race(
+    build: Callable[[], Path],
+    compiled: Callable[..., Path],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CFLAGS", "-fsanitize=thread")
+    program = compiled("jobs.cpp", "-fsanitize=thread", *link(build()))
+    png = tmp_path / "drawn.png"
+    done = run(program, tiny_model.bundle, png, TSAN_OPTIONS="exitcode=0")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    # What was not compiled for it seems to race: what counts is who made the access.
+    accesses = re.findall(r"(?:ead|rite) of size .*\n(?: +#.*\(libtsan.*\n)*( +#.*\n)", done.stderr)
+    assert not OURS.findall("".join(accesses))
+
+    request = Request(
+        "a cat",
+        negative_prompt="a dog",
+        seed=2**64 - 2,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        scheduler="ddim",
+        num_images_per_prompt=2,
+    )
+    with Image.open(png) as image:
+        assert json.loads(image.info["sd-toolkit"])["recipes"][0]["seed"] == 2**64 - 1
+        drawn = np.asarray(image)
+    np.testing.assert_array_equal(drawn, tiny_model.pipeline.generate(request).pixels[1])
+
+
+def test_the_example_leaks_nothing(
+    build: Callable[[], Path],
+    built_example: Callable[..., Path],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CFLAGS", "-fsanitize=address")
+    programs = built_example(build().parent, "-DCMAKE_CXX_FLAGS=-fsanitize=address")
+    # Python is never ended and keeps what it has: only our own frames count, and as ours may be
+    # the outer ones of Python's, only the innermost two are looked at.
+    options = {"ASAN_OPTIONS": "malloc_context_size=2", "LSAN_OPTIONS": "exitcode=0"}
+    done = run(programs / "load", tiny_model.bundle, 8, 50, 2, **options)
+    assert done.returncode == 0, done.stderr
+    assert "ERROR: AddressSanitizer" not in done.stderr
+    assert not OURS.findall(done.stderr)
+    figures = json.loads(done.stdout)
+    assert figures["pictures"] + figures["cancelled"] == 48  # one is cancelled, soon enough or not
+    assert (figures["refused"], figures["errors"]) == (1, 0)
+
+    (tmp_path / "drawn").mkdir()
+    served = subprocess.run(
+        [programs / "service", tiny_model.bundle, tmp_path / "drawn"],
+        input="a cat\na dog\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **options},
+    )
+    assert served.returncode == 0, served.stderr
+    assert not OURS.findall(served.stderr)
+    for path, prompt in zip(served.stdout.split(), ("a cat", "a dog"), strict=True):
+        with Image.open(path) as image:
+            assert json.loads(image.info["sd-toolkit"])["recipes"][0]["prompt"] == prompt
+    wrong = run(programs / "service", tmp_path, tmp_path, **options)
+    assert wrong.returncode == 3
+    assert "sd-export" in wrong.stderr
+
+
+def test_programs_of_the_page_compile(compiled: Callable[..., Path], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "embedding.md").read_text("utf-8")
+    blocks = re.findall(r"```cpp\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    (tmp_path / "page.cpp").write_text("\n".join(reversed(blocks)))
+    compiled(tmp_path / "page.cpp", "-fsyntax-only")
+
+
+def test_a_build_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert main([str(tmp_path)]) == 2
+    assert "no-such-compiler" in capsys.readouterr().err
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(ConfigError, match="the compiler failed"):
+        build_library(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("CC")
+    with pytest.raises(ConfigError, match="cannot write"):
+        build_library(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
