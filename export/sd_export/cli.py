@@ -1,4 +1,4 @@
-"""``sd-export``: a checkpoint in, a bundle out; and ``sd-export build``: engines into a bundle.
+"""``sd-export``: a checkpoint in, a bundle out; ``build``: engines into one; ``schedule``: a table.
 
 The bundle's path (or one JSON object) on stdout, progress and words for people on stderr.
 Everything heavy is imported when it is needed, so that ``--help`` answers at once.
@@ -101,8 +101,9 @@ def export_command(
     if context.invoked_subcommand is not None:
         if model is not None or output is not None:
             raise ConfigError(
-                "--model and --output belong to sd-export itself, not to build",
-                "sd-export build BUNDLE --backend NAME",
+                f"--model and --output belong to sd-export itself, not to "
+                f"{context.invoked_subcommand}",
+                f"sd-export {context.invoked_subcommand} BUNDLE …; --output after it.",
             )
         return
     if model is None or output is None:
@@ -173,6 +174,36 @@ def build_command(
         click.echo(json.dumps({"bundle": str(bundle), **_described(manifest)}, indent=2))
     else:
         click.echo(bundle)
+
+
+@export_command.command("schedule")
+@click.argument("bundle", type=_FILE)
+@click.option("-o", "--output", type=_FILE, metavar="FILE.json", help="[default: stdout]")
+@click.option("--scheduler", help="As sd-run takes it. [default: the checkpoint's own]")
+@click.option("--num-inference-steps", type=int, help="[default: the bundle's]")
+@click.option("--guidance-scale", type=float, help="[default: the bundle's]")
+@click.option("--guidance-start", type=float, default=0.0, show_default=True)
+@click.option("--guidance-stop", type=float, default=1.0, show_default=True)
+@click.option("--eta", type=float, default=0.0, show_default=True)
+@click.option("--strength", type=float, help="Makes it one of image-to-image.")
+def schedule_command(*, bundle: Path, output: Path | None, **settings: Any) -> None:
+    """Print the table that a sampler is on BUNDLE as JSON, for services that run it themselves.
+
+    Example: sd-export schedule bundle --scheduler dpm++_2m_karras --num-inference-steps 20
+    """
+    from sd_engines.bundle import open_bundle
+    from sd_runtime.files import check_writable, write_files
+    from sd_runtime.schedule import schedule_of
+
+    if output is not None:
+        check_writable(output)
+    schedule = schedule_of(open_bundle(bundle).manifest, **settings)
+    text = json.dumps(schedule, allow_nan=False)
+    if output is None:
+        click.echo(text)
+        return
+    write_files({output: text.encode() + b"\n"})
+    click.echo(output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
