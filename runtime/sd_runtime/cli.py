@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sd_engines.errors import ConfigError
 from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
@@ -29,9 +30,13 @@ _FILE = click.Path(path_type=Path)
     required=True,
     metavar="FILE",
     help="Picture to write: .png, .jpg or .webp. May hold {index} and {seed}; several pictures "
-    "are numbered otherwise.",
+    "are numbered otherwise. With --jobs, a folder.",
 )
 @click.option("--prompts-file", type=_FILE, help="One prompt a line, or .jsonl with options.")
+@click.option(
+    "--jobs", type=_FILE, help="Such a file again, drawn into a folder under names that last."
+)
+@click.option("--resume", is_flag=True, help="Leave the pictures of --jobs that are there.")
 @click.option("--from-image", type=_FILE, help="Draw a picture again from the recipe inside it.")
 @click.option("--image", type=_FILE, help="Start from this picture, resized to the bundle's size.")
 @click.option("--mask", type=_FILE, help="Repaint only what is white in this one.")
@@ -88,6 +93,8 @@ def run(
     prompt: tuple[str, ...],
     output: str,
     prompts_file: Path | None,
+    jobs: Path | None,
+    resume: bool,
     from_image: Path | None,
     num_images: int | None,
     grid: bool,
@@ -105,7 +112,6 @@ def run(
     """
     import logging
 
-    from sd_runtime.job import Job, draw
     from sd_runtime.lora import find_lora
 
     level = logging.ERROR if quiet else logging.WARNING
@@ -113,12 +119,38 @@ def run(
     # A first run measures for some seconds: say so.
     logging.getLogger("sd_engines.choice").setLevel(level if quiet else logging.INFO)
     options["num_images_per_prompt"] = num_images
+    options = {name: value for name, value in options.items() if value is not None}
+    if jobs is not None:
+        from sd_runtime.folder_job import FolderJob, draw_folder
+
+        others = (prompt, prompts_file, from_image, grid, save_latents)
+        if any(others):
+            raise ConfigError(
+                "--jobs stands alone: all its pictures come from its file, and each is one file",
+                "Leave out the prompt, --prompts-file, --from-image, --grid and --save-latents.",
+            )
+        folder_job = FolderJob(
+            bundle=bundle,
+            jobs_file=jobs,
+            options=options,
+            folder=Path(output),
+            resume=resume,
+            backend=backend,
+            threads=threads,
+            loras=tuple(map(find_lora, loras)),
+        )
+        draw_folder(folder_job, as_json=as_json, quiet=quiet)
+        return
+    if resume:
+        raise ConfigError("--resume without --jobs", "Put the prompts into a file: --jobs FILE.")
+    from sd_runtime.job import Job, draw
+
     job = Job(
         bundle=bundle,
         prompts=prompt,
         prompts_file=prompts_file,
         from_image=from_image,
-        options={name: value for name, value in options.items() if value is not None},
+        options=options,
         output=output,
         grid=grid,
         save_latents=save_latents,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,10 @@ from typing import TYPE_CHECKING
 from sd_engines.errors import ConfigError, SdError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+_STAGING = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+"""How `write_files` calls a file until it is whole."""
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
@@ -40,6 +45,44 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         for staging in staged.values():
             with contextlib.suppress(OSError):
                 staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder``, keep others out of it, and sweep away what a killed process half-wrote.
+
+    Others are those who claim it too and write by `write_files`. A folder that stays empty is not
+    left behind. Raises `ConfigError` where another process has it or it cannot be written to.
+    """
+    was_there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "picture.png")
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {folder}: {error.strerror}", "Choose another --output."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _sweep(folder)
+        yield
+        _sweep(folder)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another process writes into {folder}", "Wait for it, or choose another --output."
+        ) from error
+    finally:
+        os.close(descriptor)
+        if not was_there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _STAGING.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import secrets
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,14 @@ from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
-from sd_runtime.input_image import InputImage
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
-from sd_runtime.prompts import prompts_from_text, requests_from_jsonl
+from sd_runtime.prompts import (
+    prompts_from_text,
+    request_options,
+    requests_from_jsonl,
+    seed_requests,
+)
 from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
 from sd_runtime.timing import Timings, clock
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.manifest import Manifest
+    from sd_runtime.input_image import InputImage
     from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
@@ -142,11 +146,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
 
 def _order(job: Job, manifest: Manifest) -> Order:
     """The job's requests, from whichever source it names."""
-    options: dict[str, Any] = {
-        name: InputImage.of(value, name=name) if name in ("image", "mask") else value
-        for name, value in job.options.items()
-        if name != "seed"
-    }
+    options = request_options(job.options)
     columns, backend = None, job.backend or "auto"
     given = [bool(job.prompts), job.prompts_file is not None, job.from_image is not None]
     if sum(given) != 1:
@@ -201,7 +201,7 @@ def _order(job: Job, manifest: Manifest) -> Order:
             Request(tuple(prompts[first : first + size]), **options)
             for first in range(0, len(prompts), size)
         ]
-    requests = _seeded(requests, job.options.get("seed"))
+    requests = seed_requests(requests, job.options.get("seed"))
     if job.grid and columns is None:
         columns = math.ceil(math.sqrt(sum(request.num_images for request in requests)))
     return Order(tuple(requests), columns, backend)
@@ -216,20 +216,6 @@ def _inputs_of(
         for name, picture in inputs.items()
         if getattr(recipe, name) or not any(getattr(other, name) for other in recipes)
     }
-
-
-def _seeded(requests: Sequence[Request], seed: int | None) -> list[Request]:
-    """Seeds for those without: one after the other from ``seed``, or from a random one."""
-    missing = sum(request.num_images for request in requests if request.seed is None)
-    next_seed = secrets.randbelow(2**32 - missing) if seed is None else seed
-    seeded = []
-    for request in requests:
-        if request.seed is None:
-            seeded.append(replace(request, seed=next_seed))
-            next_seed += request.num_images
-        else:
-            seeded.append(request)
-    return seeded
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

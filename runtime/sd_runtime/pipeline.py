@@ -21,7 +21,7 @@ from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import plan
-from sd_runtime.recipe import Recipe, fingerprint
+from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
 from sd_runtime.start import begin
 from sd_runtime.task import ENCODER
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sd_engines.spec import Profile
     from sd_runtime.denoise import Row
     from sd_runtime.plan import Plan
+    from sd_runtime.recipe import Recipe
     from sd_runtime.request import ImageRequest, Request
 
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
@@ -275,28 +276,14 @@ class Pipeline(Closing):
         return _pixels_from(self._decode(predicted_original_sample(row, prediction)))
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
-        model, profile, request = self.bundle.manifest.model, self.profile, plan.request
-        return Recipe(
-            prompt=image.prompt,
-            negative_prompt=image.negative_prompt,
-            seed=image.seed,
-            num_inference_steps=plan.num_inference_steps,
-            guidance_scale=plan.guidance_scale,
-            guidance_start=float(request.guidance_start),
-            guidance_stop=float(request.guidance_stop),
-            cache_interval=request.cache_interval,
-            scheduler=plan.scheduler,
-            eta=float(request.eta),
-            image=None if request.image is None else request.image.sha256,
-            mask=None if request.mask is None else request.mask.sha256,
-            strength=request.strength,
-            height=profile.height,
-            width=profile.width,
-            backend=self._engines["unet"].entry.backend,
-            precision=self._engines["unet"].entry.precision,
-            loras=tuple(map(str, self.loras)),
-            model=model.source,
-            revision=model.revision,
+        unet = self._engines["unet"].entry
+        return recipe_of(
+            image,
+            plan,
+            self.bundle.manifest,
+            backend=unet.backend,
+            precision=unet.precision,
+            loras=self.loras,
             fingerprint=self.fingerprint,
         )
 

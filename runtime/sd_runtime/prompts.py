@@ -1,15 +1,17 @@
-"""Prompts from a file: text with one prompt a line, or JSON Lines with options beside each."""
+"""Requests from a file: text with one prompt a line, or JSON Lines with options beside each."""
 
 from __future__ import annotations
 
 import json
+import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -38,6 +40,38 @@ def requests_from_jsonl(path: Path, options: Mapping[str, Any]) -> list[Request]
         except ConfigError as error:
             raise ConfigError(f"{path}, line {number}: {error.message}", error.hint) from error
     return requests
+
+
+def requests_from_file(path: Path, options: Mapping[str, Any]) -> list[Request]:
+    """One request a line of a ``.jsonl`` or a text file, as the two functions above."""
+    if path.suffix == ".jsonl":
+        return requests_from_jsonl(path, options)
+    return [Request(prompt, **options) for prompt in prompts_from_text(path)]
+
+
+def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was ``given`` for all requests but the seed, its pictures read once for all."""
+    from sd_runtime.input_image import InputImage
+
+    return {
+        name: InputImage.of(value, name=name) if name in ("image", "mask") else value
+        for name, value in given.items()
+        if name != "seed"
+    }
+
+
+def seed_requests(requests: Sequence[Request], first_seed: int | None) -> list[Request]:
+    """Seeds for those without: one after the other from ``first_seed``, or from a random one."""
+    missing = sum(request.num_images for request in requests if request.seed is None)
+    next_seed = secrets.randbelow(2**32 - missing) if first_seed is None else first_seed
+    seeded = []
+    for request in requests:
+        if request.seed is None:
+            seeded.append(replace(request, seed=next_seed))
+            next_seed += request.num_images
+        else:
+            seeded.append(request)
+    return seeded
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

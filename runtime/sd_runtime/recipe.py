@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sd_engines.manifest import Manifest
+    from sd_runtime.lora import Lora
+    from sd_runtime.plan import Plan
+    from sd_runtime.request import ImageRequest
 
 FORMAT_VERSION = 1
 GENERATOR = "sd-toolkit"
+_PROVENANCE = ("backend", "precision", "model", "revision")
+"""What a recipe says of a bundle beside its fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,12 @@ class Recipe:
             strength=strength,
         )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the picture, whichever engine rounds it and wherever it lies."""
+        values = {name: value for name, value in asdict(self).items() if name not in _PROVENANCE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     def parameters(self) -> str:
         """The text in the form that AUTOMATIC1111's web UI writes and other tools read."""
         lines = [self.prompt]
@@ -141,6 +152,43 @@ class Recipe:
             raise _unreadable("image, mask and strength do not belong together")
         recipe._request_from(None, None, None)  # its inputs come later
         return recipe
+
+
+def recipe_of(
+    image: ImageRequest,
+    plan: Plan,
+    manifest: Manifest,
+    *,
+    backend: str,
+    precision: str,
+    loras: Sequence[Lora],
+    fingerprint: str,
+) -> Recipe:
+    """The recipe of one picture of a plan."""
+    model, profile, request = manifest.model, manifest.profile, plan.request
+    return Recipe(
+        prompt=image.prompt,
+        negative_prompt=image.negative_prompt,
+        seed=image.seed,
+        num_inference_steps=plan.num_inference_steps,
+        guidance_scale=plan.guidance_scale,
+        guidance_start=float(request.guidance_start),
+        guidance_stop=float(request.guidance_stop),
+        cache_interval=request.cache_interval,
+        scheduler=plan.scheduler,
+        eta=float(request.eta),
+        image=None if request.image is None else request.image.sha256,
+        mask=None if request.mask is None else request.mask.sha256,
+        strength=request.strength,
+        height=profile.height,
+        width=profile.width,
+        backend=backend,
+        precision=precision,
+        loras=tuple(map(str, loras)),
+        model=model.source,
+        revision=model.revision,
+        fingerprint=fingerprint,
+    )
 
 
 def text_from_recipes(recipes: Sequence[Recipe], *, columns: int) -> str:
