@@ -15,7 +15,7 @@ Every error says what to do next (``hint``) and knows its exit code:
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +33,10 @@ class SdError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To pickle it whole, whatever its class takes: errors travel between processes."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class ConfigError(SdError):

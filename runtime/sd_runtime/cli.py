@@ -37,6 +37,12 @@ _FILE = click.Path(path_type=Path)
     "--jobs", type=_FILE, help="Such a file again, drawn into a folder under names that last."
 )
 @click.option("--resume", is_flag=True, help="Leave the pictures of --jobs that are there.")
+@click.option("--ray", is_flag=True, help="Let the workers of a Ray cluster draw --jobs.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Of --ray. [default: one a GPU, else one a machine]",
+)
 @click.option("--from-image", type=_FILE, help="Draw a picture again from the recipe inside it.")
 @click.option("--image", type=_FILE, help="Start from this picture, resized to the bundle's size.")
 @click.option("--mask", type=_FILE, help="Repaint only what is white in this one.")
@@ -95,6 +101,8 @@ def run(
     prompts_file: Path | None,
     jobs: Path | None,
     resume: bool,
+    ray: bool,
+    workers: int | None,
     from_image: Path | None,
     num_images: int | None,
     grid: bool,
@@ -120,6 +128,8 @@ def run(
     logging.getLogger("sd_engines.choice").setLevel(level if quiet else logging.INFO)
     options["num_images_per_prompt"] = num_images
     options = {name: value for name, value in options.items() if value is not None}
+    if workers is not None and not ray:
+        raise ConfigError("--workers without --ray", "Leave it out, or add --ray --jobs FILE.")
     if jobs is not None:
         from sd_runtime.folder_job import FolderJob, draw_folder
 
@@ -135,14 +145,17 @@ def run(
             options=options,
             folder=Path(output),
             resume=resume,
+            ray=ray,
+            workers=workers,
             backend=backend,
             threads=threads,
             loras=tuple(map(find_lora, loras)),
         )
         draw_folder(folder_job, as_json=as_json, quiet=quiet)
         return
-    if resume:
-        raise ConfigError("--resume without --jobs", "Put the prompts into a file: --jobs FILE.")
+    if resume or ray:
+        name = "--resume" if resume else "--ray"
+        raise ConfigError(f"{name} without --jobs", "Put the prompts into a file: --jobs FILE.")
     from sd_runtime.job import Job, draw
 
     job = Job(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 class FolderJob:
     """The command line, parsed. ``options`` are those of `Request` that were given.
 
-    ``resume`` leaves what is in the folder already; otherwise every picture is drawn.
+    ``resume`` leaves what is in the folder already; otherwise every picture is drawn. With ``ray``
+    it always does, and a cluster draws, with so many ``workers``.
     """
 
     bundle: Path
@@ -40,6 +42,8 @@ class FolderJob:
     options: Mapping[str, Any]
     folder: Path
     resume: bool
+    ray: bool
+    workers: int | None
     backend: str | None
     threads: int | None
     loras: tuple[Lora, ...]
@@ -52,18 +56,20 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
     Every option is checked before an engine is opened. Raises `SdError` and its kin; what was
     written by then stays, and ``--resume`` goes on from it.
     """
-    start = clock()
+    start, stdout = clock(), sys.stdout  # which is Ray's to write to while it runs
     manifest = open_bundle(job.bundle).manifest
     requests = requests_from_file(job.jobs_file, request_options(job.options))
     requests = seed_requests(requests, job.options.get("seed", 0))
     pictures = picture_jobs(requests, manifest, loras=job.loras)
     drawn: dict[str, Drawn] = {}
     with claimed_folder(job.folder):
-        left = [p for p in pictures if not (job.resume and p.is_in(job.folder))]
+        resume = job.resume or job.ray
+        left = [p for p in pictures if not (resume and p.is_in(job.folder))]
         batches = batches_of(left, manifest.profile.batch_size)
         bar_or_none = nullcontext() if quiet else progress_bar(len(left), "Pictures")
         with bar_or_none as bar:
-            for one in _drawn_here(job, batches):
+            draw = _drawn_by_ray if job.ray else _drawn_here
+            for one in draw(job, batches) if batches else ():
                 drawn[one.name] = one
                 path = job.folder / one.name
                 if bar is not None:
@@ -73,7 +79,7 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
                         "%s: the safety checker found it not safe and painted it black", path
                     )
                 if not as_json:
-                    click.echo(path)
+                    click.echo(path, file=stdout)
     if not quiet:
         kept = len(pictures) - len(drawn)
         click.echo(f"Pictures drawn: {len(drawn)}. There already: {kept}.", err=True)
@@ -83,8 +89,6 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
 
 
 def _drawn_here(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Drawn]:
-    if not batches:
-        return
     with Pipeline.load(
         job.bundle,
         backend=job.backend or "auto",
@@ -94,6 +98,20 @@ def _drawn_here(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Dra
     ) as pipeline:
         for batch in batches:
             yield from draw_batch(pipeline, batch, job.folder)
+
+
+def _drawn_by_ray(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Drawn]:
+    from sd_runtime.ray_jobs import RayJob, draw_by_ray
+
+    ray_job = RayJob(
+        bundle=job.bundle.resolve(),
+        folder=job.folder.resolve(),
+        backend=job.backend or "auto",
+        threads=job.threads,
+        loras=tuple(replace(lora, path=lora.path.resolve()) for lora in job.loras),
+        workers=job.workers,
+    )
+    return draw_by_ray(ray_job, batches)
 
 
 def _report(

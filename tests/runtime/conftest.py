@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -229,3 +233,42 @@ def inpainting_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyM
 def suspect() -> Request:
     """`SUSPECT`: some of its pictures are flagged in ``guarded_model``, and some are not."""
     return SUSPECT
+
+
+CLUSTER = """
+import ray
+context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+print(context.address_info["gcs_address"], flush=True)
+input()
+"""
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A cluster of two cores on this machine: what lets others in, and who started it."""
+
+    environment: dict[str, str]
+    pid: int
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """One for all tests: it takes many seconds to start."""
+    environment = {
+        **os.environ,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address
+        yield RayCluster({**environment, "RAY_ADDRESS": address}, process.pid)
+        process.communicate("\n", timeout=60)
