@@ -47,7 +47,7 @@ def _declared(*extras: str) -> set[str]:
 
 MAY_IMPORT = {
     "sd_engines": {"numpy"} | _declared(*BACKEND_EXTRAS) - _declared(),
-    "sd_runtime": _declared("embed", "serve", "ray") | {"cupy"},  # and the next test
+    "sd_runtime": _declared("embed", "serve", "ray") | {"cupy", "triton_python_backend_utils"},  # and the next test
     "sd_export": _declared("export"),
     "sd_bench": _declared(*PROJECT["optional-dependencies"]),
 }

@@ -98,12 +98,12 @@ def export_command(
 
     Example: sd-export --model CompVis/stable-diffusion-v1-4 --output bundle
     """
-    if context.invoked_subcommand is not None:
+    subcommand = context.invoked_subcommand
+    if subcommand is not None:
         if model is not None or output is not None:
             raise ConfigError(
-                f"--model and --output belong to sd-export itself, not to "
-                f"{context.invoked_subcommand}",
-                f"sd-export {context.invoked_subcommand} BUNDLE …; --output after it.",
+                f"--model and --output belong to sd-export itself, not to {subcommand}",
+                f"sd-export {subcommand} --help",
             )
         return
     if model is None or output is None:
@@ -204,6 +204,21 @@ def schedule_command(*, bundle: Path, output: Path | None, **settings: Any) -> N
         return
     write_files({output: text.encode() + b"\n"})
     click.echo(output)
+
+
+@export_command.command("triton")
+@click.argument("bundle", type=_FILE)
+@click.argument("repository", type=_FILE, metavar="MODEL_REPOSITORY")
+@click.option("--backend", help="onnxruntime or tensorrt. [default: the first that BUNDLE has]")
+def triton_command(*, bundle: Path, repository: Path, backend: str | None) -> None:
+    """Write BUNDLE as a model repository of Triton Inference Server.
+
+    Example: sd-export triton bundle models
+    """
+    from sd_export.triton import write_model_repository
+
+    write_model_repository(bundle, repository, backend=backend)
+    click.echo(repository)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
