@@ -25,6 +25,7 @@ from sd_engines.bundle import (
 )
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, EngineMismatchError
+from sd_export.graph_proof import bundle_proof, verify_graph, words_of
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
 from sd_export.work import WorkFolder, backend_version, key_of, versions, work_folder
@@ -68,7 +69,7 @@ def build(
             with log.stage(component, "check") as result:
                 bundle.verified_path(component)
                 result.bytes = sum(file.bytes for file in entry.files.values())
-            proof = cache(partial(_bundle_proof, bundle, component))
+            proof = cache(partial(bundle_proof, bundle, component))
             for backend in backends:
                 wanted = engine_precision(
                     component, backend, graph=entry.precision, precision=precision
@@ -206,30 +207,6 @@ def make_engine(
     return engine, certificate
 
 
-def verify_graph(
-    graph: Path,
-    *,
-    component: str,
-    entry: ComponentEntry,
-    profile: Profile,
-    proof: Callable[[], Proof],
-    log: StageLog,
-) -> CertificateEntry:
-    """Compare the ONNX at ``graph`` with ``proof`` in ONNX Runtime on the CPU."""
-    from sd_export.verify import verify_engine
-
-    with log.stage(component, "verify onnx") as result:
-        engine = proving_engine(graph, component, entry, profile)
-        measured = verify_engine(graph, engine, component=entry, profile=profile, proof=proof())
-        result.detail = words_of(measured)
-    return measured
-
-
-def words_of(entry: CertificateEntry) -> str:
-    """A certificate's entry for people."""
-    return f"{entry.metric} {entry.figure:.2g} (tolerance {entry.tolerance:g}, {entry.precision})"
-
-
 @contextmanager
 def _graph(
     onnx_path: Path,
@@ -267,23 +244,6 @@ def _converted_entry(graph: Path, entry: ComponentEntry) -> ComponentEntry:
     )
 
 
-def proving_engine(
-    graph: Path, component: str, entry: ComponentEntry, profile: Profile
-) -> EngineEntry:
-    """An engine of ONNX Runtime for the few runs of a proof, at the least memory."""
-    from sd_engines.backends.onnxruntime import LEAN
-
-    engine = build_engine(
-        "onnxruntime",
-        graph,
-        output_dir=graph.parent,
-        component=component,
-        entry=entry,
-        profile=profile,
-    )
-    return replace(engine, flags=LEAN)
-
-
 def _is_there(
     bundle: Bundle, component: str, backend: str, precision: Precision, target: str | None
 ) -> bool:
@@ -301,21 +261,3 @@ def _is_there(
         if backend in PORTABLE_BACKENDS or engine.version == installed:
             return True
     return False
-
-
-def _bundle_proof(bundle: Bundle, component: str) -> Proof:
-    """The bundle's own ONNX in ONNX Runtime as the reference of another engine."""
-    from tokenizers import Tokenizer
-
-    from sd_export.verify import Proof, probe_inputs, run_engine
-
-    profile, entry = bundle.manifest.profile, bundle.manifest.components[component]
-    tokenizer = Tokenizer.from_file(str(bundle.verified_path("tokenizer/tokenizer.json")))
-    inputs = probe_inputs(
-        component, entry.inputs, profile=profile, vocab_size=tokenizer.get_vocab_size()
-    )
-    onnx_path = bundle.path / entry.file
-    engine = proving_engine(onnx_path, component, entry, profile)
-    outputs = run_engine(onnx_path, engine, component=entry, profile=profile, inputs=inputs)
-    name = f"the bundle's ONNX, {entry.precision}, onnxruntime {engine.version}"
-    return Proof(inputs=inputs, reference=outputs, reference_name=name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
 from sd_engines.errors import BackendError, EngineMismatchError
-from sd_export.build import proving_engine, words_of
+from sd_export.graph_proof import proving_engine, words_of
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_export.work import key_of

@@ -27,9 +27,10 @@ from sd_engines.bundle import (
 from sd_engines.errors import ExportError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
-from sd_export.build import recorded_engine, verify_graph
+from sd_export.build import recorded_engine
 from sd_export.end_to_end import prove_end_to_end
 from sd_export.graph import recorded_graph, stored_proof
+from sd_export.graph_proof import verify_graph
 from sd_export.license import copy_license
 from sd_export.memory import release
 from sd_export.precision import engine_precision, graph_precision

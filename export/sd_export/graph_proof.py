@@ -1,0 +1,76 @@
+"""A graph as ONNX Runtime computes it: what is proven of it, and what it proves of others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sd_engines.engine import build_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sd_engines.bundle import Bundle, CertificateEntry, ComponentEntry, EngineEntry
+    from sd_engines.spec import Profile
+    from sd_export.progress import StageLog
+    from sd_export.verify import Proof
+
+
+def verify_graph(
+    graph: Path,
+    *,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> CertificateEntry:
+    """Compare the ONNX at ``graph`` with ``proof`` in ONNX Runtime on the CPU."""
+    from sd_export.verify import verify_engine
+
+    with log.stage(component, "verify onnx") as result:
+        engine = proving_engine(graph, component, entry, profile)
+        measured = verify_engine(graph, engine, component=entry, profile=profile, proof=proof())
+        result.detail = words_of(measured)
+    return measured
+
+
+def words_of(entry: CertificateEntry) -> str:
+    """A certificate's entry for people."""
+    return f"{entry.metric} {entry.figure:.2g} (tolerance {entry.tolerance:g}, {entry.precision})"
+
+
+def proving_engine(
+    graph: Path, component: str, entry: ComponentEntry, profile: Profile
+) -> EngineEntry:
+    """An engine of ONNX Runtime for the few runs of a proof, at the least memory."""
+    from sd_engines.backends.onnxruntime import LEAN
+
+    engine = build_engine(
+        "onnxruntime",
+        graph,
+        output_dir=graph.parent,
+        component=component,
+        entry=entry,
+        profile=profile,
+    )
+    return replace(engine, flags=LEAN)
+
+
+def bundle_proof(bundle: Bundle, component: str) -> Proof:
+    """The bundle's own ONNX in ONNX Runtime as the reference of another engine."""
+    from tokenizers import Tokenizer
+
+    from sd_export.verify import Proof, probe_inputs, run_engine
+
+    profile, entry = bundle.manifest.profile, bundle.manifest.components[component]
+    tokenizer = Tokenizer.from_file(str(bundle.verified_path("tokenizer/tokenizer.json")))
+    inputs = probe_inputs(
+        component, entry.inputs, profile=profile, vocab_size=tokenizer.get_vocab_size()
+    )
+    onnx_path = bundle.path / entry.file
+    engine = proving_engine(onnx_path, component, entry, profile)
+    outputs = run_engine(onnx_path, engine, component=entry, profile=profile, inputs=inputs)
+    name = f"the bundle's ONNX, {entry.precision}, onnxruntime {engine.version}"
+    return Proof(inputs=inputs, reference=outputs, reference_name=name)
