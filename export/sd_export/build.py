@@ -6,8 +6,6 @@ from a converted copy, which is checked in ONNX Runtime and then dropped.
 
 from __future__ import annotations
 
-import shutil
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,25 +18,23 @@ from sd_engines.bundle import (
     ComponentEntry,
     EngineEntry,
     add_engines,
-    hash_files,
     open_bundle,
 )
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, EngineMismatchError
 from sd_export.graph_proof import bundle_proof, verify_graph, words_of
+from sd_export.half_graph import converted_entry, half_graph
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
 from sd_export.work import WorkFolder, backend_version, key_of, versions, work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
     from sd_export.progress import Progress
     from sd_export.verify import Proof
-
-_HALF_FOLDER = "half"
 
 
 def build(
@@ -165,9 +161,9 @@ def make_engine(
 
     certificate: list[CertificateEntry] = []
     half = backend not in PORTABLE_BACKENDS and precision not in (None, entry.precision)
-    with _graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
+    with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
         if half and precision == "fp16":
-            converted = _converted_entry(graph, entry)
+            converted = converted_entry(graph, entry)
             certificate.append(
                 verify_graph(
                     graph,
@@ -205,43 +201,6 @@ def make_engine(
             raise
         log.skipped(component, f"verify {backend}", detail=f"cannot run here: {error.message}")
     return engine, certificate
-
-
-@contextmanager
-def _graph(
-    onnx_path: Path,
-    output_dir: Path,
-    component: str,
-    half: Precision | None,
-    log: StageLog,
-) -> Iterator[Path]:
-    """``onnx_path``, or a copy of it converted to ``half`` that exists while the block runs."""
-    if half is None or half == "fp32":
-        yield onnx_path
-        return
-    import onnx_ir as ir
-
-    from sd_export.onnx_export import save
-    from sd_export.onnx_passes import to_half
-
-    folder = output_dir.parent / _HALF_FOLDER / component
-    try:
-        with log.stage(component, f"convert to {half}") as result:
-            result.bytes = save(to_half(ir.load(onnx_path), half), folder)
-        yield folder / onnx_path.name
-    finally:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-
-
-def _converted_entry(graph: Path, entry: ComponentEntry) -> ComponentEntry:
-    root = graph.parent.parent
-    names = [p.relative_to(root).as_posix() for p in sorted(graph.parent.iterdir())]
-    return replace(
-        entry,
-        file=graph.relative_to(root).as_posix(),
-        files=hash_files(root, names),
-        precision="fp16",
-    )
 
 
 def _is_there(
