@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from sd_engines.errors import BundleError
 from sd_engines.files import check_file, listed_files, read_manifest
-from sd_engines.manifest import PORTABLE_BACKENDS, Manifest
+from sd_engines.manifest import PORTABLE_BACKENDS
 from sd_engines.node import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from sd_engines.manifest import CertificateEntry, EngineEntry
+    from sd_engines.manifest import CertificateEntry, EngineEntry, Manifest
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -69,10 +69,10 @@ def add_engines(
 ) -> Manifest:
     """Add ``engines`` to the bundle at ``path``; their built files are moved from ``staging``.
 
-    An entry of the same component, backend, version, target and precision is replaced, and so are
-    certificate entries of the same component, backend and precision. At every moment the bundle
-    is complete: a file is replaced only while no manifest lists it. Callers take turns.
-    Returns the new manifest; `BundleError` as `seal`.
+    An entry of the same component, backend, target, precision and, unless it is portable, version
+    is replaced, and so are certificate entries of the same component, backend and precision. At
+    every moment the bundle is complete: a file is replaced only while no manifest lists it. Callers
+    take turns. Returns the new manifest; `BundleError` as `seal`.
     """
     engines, certificate = tuple(engines), tuple(certificate)
     built = [e for e in engines if e.backend not in PORTABLE_BACKENDS]
@@ -117,7 +117,9 @@ def add_engines(
 
 
 def _identity(engine: EngineEntry) -> tuple[str, ...]:
-    return engine.component, engine.backend, engine.version, engine.target, engine.precision
+    """What two engines of one bundle may not share; a portable backend runs any version's."""
+    version = "" if engine.backend in PORTABLE_BACKENDS else engine.version
+    return engine.component, engine.backend, version, engine.target, engine.precision
 
 
 def _is_replaceable(target: Path) -> bool:

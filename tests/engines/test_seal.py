@@ -195,6 +195,13 @@ def _certificate(figure: float) -> CertificateEntry:
     )
 
 
+def test_a_portable_engine_of_a_newer_version_replaces_the_older(tiny_bundle: Bundle) -> None:
+    old = tiny_bundle.manifest.engines
+    newer = replace(old[1], version="2")
+    made = add_engines(tiny_bundle.path, tiny_bundle.path, engines=[newer])
+    assert made.engines == (old[0], newer)
+
+
 def test_add_engine_then_replace_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     staging = tmp_path / "staging"
     first = _built(staging, tiny_bundle, content=b"first")
