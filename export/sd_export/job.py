@@ -6,10 +6,8 @@ over all it depends on, so that an interrupted export goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,12 +26,19 @@ from sd_engines.errors import ExportError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
 from sd_export.build import recorded_engine
+from sd_export.checkpoint_files import (
+    file_hash,
+    folder_hashes,
+    stamps,
+    stored_bytes,
+    weight_hashes,
+)
 from sd_export.end_to_end import prove_end_to_end
 from sd_export.graph import recorded_graph, stored_proof
 from sd_export.graph_proof import verify_graph
-from sd_export.license import copy_license
 from sd_export.memory import release
 from sd_export.precision import engine_precision, graph_precision
+from sd_export.small_files import write_small_files
 from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
@@ -70,15 +75,15 @@ class Job:
         self.log = log
         self.versions = versions(backends)
         with log.stage("checkpoint", "hash") as result:
-            self._stamps = _stamps(checkpoint)
-            self._weights = _weight_hashes(checkpoint)
+            self._stamps = stamps(checkpoint)
+            self._weights = weight_hashes(checkpoint)
             self._loras = [
-                {"file": lora.path.name, "sha256": _file_hash(lora.path), "scale": lora.scale}
+                {"file": lora.path.name, "sha256": file_hash(lora.path), "scale": lora.scale}
                 for lora in checkpoint.loras
             ]
-            result.bytes = _stored_bytes(checkpoint)
+            result.bytes = stored_bytes(checkpoint)
         self._made_of = {
-            "code": _folder_hashes(Path(__file__).parent),
+            "code": folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
             "loras": self._loras,
             "profile": asdict(profile),
@@ -95,14 +100,14 @@ class Job:
                 "precision": precision,
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
-                "tokenizer": _folder_hashes(checkpoint.tokenizer),
+                "tokenizer": folder_hashes(checkpoint.tokenizer),
                 "weights": self._weights,
             }
         )
 
     def check_room(self) -> None:
         """`ExportError` where the disk plainly has no room for the graphs."""
-        needed = _stored_bytes(self.checkpoint)
+        needed = stored_bytes(self.checkpoint)
         free = shutil.disk_usage(self.work.path).free
         if free < needed:
             raise ExportError(
@@ -117,7 +122,7 @@ class Job:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
         from sd_export.wrappers import COMPONENTS
 
-        files = self._write_small_files()
+        files = write_small_files(self.checkpoint, self.work.bundle)
         components: dict[str, ComponentEntry] = {}
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
@@ -160,40 +165,13 @@ class Job:
 
     def _check_unchanged(self) -> None:
         """`ExportError` where someone wrote to the checkpoint since it was hashed."""
-        if _stamps(self.checkpoint) != self._stamps:
+        if stamps(self.checkpoint) != self._stamps:
             raise ExportError(
                 "its files were changed while they were being read",
                 "Run the same command again when whatever writes them is done.",
                 component="checkpoint",
                 stage="load",
             )
-
-    def _write_small_files(self) -> dict[str, FileEntry]:
-        """Tokenizer, scheduler config and licence; refused early if the runtime cannot use them."""
-        from sd_export.load import load_tokenizer
-        from sd_runtime.plan import pipeline_scheduler_config
-        from sd_runtime.table import compile_table
-
-        config = pipeline_scheduler_config(self.checkpoint.configs["scheduler"])
-        compile_table(config, num_inference_steps=self.checkpoint.defaults.num_inference_steps)
-        bundle = self.work.bundle
-        tokenizer = load_tokenizer(self.checkpoint)
-        known = int(self.checkpoint.configs["text_encoder"]["vocab_size"])
-        if tokenizer.get_vocab_size() > known:
-            raise ExportError(
-                f"has {tokenizer.get_vocab_size()} tokens, the text encoder knows {known}",
-                "They are of different models; download the checkpoint again.",
-                component="tokenizer",
-                stage="load",
-            )
-        (bundle / "tokenizer").mkdir(exist_ok=True)
-        text = tokenizer.to_str(pretty=True)
-        (bundle / "tokenizer" / "tokenizer.json").write_text(text, encoding="utf-8")
-        (bundle / "scheduler").mkdir(exist_ok=True)
-        scheduler = json.dumps(dict(self.checkpoint.configs["scheduler"]), indent=2)
-        (bundle / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n")
-        names = ["tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
-        return hash_files(bundle, names + copy_license(self.checkpoint, bundle))
 
     def _graph(self, component: str) -> ComponentEntry:
         from sd_export.wrappers import MODEL_OF
@@ -295,35 +273,3 @@ class Job:
 
     def _reference_name(self) -> str:
         return f"diffusers {self.versions['diffusers']}, fp32"
-
-
-def _stamps(checkpoint: Checkpoint) -> dict[Path, tuple[int, int] | None]:
-    """Size and time of change of every weight file; None for one that is gone."""
-    paths = {path for paths in checkpoint.weights.values() for path in paths}
-    paths |= {lora.path for lora in checkpoint.loras}
-    found = {path: path.stat() if path.exists() else None for path in paths}
-    return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
-
-
-def _stored_bytes(checkpoint: Checkpoint) -> int:
-    paths = {path for paths in checkpoint.weights.values() for path in paths}
-    return sum(path.stat().st_size for path in paths)
-
-
-def _weight_hashes(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """SHA-256 of every weight file, by model; each file is read once."""
-    paths = list(dict.fromkeys(path for paths in checkpoint.weights.values() for path in paths))
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        found = dict(zip(paths, pool.map(_file_hash, paths), strict=True))
-    return {model: [found[p] for p in files] for model, files in checkpoint.weights.items()}
-
-
-def _folder_hashes(folder: Path | None) -> dict[str, str]:
-    if folder is None:
-        return {}
-    return {path.name: _file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""What a bundle holds beside graphs and engines: its tokenizer, scheduler and licence."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from sd_engines.bundle import hash_files
+from sd_engines.errors import ExportError
+from sd_export.license import copy_license
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines.bundle import FileEntry
+    from sd_export.source import Checkpoint
+
+
+def write_small_files(checkpoint: Checkpoint, bundle: Path) -> dict[str, FileEntry]:
+    """Write tokenizer, scheduler config and licence to the folder ``bundle``; their entries.
+
+    `ConfigError` or `ExportError`, before any graph is made, where the runtime cannot use them.
+    """
+    from sd_export.load import load_tokenizer
+    from sd_runtime.plan import pipeline_scheduler_config
+    from sd_runtime.table import compile_table
+
+    config = pipeline_scheduler_config(checkpoint.configs["scheduler"])
+    compile_table(config, num_inference_steps=checkpoint.defaults.num_inference_steps)
+    tokenizer = load_tokenizer(checkpoint)
+    known = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    if tokenizer.get_vocab_size() > known:
+        raise ExportError(
+            f"has {tokenizer.get_vocab_size()} tokens, the text encoder knows {known}",
+            "They are of different models; download the checkpoint again.",
+            component="tokenizer",
+            stage="load",
+        )
+    (bundle / "tokenizer").mkdir(exist_ok=True)
+    text = tokenizer.to_str(pretty=True)
+    (bundle / "tokenizer" / "tokenizer.json").write_text(text, encoding="utf-8")
+    (bundle / "scheduler").mkdir(exist_ok=True)
+    scheduler = json.dumps(dict(checkpoint.configs["scheduler"]), indent=2)
+    (bundle / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n")
+    names = ["tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
+    return hash_files(bundle, names + copy_license(checkpoint, bundle))
