@@ -34,7 +34,7 @@ MODEL_LIBRARIES = {"diffusers", "transformers"}
 HEAVY = {
     *("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
     *("huggingface_hub", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cupy"),
-    *("polygraphy", "sympy", "scipy", "matplotlib", "ray"),
+    *("nncf", "polygraphy", "sympy", "scipy", "matplotlib", "ray"),
 }
 
 
@@ -47,8 +47,9 @@ def _declared(*extras: str) -> set[str]:
 
 MAY_IMPORT = {
     "sd_engines": {"numpy"} | _declared(*BACKEND_EXTRAS) - _declared(),
-    "sd_runtime": _declared("embed", "serve", "ray") | {"cupy", "triton_python_backend_utils"},  # and the next test
-    "sd_export": _declared("export"),
+    # and the next test
+    "sd_runtime": _declared("embed", "serve", "ray") | {"cupy", "triton_python_backend_utils"},
+    "sd_export": _declared("export", "int8") - {"openvino"},
     "sd_bench": _declared(*PROJECT["optional-dependencies"]),
 }
 

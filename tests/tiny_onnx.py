@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,23 @@ def stale_plan(precision: Precision) -> EngineEntry:
         flags={},
         key="0" * 64,
     )
+
+
+def int8_engine(component: str, **changes: str) -> EngineEntry:
+    """What a manifest says of an engine in 8 bits; its file is nowhere."""
+    engine = EngineEntry(
+        component=component,
+        backend="openvino",
+        version="2026.1.0",
+        target="cpu",
+        precision="int8",
+        file=f"engines/openvino-2026.1.0-cpu/{component}.engine",
+        sha256="0" * 64,
+        bytes=1,
+        flags={"calibration": "0" * 64, "nncf": "3.4.0"},
+        key="0" * 64,
+    )
+    return replace(engine, **changes)  # type: ignore[arg-type]
 
 
 def _info(spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -107,10 +107,14 @@ def backend_product_flops(
 
 def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) -> Engine:
     """An engine as ``engine`` is, of one matrix product."""
-    # OpenVINO is told its precision; the others find it in the graph.
+    # OpenVINO is told its precision, but for int8; the others find it in the graph.
+    told = engine.precision if engine.precision != "int8" else "fp32"
     precision = "fp32" if engine.backend == "openvino" else engine.precision
     path = folder / "product.onnx"
-    _write_product(path, size, precision)
+    if engine.precision == "int8":
+        _write_int8_product(path, size)
+    else:
+        _write_product(path, size, precision)
     border = (BATCH, size, size)
     entry = ComponentEntry(
         file=path.name,
@@ -128,7 +132,7 @@ def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) 
         component="product",
         entry=entry,
         profile=profile,
-        precision=engine.precision,
+        precision=told,
         target=engine.target,
     )
     return load_engine(
@@ -153,6 +157,32 @@ def _write_product(path: Path, size: int, precision: str) -> None:
         [helper.make_tensor_value_info("a", types.FLOAT, shape)],
         [helper.make_tensor_value_info("product", types.FLOAT, shape)],
         [helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True)],
+    )
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+
+
+def _write_int8_product(path: Path, size: int) -> None:
+    """The same with ``a`` and ``b`` in 8 bits, as backends find it in a quantised graph."""
+    onnx = import_package("onnx", extra="bench")
+    helper, types = onnx.helper, onnx.TensorProto
+    shape = [BATCH, size, size]
+    weights = np.clip(_random(size, size) * 32, -127, 127).astype(np.int8)
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
+            helper.make_node("DequantizeLinear", ["a8", "scale", "zero"], ["x"]),
+            helper.make_node("DequantizeLinear", ["b", "scale", "zero"], ["w"]),
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+        ],
+        "product",
+        [helper.make_tensor_value_info("a", types.FLOAT, shape)],
+        [helper.make_tensor_value_info("product", types.FLOAT, shape)],
+        [
+            helper.make_tensor("b", types.INT8, weights.shape, weights.tobytes(), raw=True),
+            helper.make_tensor("scale", types.FLOAT, [], [1 / 32]),
+            helper.make_tensor("zero", types.INT8, [], [0]),
+        ],
     )
     opset = helper.make_opsetid("", 20)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)

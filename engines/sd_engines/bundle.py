@@ -82,14 +82,16 @@ class Bundle:
         `EngineMismatchError` where the ONNX, the profile or a build flag changed since it was
         built; `BundleError` as `verified_path`.
         """
-        if engine.backend in PORTABLE_BACKENDS:
+        if not engine.is_built:
             return self.verified_path(engine.component)
+        again = f"sd-export build {self.path} --backend {engine.backend}"
+        if engine.precision == "int8":
+            again += " --precision int8"
         if engine.key != _key_of(engine, self.manifest):
             raise EngineMismatchError(
-                f"{engine.file}: built from another {engine.component} than the bundle holds",
-                f"sd-export build {self.path} --backend {engine.backend}",
+                f"{engine.file}: built from another {engine.component} than the bundle holds", again
             )
-        hint = f"Build it again: sd-export build {self.path} --backend {engine.backend}"
+        hint = f"Build it again: {again}"
         self._verify({engine.file: FileEntry(sha256=engine.sha256, bytes=engine.bytes)}, hint=hint)
         return self.path / engine.file
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.manifest import EngineEntry
+    from sd_engines.spec import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,20 @@ _MEASURING = Lock()
 
 
 def fastest_engine(
-    bundle: Bundle, component: str, *, threads: int | None = None
+    bundle: Bundle,
+    component: str,
+    *,
+    threads: int | None = None,
+    precision: Precision | None = None,
 ) -> EngineEntry | None:
     """The engine of ``component`` that ``auto`` is to take here; None where none can run.
 
     The first call for a bundle on a machine opens the candidates one after the other and runs
-    each on one guided picture; where only one can run, nothing is measured. `BundleError` for an
-    altered bundle, `ConfigError` for ``threads`` below 1.
+    each on one guided picture; where only one can run, nothing is measured. ``precision`` None is
+    any but int8, unless there is nothing else. `BundleError` for an altered bundle, `ConfigError`
+    for ``threads`` below 1.
     """
-    entries = listed_engines(bundle, component)
+    entries = listed_engines(bundle, component, precision=precision)
     if len(entries) < 2:
         return entries[0] if entries else None
     with _MEASURING:

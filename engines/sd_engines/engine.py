@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, get_args
 
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
-from sd_engines.manifest import BACKENDS, PORTABLE_BACKENDS
+from sd_engines.manifest import BACKENDS
+from sd_engines.spec import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.manifest import ComponentEntry, EngineEntry
-    from sd_engines.spec import Precision, Profile, TensorSpec
+    from sd_engines.spec import Profile, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +127,11 @@ def load_engine(
     place of the graph's own initializers of the same names, and are kept. `BackendError` where
     the backend does not start, `ConfigError` where its weights cannot be changed.
     """
-    if weights and engine.backend not in PORTABLE_BACKENDS:
+    if weights and engine.is_built:
         raise ConfigError(
             f"the weights of an engine of {engine.backend} are built into it",
-            "Fuse the LoRA instead: sd-export … --lora FILE; or name another --backend.",
+            "Fuse the LoRA instead: sd-export … --lora FILE; or name another --backend, "
+            "or another --precision than int8.",
         )
     more = {"weights": weights} if weights else {}
     loaded: Engine = _module(engine.backend).load(
@@ -152,7 +154,8 @@ def open_engine(
 
     ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
     installed, made for this machine and opens; ``prefer`` and its backend's others go before all,
-    and `sd_engines.choice.fastest_engine` says which. ``precision`` None takes the first listed.
+    and `sd_engines.choice.fastest_engine` says which. ``precision`` None takes the first listed,
+    and int8 only where nothing else is: `listed_engines`.
     `ConfigError` for an unknown backend, `BundleError` where the bundle lacks what is asked for,
     `EngineMismatchError` for an engine of another machine or version, `BackendError` where the
     backend does not start.
@@ -166,19 +169,14 @@ def open_engine(
             f"{bundle.path}: has no component {component!r}",
             nearest(component, bundle.manifest.components),
         )
-    entries = [
-        entry
-        for entry in listed_engines(bundle, component)
-        if backend in ("auto", entry.backend) and precision in (None, entry.precision)
-    ]
+    entries = listed_engines(bundle, component, backend=backend, precision=precision)
     if prefer is not None:
         entries.sort(key=lambda entry: (entry != prefer, entry.backend != prefer.backend))
     if not entries:
         asked = (precision, None if backend == "auto" else backend, "engine of", component)
         raise BundleError(
             f"{bundle.path}: has no {' '.join(filter(None, asked))}",
-            f"sd-export build {bundle.path} --backend "
-            f"{'onnxruntime' if backend == 'auto' else backend}",
+            f"sd-export build {bundle.path} {_build_options(backend, precision)}",
         )
     refusals: list[BackendError | EngineMismatchError] = []
     for entry in entries:
@@ -196,10 +194,35 @@ def open_engine(
     ) from refusals[0]
 
 
-def listed_engines(bundle: Bundle, component: str) -> list[EngineEntry]:
-    """The engines of ``component`` that ``bundle`` lists, in the order of `BACKENDS`."""
-    entries = (entry for entry in bundle.manifest.engines if entry.component == component)
+def listed_engines(
+    bundle: Bundle, component: str, *, backend: str = "auto", precision: Precision | None = None
+) -> list[EngineEntry]:
+    """The engines of ``component`` to choose from, in the order of `BACKENDS`.
+
+    With ``precision`` None those in int8 are left out where there are others: nobody gets it who
+    did not ask for it, or make a bundle of nothing else. `ConfigError` for an unknown precision.
+    """
+    known = get_args(Precision)
+    if precision is not None and precision not in known:
+        raise ConfigError(f"unknown precision {precision!r}", nearest(precision, known))
+    entries = [
+        entry
+        for entry in bundle.manifest.engines
+        if entry.component == component
+        and backend in ("auto", entry.backend)
+        and precision in (None, entry.precision)
+    ]
+    if precision is None:
+        entries = [entry for entry in entries if entry.precision != "int8"] or entries
     return sorted(entries, key=lambda entry: BACKENDS.index(entry.backend))
+
+
+def _build_options(backend: str, precision: Precision | None) -> str:
+    """What makes ``sd-export build`` add the engine that a bundle lacks."""
+    if precision is None:
+        return f"--backend {'onnxruntime' if backend == 'auto' else backend}"
+    portable = "onnxruntime" if precision == "fp32" else "openvino"
+    return f"--backend {portable if backend == 'auto' else backend} --precision {precision}"
 
 
 def check_engine(bundle: Bundle, entry: EngineEntry) -> None:

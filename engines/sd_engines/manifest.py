@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
 """Every backend's name, in the order in which ``auto`` tries what it has not measured."""
 PORTABLE_BACKENDS = ("openvino", "onnxruntime")
-"""Backends that run the bundle's ONNX itself, whatever their version."""
+"""Backends that run ONNX itself, whatever their version: the bundle's, or in int8 their own."""
 
 _DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 MAX_MANIFEST_BYTES = 16 << 20
@@ -57,8 +57,8 @@ class ComponentEntry:
 class EngineEntry:
     """One component made ready for one backend, version and target.
 
-    ``precision`` is what the engine computes in. ``file`` is the component's ONNX for a portable
-    backend. ``flags`` are the build's own settings; ``key`` is `sd_engines.bundle.engine_key`.
+    ``precision`` is what the engine computes in. ``file`` is the component's ONNX unless the engine
+    `is_built`. ``flags`` are the build's own settings; ``key`` is `sd_engines.bundle.engine_key`.
     """
 
     component: str
@@ -71,6 +71,11 @@ class EngineEntry:
     bytes: int
     flags: Mapping[str, str]
     key: str
+
+    @property
+    def is_built(self) -> bool:
+        """Whether ``file`` is its own: a plan, or a graph with 8-bit weights."""
+        return self.backend not in PORTABLE_BACKENDS or self.precision == "int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +178,7 @@ def _component(node: Node) -> ComponentEntry:
     entry = ComponentEntry(
         file=node.path("file"),
         files=node.named("files", _file, relative_path),
-        precision=node.precision(),
+        precision=node.precision(of_graph=True),
         opset=node.integer("opset", low=1, high=1000),
         inputs=node.entries("inputs", _tensor),
         outputs=node.entries("outputs", _tensor),
@@ -262,9 +267,9 @@ def _defaults(node: Node | None) -> Defaults:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """Engines refer to components; a portable engine is its component's ONNX, a built one not."""
+    """Engines refer to components; one that is not built is its component's ONNX."""
     owners = [*manifest.files, *(f for c in manifest.components.values() for f in c.files)]
-    built = [e.file for e in manifest.engines if e.backend not in PORTABLE_BACKENDS]
+    built = [e.file for e in manifest.engines if e.is_built]
     if len(set(owners + built)) != len(owners) + len(built):
         raise wrong("", "one file is listed twice")
     for index, engine in enumerate(manifest.engines):
@@ -272,7 +277,7 @@ def _check_consistent(manifest: Manifest) -> None:
         component = manifest.components.get(engine.component)
         if component is None:
             raise wrong(where, f"component {engine.component!r} is not in the bundle")
-        if engine.backend in PORTABLE_BACKENDS and (
+        if not engine.is_built and (
             engine.file != component.file
             or component.files[engine.file] != FileEntry(sha256=engine.sha256, bytes=engine.bytes)
         ):

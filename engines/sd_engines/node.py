@@ -64,9 +64,10 @@ class Node:
             return None
         return self.text(key)
 
-    def precision(self) -> Precision:
-        """One of the precisions of `sd_engines.spec`."""
-        value: Precision = self.text("precision", one_of=get_args(Precision))  # type: ignore[assignment]
+    def precision(self, *, of_graph: bool = False) -> Precision:
+        """One of the precisions of `sd_engines.spec`; ``of_graph``: one that a graph can be in."""
+        known = tuple(p for p in get_args(Precision) if not (of_graph and p == "int8"))
+        value: Precision = self.text("precision", one_of=known)  # type: ignore[assignment]
         return value
 
     def integer(self, key: str, *, low: int = 0, high: int = 2**53) -> int:

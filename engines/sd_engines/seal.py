@@ -75,7 +75,7 @@ def add_engines(
     take turns. Returns the new manifest; `BundleError` as `seal`.
     """
     engines, certificate = tuple(engines), tuple(certificate)
-    built = [e for e in engines if e.backend not in PORTABLE_BACKENDS]
+    built = [e for e in engines if e.is_built]
     for engine in built:
         check_file(staging, engine.file, engine.bytes)
     with _disk_errors(path), _locked(path):

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
+"""What an engine computes in. int8: 8-bit weights and activations in products and convolutions,
+the rest in more; a graph of a component is never in it."""
 BATCH = "batch"
 """The one symbolic axis of every graph; all other axes are fixed by the profile."""
 TIMESTEP_COND = "timestep_cond"

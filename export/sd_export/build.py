@@ -1,7 +1,8 @@
 """Builds engines from a bundle's ONNX, with the checkpoint at hand or without.
 
 TensorRT computes in the graph's own types, so a half-precision engine of an fp32 graph is built
-from a converted copy, which is checked in ONNX Runtime and then dropped.
+from a converted copy, which is checked in ONNX Runtime and then dropped. What OpenVINO runs in
+8 bits is made by `sd_export.int8`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
+    from sd_export.calibration import Calibration
     from sd_export.progress import Progress
     from sd_export.verify import Proof
 
@@ -43,22 +45,36 @@ def build(
     backends: Sequence[str],
     precision: Precision | None = None,
     target: str | None = None,
+    calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Add engines of ``backends`` to a bundle, from the ONNX inside; its new manifest.
 
     ``target`` is the backend's word for what the engine is to run on: ``cuda`` for ONNX Runtime,
     ``sm89`` or ``sm86+sm120`` for TensorRT-RTX; None takes its default. The reference of their
-    certificate is the bundle's own ONNX in ONNX Runtime. Raises `ConfigError`, `BundleError`,
-    `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle is then as it
-    was.
+    certificate is the bundle's own ONNX in ONNX Runtime. ``calibration_prompts`` are what an int8
+    engine draws to be calibrated; None takes `calibration.PROMPTS`. Raises `ConfigError`,
+    `BundleError`, `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle
+    is then as it was.
     """
-    check_request(backends, precision)
+    check_request(backends, precision, calibration_prompts)
     path = Path(bundle_path).resolve()
     open_bundle(path)  # says why where it is none, before a work folder is made beside it
     log = StageLog(progress)
     with work_folder(path, waiting=lambda: log.skipped("bundle", "wait")) as work:
         bundle = open_bundle(path)
+        calibration = None
+        if precision == "int8":
+            from sd_export.calibration import Calibration
+
+            calibration = Calibration.of(path, bundle.manifest, calibration_prompts)
+        wanted = {
+            (component, backend): engine_precision(
+                component, backend, entry=entry, precision=precision
+            )
+            for component, entry in bundle.manifest.components.items()
+            for backend in backends
+        }
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
         for component, entry in bundle.manifest.components.items():
@@ -67,10 +83,15 @@ def build(
                 result.bytes = sum(file.bytes for file in entry.files.values())
             proof = cache(partial(bundle_proof, bundle, component))
             for backend in backends:
-                wanted = engine_precision(
-                    component, backend, graph=entry.precision, precision=precision
-                )
-                if _is_there(bundle, component, backend, wanted or entry.precision, target):
+                precision_or_none = wanted[component, backend]
+                if _is_there(
+                    bundle,
+                    component,
+                    backend,
+                    precision_or_none or entry.precision,
+                    target=target,
+                    calibration=calibration,
+                ):
                     log.skipped(component, f"build {backend}", detail="already there")
                     continue
                 engine, measured = recorded_engine(
@@ -80,8 +101,9 @@ def build(
                     component=component,
                     entry=entry,
                     profile=bundle.manifest.profile,
-                    precision=wanted,
+                    precision=precision_or_none,
                     target=target,
+                    calibration=calibration,
                     proof=proof,
                     log=log,
                 )
@@ -103,6 +125,7 @@ def recorded_engine(
     profile: Profile,
     precision: Precision | None,
     target: str | None = None,
+    calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
@@ -113,6 +136,7 @@ def recorded_engine(
             "graph": asdict(entry),
             "precision": precision,
             "profile": asdict(profile),
+            "calibration": calibration.digest if calibration is not None else None,
             "target": target,
             "versions": versions((backend,)),
         }
@@ -130,10 +154,11 @@ def recorded_engine(
         profile=profile,
         precision=precision,
         target=target,
+        calibration=calibration,
         proof=proof,
         log=log,
     )
-    built = [] if backend in PORTABLE_BACKENDS else [f"bundle/{engine.file}"]
+    built = [f"bundle/{engine.file}"] if engine.is_built else []
     data = {"engine": asdict(engine), "certificate": [asdict(m) for m in certificate]}
     work.finish(stage, key, files=built, data=data)
     return engine, certificate
@@ -149,6 +174,7 @@ def make_engine(
     profile: Profile,
     precision: Precision | None,
     target: str | None = None,
+    calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
@@ -174,44 +200,73 @@ def make_engine(
                     log=log,
                 )
             )
-        with log.stage(component, f"build {backend}") as result:
-            engine = build_engine(
-                backend,
+        along_a_picture = None  # 8 bits are ranges of what pictures need, and noise is none
+        if calibration is not None and precision == "int8":
+            from sd_export.int8 import int8_engine
+
+            engine, along_a_picture = int8_engine(
                 graph,
                 output_dir=output_dir,
                 component=component,
-                entry=replace(entry, precision=precision or entry.precision) if half else entry,
+                entry=entry,
                 profile=profile,
-                precision=precision,
                 target=target,
+                calibration=calibration,
+                log=log,
             )
-            result.detail = f"{engine.version} {engine.target} {engine.precision}"
-            result.bytes = engine.bytes
-    portable = backend in PORTABLE_BACKENDS
-    engine_path = onnx_path if portable else output_dir / engine.file
+        else:
+            with log.stage(component, f"build {backend}") as result:
+                engine = build_engine(
+                    backend,
+                    graph,
+                    output_dir=output_dir,
+                    component=component,
+                    entry=replace(entry, precision=precision or entry.precision) if half else entry,
+                    profile=profile,
+                    precision=precision,
+                    target=target,
+                )
+                result.detail = f"{engine.version} {engine.target} {engine.precision}"
+                result.bytes = engine.bytes
+    engine_path = output_dir / engine.file if engine.is_built else onnx_path
     try:
         with log.stage(component, f"verify {backend}") as result:
             measured = verify_engine(
-                engine_path, engine, component=entry, profile=profile, proof=proof()
+                engine_path,
+                engine,
+                component=entry,
+                profile=profile,
+                proof=along_a_picture or proof(),
             )
             result.detail = words_of(measured)
         certificate.append(measured)
     except (BackendError, EngineMismatchError) as error:
-        if portable:
+        if backend in PORTABLE_BACKENDS:
             raise
         log.skipped(component, f"verify {backend}", detail=f"cannot run here: {error.message}")
     return engine, certificate
 
 
 def _is_there(
-    bundle: Bundle, component: str, backend: str, precision: Precision, target: str | None
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    precision: Precision,
+    *,
+    target: str | None,
+    calibration: Calibration | None,
 ) -> bool:
-    """Whether the bundle has this engine already, of the version that is installed, unaltered."""
+    """Whether the bundle has this engine already, of the version that is installed, unaltered.
+
+    And calibrated by ``calibration``, where it is one that is.
+    """
     installed = backend_version(backend)
     for engine in bundle.manifest.engines:
         if (engine.component, engine.backend, engine.precision) != (component, backend, precision):
             continue
         if target not in (None, engine.target):
+            continue
+        if calibration and engine.flags.get("calibration") not in (None, calibration.digest):
             continue
         try:
             bundle.verified_engine(engine)

@@ -34,7 +34,15 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors."),
         click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON."),
-        click.option("--precision", help="fp32, fp16 or bf16. [default: what suits the backends]"),
+        click.option(
+            "--calibration-prompts",
+            type=_FILE,
+            help="For int8: what to draw to find its ranges, one prompt a line.",
+        ),
+        click.option(
+            "--precision",
+            help="fp32, fp16, bf16, or int8 for openvino. [default: what suits the backends]",
+        ),
         click.option(
             "--backend", "backends", multiple=True, metavar="NAME", help=f"{_BACKENDS}; repeatable."
         ),
@@ -81,6 +89,7 @@ def export_command(
     output: Path | None,
     backends: tuple[str, ...],
     precision: Any,
+    calibration_prompts: Path | None,
     height: int | None,
     width: int | None,
     batch_size: int,
@@ -116,6 +125,7 @@ def export_command(
         output,
         backends=backends or ("onnxruntime",),
         precision=precision,
+        calibration_prompts=_prompts(calibration_prompts),
         height=height,
         width=width,
         batch_size=batch_size,
@@ -155,6 +165,7 @@ def build_command(
     bundle: Path,
     backends: tuple[str, ...],
     precision: Any,
+    calibration_prompts: Path | None,
     target: str | None,
     as_json: bool,
     quiet: bool,
@@ -166,7 +177,12 @@ def build_command(
     from sd_export import build
 
     manifest = build(
-        bundle, backends=backends, precision=precision, target=target, progress=_progress(quiet)
+        bundle,
+        backends=backends,
+        precision=precision,
+        target=target,
+        calibration_prompts=_prompts(calibration_prompts),
+        progress=_progress(quiet),
     )
     if not quiet:
         _show_certificate(manifest)
@@ -226,6 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = "Interrupted; the same command goes on where it stopped."
     return run_command(export_command, arguments, interrupted=words)
+
+
+def _prompts(path: Path | None) -> list[str] | None:
+    """The lines of ``path``; `ConfigError` where it cannot be read or holds none."""
+    from sd_runtime.prompts import prompts_from_text
+
+    return None if path is None else prompts_from_text(path)
 
 
 def _progress(quiet: bool) -> Progress:

@@ -14,7 +14,7 @@ from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
-from sd_export.precision import check_request
+from sd_export.precision import check_quantizable, check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
 from sd_export.work import work_folder
@@ -58,6 +58,7 @@ def export(
     guidance_scale: float | None = None,
     loras: Sequence[str] = (),
     feature_cache: bool = False,
+    calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> ExportReport:
     """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
@@ -68,14 +69,15 @@ def export(
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
     to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. With ``feature_cache`` the UNet gives
     its deep features too, and a second, shallow one takes them: what a request's
-    ``cache_interval`` needs. Raises
+    ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws to be calibrated;
+    None takes `calibration.PROMPTS`. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
     next export of the same goes on from there.
     """
     backends = tuple(dict.fromkeys(backends))
-    check_request(backends, precision)
+    check_request(backends, precision, calibration_prompts)
     asked = Request("", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     target = Path(os.path.realpath(output))
     log = StageLog(progress)
@@ -95,6 +97,12 @@ def export(
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )
+            if precision == "int8":
+                check_quantizable(
+                    "fp32",
+                    for_inpainting=checkpoint.is_for_inpainting,
+                    feature_cache=feature_cache,
+                )
             if feature_cache:
                 from sd_export.shallow_unet import reads_text
 
@@ -104,6 +112,7 @@ def export(
             _profile(checkpoint, height=height, width=width, batch_size=batch_size),
             backends,
             precision,
+            calibration_prompts=calibration_prompts,
             feature_cache=feature_cache,
             work=work,
             log=log,

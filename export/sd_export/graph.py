@@ -127,7 +127,7 @@ def _make(
     with log.stage(component, "trace"):
         graph = trace(module, component=component, inputs=inputs, outputs=outputs)
     values = list(graph.graph.initializers.values())
-    if precision != "fp32":
+    if precision in ("fp16", "bf16"):
         with log.stage(component, f"convert to {precision}"):
             to_half(graph, precision)
     with log.stage(component, "save") as result:

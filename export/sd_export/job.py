@@ -42,6 +42,8 @@ from sd_export.small_files import write_small_files
 from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sd_engines.spec import Precision, Profile
     from sd_export.progress import StageLog
     from sd_export.source import Checkpoint
@@ -62,6 +64,7 @@ class Job:
         backends: tuple[str, ...],
         precision: Precision | None,
         *,
+        calibration_prompts: Sequence[str] | None,
         feature_cache: bool,
         work: WorkFolder,
         log: StageLog,
@@ -70,6 +73,7 @@ class Job:
         self.profile = profile
         self.backends = backends
         self.precision = precision
+        self.calibration_prompts = calibration_prompts
         self.feature_cache = feature_cache
         self.work = work
         self.log = log
@@ -93,6 +97,7 @@ class Job:
             {
                 **self._made_of,
                 "backends": backends,
+                "calibration_prompts": calibration_prompts,
                 "defaults": asdict(checkpoint.defaults),
                 "feature_cache": feature_cache,
                 "license": checkpoint.license,
@@ -123,31 +128,32 @@ class Job:
         from sd_export.wrappers import COMPONENTS
 
         files = write_small_files(self.checkpoint, self.work.bundle)
-        components: dict[str, ComponentEntry] = {}
-        engines: list[EngineEntry] = []
-        certificate: list[CertificateEntry] = []
+        manifest = Manifest(
+            model=self._model(),
+            profile=self.profile,
+            components={},
+            engines=(),
+            certificate=(),
+            files=files,
+            versions=self.versions,
+        )
         for component in COMPONENTS:
             if component == "safety_checker" and not self.checkpoint.has_safety_checker:
                 continue
             if component == "unet_shallow" and not self.feature_cache:
                 continue
             self._check_unchanged()
-            components[component] = self._graph(component)
-            made, measured = self._engines(component, components[component])
+            components = {**manifest.components, component: self._graph(component)}
+            manifest = replace(manifest, components=components)
+            engines, certificate = self._engines(component, manifest)
             release()
-            engines += made
-            certificate += measured
-        manifest = Manifest(
-            model=self._model(),
-            profile=self.profile,
-            components=components,
-            engines=tuple(engines),
-            certificate=tuple(certificate),
-            files=files,
-            versions=self.versions,
-        )
+            manifest = replace(
+                manifest,
+                engines=(*manifest.engines, *engines),
+                certificate=(*manifest.certificate, *certificate),
+            )
         self._check_unchanged()
-        certificate += prove_end_to_end(
+        measured = prove_end_to_end(
             manifest,
             checkpoint=self.checkpoint,
             backends=self.backends,
@@ -157,11 +163,11 @@ class Job:
             log=self.log,
         )
         files |= self._write_record()
-        listed = {*files, *(e.file for e in engines)}
-        for entry in components.values():
+        listed = {*files, *(e.file for e in manifest.engines)}
+        for entry in manifest.components.values():
             listed.update(entry.files)
         self.work.remove_strays(listed)
-        return replace(manifest, certificate=tuple(certificate), files=files)
+        return replace(manifest, certificate=(*manifest.certificate, *measured), files=files)
 
     def _check_unchanged(self) -> None:
         """`ExportError` where someone wrote to the checkpoint since it was hashed."""
@@ -197,12 +203,18 @@ class Job:
         )
 
     def _engines(
-        self, component: str, entry: ComponentEntry
+        self, component: str, manifest: Manifest
     ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
         """Engines of all backends, and what was measured of them."""
+        entry = manifest.components[component]
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
+        calibration = None
+        if self.precision == "int8":
+            from sd_export.calibration import Calibration
+
+            calibration = Calibration.of(self.work.bundle, manifest, self.calibration_prompts)
         proof = cache(
             partial(stored_proof, self.work, component, reference_name=self._reference_name())
         )
@@ -231,8 +243,9 @@ class Job:
                 entry=entry,
                 profile=self.profile,
                 precision=engine_precision(
-                    component, backend, graph=entry.precision, precision=self.precision
+                    component, backend, entry=entry, precision=self.precision
                 ),
+                calibration=calibration,
                 proof=proof,
                 log=self.log,
             )

@@ -3,10 +3,12 @@
 fp16 is for the UNet, where nearly all the time goes: the VAE overflows in it (its known black
 pictures) and the text encoder's mask does too. bf16 reaches as far as fp32, so OpenVINO, which
 converts as it compiles, takes it for them as well. A safety checker answers yes or no: fp32.
+int8 is for the UNet in OpenVINO, beside the graph that it was made of; all else is fp32 then.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
@@ -16,12 +18,20 @@ from sd_engines.spec import Precision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_COARSENESS = ("fp32", "fp16", "bf16")
+    from sd_engines.bundle import ComponentEntry
+
+_COARSENESS = ("fp32", "fp16", "bf16", "int8")
 HALVED = ("unet", "unet_shallow")
 """Components whose graphs become half precision where it is asked for."""
+QUANTIZED = ("unet",)
+"""Components of which an engine in 8 bits is made where it is asked for."""
 
 
-def check_request(backends: Sequence[str], precision: str | None) -> None:
+def check_request(
+    backends: Sequence[str],
+    precision: str | None,
+    calibration_prompts: Sequence[str] | None = None,
+) -> None:
     """`ConfigError` for an unknown backend or precision, or one the other does not take."""
     if not backends:
         raise ConfigError("no backend", f"Name one or more of: {', '.join(BACKENDS)}.")
@@ -35,6 +45,43 @@ def check_request(backends: Sequence[str], precision: str | None) -> None:
         raise ConfigError(
             "ONNX Runtime does not compute in bf16 on a CPU",
             "Take --precision fp32 or fp16, or name another --backend.",
+        )
+    others = [backend for backend in backends if backend != "openvino"]
+    if precision == "int8" and others:
+        raise ConfigError(
+            f"int8 is for OpenVINO, not for {others[0]}",
+            "Take --backend openvino alone, then add others without --precision int8: "
+            f"sd-export build BUNDLE --backend {others[0]}",
+        )
+    if precision == "int8" and find_spec("nncf") is None:
+        raise ConfigError(
+            "int8 needs the package nncf, which is not installed",
+            'pip install "sd-toolkit[int8]"',
+        )
+    if calibration_prompts is not None and (precision != "int8" or not calibration_prompts):
+        raise ConfigError(
+            "calibration prompts are for --precision int8, at least one of them",
+            "Leave --calibration-prompts out, or add --precision int8.",
+        )
+
+
+def check_quantizable(graph: Precision, *, for_inpainting: bool, feature_cache: bool) -> None:
+    """`ConfigError` for a UNet of which no int8 engine can be made and measured."""
+    if graph != "fp32":
+        raise ConfigError(
+            f"the bundle's unet is {graph}; int8 cannot be made of it",
+            "Export the checkpoint again with --backend openvino --precision int8.",
+        )
+    if for_inpainting:
+        raise ConfigError(
+            "int8 is calibrated by drawing from text alone, and this UNet also takes a mask",
+            "Take --precision bf16 or fp32.",
+        )
+    if feature_cache:
+        raise ConfigError(
+            "int8 is not for a UNet that caches its features: what its shallow one makes of "
+            "features in 8 bits has not been measured",
+            "Take --precision bf16 or fp32, or export a bundle without --feature-cache.",
         )
 
 
@@ -58,22 +105,29 @@ def graph_precision(
 
 
 def engine_precision(
-    component: str, backend: str, *, graph: Precision, precision: Precision | None
+    component: str, backend: str, *, entry: ComponentEntry, precision: Precision | None
 ) -> Precision | None:
     """What ``backend`` is asked to compute ``component`` in; None leaves it to the backend.
 
-    Raises `ConfigError` where the bundle's graph has already lost what is asked for.
+    Raises `ConfigError` where it cannot be made of the graph that is ``entry``.
     """
     if backend == "onnxruntime":
         return None
+    if backend == "openvino" and precision == "int8" and component in QUANTIZED:
+        check_quantizable(
+            entry.precision,
+            for_inpainting=any(spec.name == "mask" for spec in entry.inputs),
+            feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
+        )
+        return "int8"
     if backend == "openvino":
         return "bf16" if precision == "bf16" and component != "safety_checker" else "fp32"
     if component not in HALVED:
         return "fp32"
     wanted = precision or "fp16"
-    if graph != "fp32" and wanted != graph:
+    if entry.precision != "fp32" and wanted != entry.precision:
         raise ConfigError(
-            f"the bundle's {component} is {graph}; {wanted} cannot be made of it",
+            f"the bundle's {component} is {entry.precision}; {wanted} cannot be made of it",
             f"Export the checkpoint again with --precision {wanted}.",
         )
     return wanted

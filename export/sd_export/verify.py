@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
     Arrays = Mapping[str, np.ndarray]
 
-RELATIVE_L2 = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
-"""Largest ‖engine − reference‖ ÷ ‖reference‖ of a component, per precision."""
+RELATIVE_L2 = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2, "int8": 1e-1}
+"""Largest ‖engine − reference‖ ÷ ‖reference‖ of a component, per precision.
+
+int8 is lossy by design, and held to what its pictures stand: at 0.031 the shipped checkpoint still
+draws 95.5 % of its captions right, at 0.21 only 89.0 % (benchmarks/README.md).
+"""
 _SEED = 20_220_822
 _TIMESTEPS = (981.0, 21.0)
 
@@ -181,7 +185,10 @@ def certified(
         raise ExportError(
             f"{metric} is {figure:.3g} against {reference}, tolerance {tolerance:.3g} "
             f"({backend}, {precision})",
-            "No bundle was made. Try --precision fp32 or another --backend.",
+            "Nothing was made. Try --calibration-prompts FILE, with prompts of the kind that this "
+            "model is asked, or --precision bf16."
+            if precision == "int8"
+            else "No bundle was made. Try --precision fp32 or another --backend.",
             component=component,
             stage="verify",
         )

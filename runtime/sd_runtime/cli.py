@@ -89,6 +89,7 @@ _FILE = click.Path(path_type=Path)
     help="Put on the engines when they are opened; repeatable.",
 )
 @click.option("--backend", help="One of the bundle's. [default: the fastest that runs here]")
+@click.option("--precision", help="The UNet's, of a bundle with several. [default: not int8]")
 @click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors.")
@@ -109,6 +110,7 @@ def run(
     save_latents: Path | None,
     loras: tuple[str, ...],
     backend: str | None,
+    precision: Any,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -168,6 +170,7 @@ def run(
         grid=grid,
         save_latents=save_latents,
         backend=backend,
+        precision=precision,
         threads=threads,
         loras=tuple(map(find_lora, loras)),
     )

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import TYPE_CHECKING
 
 from sd_engines.choice import fastest_engine
-from sd_engines.engine import open_engine
+from sd_engines.engine import listed_engines, open_engine
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import ENCODER
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
-    from sd_engines.spec import Profile
+    from sd_engines.spec import Precision, Profile
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
 
@@ -42,6 +42,7 @@ def open_engines(
     *,
     backend: str,
     threads: int | None,
+    precision: Precision | None = None,
     batches: Mapping[str, Collection[int]],
     loras: Sequence[Lora] = (),
 ) -> dict[str, Engine]:
@@ -50,16 +51,23 @@ def open_engines(
     ``loras`` are put on them.
 
     While one is hashed another is read, and while one is compiled another is. ``backend`` "auto"
-    prefers the one whose UNet is fastest here. All engines are open, or none.
+    prefers the one whose UNet is fastest here. ``precision`` is the UNet's, and that of others
+    which have it. All engines are open, or none.
     """
-    prefer = fastest_engine(bundle, "unet", threads=threads) if backend == "auto" else None
+    prefer = None
+    if backend == "auto":
+        prefer = fastest_engine(bundle, "unet", threads=threads, precision=precision)
 
     def open_bound(component: str) -> Engine:
+        asked = component == "unet" or listed_engines(
+            bundle, component, backend=backend, precision=precision
+        )
         engine = open_engine(
             bundle,
             component,
             backend=backend,
             threads=threads,
+            precision=precision if asked else None,
             prefer=prefer,
             weights=fused_weights(bundle, component, loras),
         )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.manifest import Manifest
+    from sd_engines.spec import Precision
     from sd_runtime.input_image import InputImage
     from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
@@ -56,6 +57,7 @@ class Job:
     grid: bool
     save_latents: Path | None
     backend: str | None
+    precision: Precision | None
     threads: int | None
     loras: tuple[Lora, ...]
 
@@ -67,6 +69,7 @@ class Order:
     requests: tuple[Request, ...]
     columns: int | None
     backend: str
+    precision: Precision | None
 
     @property
     def seeds(self) -> list[int]:
@@ -104,6 +107,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             job.bundle,
             backend=order.backend,
             threads=job.threads,
+            precision=order.precision,
             request=order.requests[0],
             loras=job.loras,
         )
@@ -147,7 +151,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
 def _order(job: Job, manifest: Manifest) -> Order:
     """The job's requests, from whichever source it names."""
     options = request_options(job.options)
-    columns, backend = None, job.backend or "auto"
+    columns, backend, precision = None, job.backend or "auto", job.precision
     given = [bool(job.prompts), job.prompts_file is not None, job.from_image is not None]
     if sum(given) != 1:
         raise ConfigError(
@@ -164,9 +168,13 @@ def _order(job: Job, manifest: Manifest) -> Order:
         if "seed" in job.options:
             requests = [replace(request, seed=None) for request in requests]
         columns = columns if len(recipes) > 1 else None
-        known = {engine.backend for engine in manifest.engines}
-        if job.backend is None and recipes[0].backend in known:
-            backend = recipes[0].backend
+        drawn_by = recipes[0]
+        unets = [engine for engine in manifest.engines if engine.component == "unet"]
+        if job.backend is None and drawn_by.backend in {engine.backend for engine in unets}:
+            backend = drawn_by.backend
+        for engine in unets:
+            if (engine.backend, engine.precision) == (backend, drawn_by.precision):
+                precision = precision or engine.precision
         if any(recipe.fingerprint != fingerprint(manifest) for recipe in recipes):
             logger.warning(
                 "%s was drawn with another bundle (%s): expect another picture",
@@ -204,7 +212,7 @@ def _order(job: Job, manifest: Manifest) -> Order:
     requests = seed_requests(requests, job.options.get("seed"))
     if job.grid and columns is None:
         columns = math.ceil(math.sqrt(sum(request.num_images for request in requests)))
-    return Order(tuple(requests), columns, backend)
+    return Order(tuple(requests), columns, backend, precision)
 
 
 def _inputs_of(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Array, Engine
     from sd_engines.manifest import EngineEntry
-    from sd_engines.spec import Profile
+    from sd_engines.spec import Precision, Profile
     from sd_runtime.denoise import Row
     from sd_runtime.plan import Plan
     from sd_runtime.recipe import Recipe
@@ -81,6 +81,7 @@ class Pipeline(Closing):
         *,
         backend: str = "auto",
         threads: int | None = None,
+        precision: Precision | None = None,
         request: Request | None = None,
         loras: Sequence[str | Lora] = (),
     ) -> Self:
@@ -91,6 +92,8 @@ class Pipeline(Closing):
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
+        ``precision`` is the UNet's, where the bundle has more than one; None is never int8 unless
+        there is nothing else.
         Engines that compile for a number of pictures do so when it is first asked for; given a
         ``request``, they do so here, side by side, and requests like it are answered at once.
         ``loras``, each ``FILE.safetensors`` or ``FILE.safetensors=SCALE``, are put on the engines,
@@ -117,7 +120,13 @@ class Pipeline(Closing):
             names += [name for name in (ENCODER, SHALLOW) if batches.get(name)]
         found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
         engines = open_engines(
-            bundle, names, backend=backend, threads=threads, batches=batches, loras=found
+            bundle,
+            names,
+            backend=backend,
+            threads=threads,
+            precision=precision,
+            batches=batches,
+            loras=found,
         )
         return cls(bundle, engines, tokenizer, backend=backend, threads=threads, loras=found)
 
@@ -135,6 +144,7 @@ class Pipeline(Closing):
                     changed[component] = opened.enter_context(
                         self._open(
                             component,
+                            precision=engine.entry.precision,
                             prefer=engine.entry,
                             weights=fused_weights(self.bundle, component, found),
                         )

@@ -62,6 +62,16 @@ def test_the_product_is_taken_in_the_engines_precision(tiny_bundle: Bundle, tmp_
     assert errors["fp32"] < 1e-4 < errors["bf16"] < 1
 
 
+def test_the_product_is_taken_in_8_bits(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    engine = replace(unet_of(tiny_bundle, "openvino"), precision="int8")
+    a = np.clip(ceiling._random(1, SIZE, SIZE), -3, 3)
+    with ceiling._product(engine, SIZE, 1, tmp_path) as product:
+        found = product(a=a)["product"]
+    exact = a @ ceiling._random(SIZE, SIZE)
+    assert 1e-3 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.05
+
+
 @pytest.mark.usefixtures("one_second_a_run")
 def test_rates_count_every_operation_and_byte(tiny_bundle: Bundle) -> None:
     assert ceiling.numpy_product_flops(size=SIZE) == 2 * SIZE**3

@@ -16,8 +16,9 @@ import pytest
 from sd_engines import choice, open_engine
 from sd_engines.bundle import Bundle, EngineEntry, portable_entry
 from sd_engines.choice import fastest_engine
-from sd_engines.errors import BundleError, ConfigError
-from tiny_onnx import PROFILE, needs, stale_plan
+from sd_engines.engine import listed_engines
+from sd_engines.errors import BackendError, BundleError, ConfigError
+from tiny_onnx import PROFILE, int8_engine, needs, stale_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,6 +131,24 @@ def test_speed_never_costs_digits(
     assert not cache.exists(), "one candidate is not measured"
     rival = portable(tiny_bundle, "onnxruntime", "fp32")
     assert fastest_engine(with_engines(tiny_bundle, coarse, exact, rival), "unet") == rival
+
+
+def test_int8_is_taken_by_whom_asks_for_it_or_has_nothing_else(
+    tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(monkeypatch, "onnxruntime")
+    exact = portable(tiny_bundle, "onnxruntime", "fp32")
+    int8 = int8_engine("unet")
+    both = with_engines(tiny_bundle, int8, exact)
+    assert fastest_engine(both, "unet") == exact
+    assert listed_engines(both, "unet") == [exact]
+    assert fastest_engine(both, "unet", precision="int8") == int8
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # no reason to give away digits either
+    with pytest.raises(BackendError, match="onnxruntime"):
+        open_engine(both, "unet")
+    assert fastest_engine(with_engines(tiny_bundle, int8), "unet") == int8
+    assert listed_engines(both, "unet", backend="openvino") == [int8]
+    assert not cache.exists()
 
 
 def test_a_single_engine_is_not_measured(tiny_bundle: Bundle, cache: Path) -> None:

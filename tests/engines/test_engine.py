@@ -90,6 +90,12 @@ def test_what_the_bundle_lacks(tiny_bundle: Bundle) -> None:
     assert caught.value.hint == f"sd-export build {tiny_bundle.path} --backend tensorrt"
     with pytest.raises(BundleError, match="has no fp16 engine of unet"):
         open_engine(tiny_bundle, "unet", precision="fp16")
+    with pytest.raises(BundleError, match="has no int8 engine of unet") as caught:
+        open_engine(tiny_bundle, "unet", precision="int8")
+    assert caught.value.hint.endswith("--backend openvino --precision int8")
+    with pytest.raises(ConfigError, match="unknown precision 'int7'") as unknown:
+        open_engine(tiny_bundle, "unet", precision="int7")  # type: ignore[arg-type]
+    assert "'int8'" in unknown.value.hint
     empty = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, engines=()))
     with pytest.raises(BundleError, match="has no engine of unet") as caught:
         open_engine(empty, "unet")

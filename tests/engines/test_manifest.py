@@ -9,7 +9,7 @@ import pytest
 
 from sd_engines.errors import BundleError
 from sd_engines.manifest import CertificateEntry, Manifest
-from tiny_onnx import make_manifest
+from tiny_onnx import int8_engine, make_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +109,8 @@ HOSTILE = {
     "component name": (_set("components", "../x", {}), "no name of a component"),
     "file not listed": (_set("components", "unet", "file", "unet/b.onnx"), "does not list"),
     "precision": (_set("components", "unet", "precision", "int3"), "'int3' is none of fp32"),
+    "graph in int8": (_set("components", "unet", "precision", "int8"), "'int8' is none of fp32"),
+    "int8 that is no engine": (_set("engines", 1, "precision", "int8"), "one file is listed twice"),
     "dtype": (_set("components", "unet", "inputs", 0, "dtype", "object"), "'object' is none of"),
     "shape": (_set("components", "unet", "inputs", 0, "shape", ["batch", 0]), "axis 1 is 0"),
     "symbolic": (_set("components", "unet", "inputs", 0, "shape", [4, "batch"]), "axis 1 is 'b"),
@@ -151,6 +153,16 @@ def test_hostile(manifest: Manifest, name: str) -> None:
 def test_no_manifest_at_all(text: str | bytes) -> None:
     with pytest.raises(BundleError):
         Manifest.from_json(text)
+
+
+def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
+    from dataclasses import replace
+
+    engine = int8_engine("unet")
+    both = replace(manifest, engines=(*manifest.engines, engine))
+    assert Manifest.from_json(both.to_json()).engines[-1] == engine
+    assert engine.is_built
+    assert not manifest.engines[0].is_built
 
 
 def test_not_written_what_would_not_be_read(manifest: Manifest) -> None:

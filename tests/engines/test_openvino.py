@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sd_engines import open_engine
-from sd_engines.backends import openvino
+from sd_engines.backends import openvino_package
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision
 
 needs("openvino")
-capabilities = openvino._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+capabilities = openvino_package.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _entry(bundle: Bundle, precision: Precision | None) -> EngineEntry:

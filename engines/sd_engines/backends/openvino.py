@@ -1,25 +1,31 @@
 """OpenVINO: any ONNX of a bundle on the CPU, compiled for one fixed batch at a time.
 
 The precision it computes in is named and read back: left to itself it takes bf16 on processors
-that have it.
+that have it. Graphs with 8-bit weights are its own: sd_export makes them, for they need pictures
+to be calibrated with.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.backends.openvino_ir import read_ir
+from sd_engines.backends.openvino_package import core, package
+from sd_engines.backends.openvino_precision import (
+    DEVICE,
+    check_precision,
+    computes_in_8_bits,
+    precision_hint,
+)
 from sd_engines.border import (
     check_arrays,
     check_batch,
     check_graph,
     closed_error,
-    import_package,
     shape_at,
 )
 from sd_engines.bundle import portable_entry
@@ -39,9 +45,6 @@ if TYPE_CHECKING:
 
 BACKEND = "openvino"
 TARGET = "cpu"
-_DEVICE = "CPU"
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-_CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 _DTYPES = {
     "boolean": "bool",
     "u8": "uint8",
@@ -68,26 +71,37 @@ def build(
     """The engine entry of ``onnx_path``, which OpenVINO compiles when it is opened.
 
     ``precision`` is what it computes in, whatever the graph's: fp32 (default), or bf16 and fp16
-    where this processor has them; `BackendError` where it has not.
+    where this processor has them; `BackendError` where it has not. `ConfigError` for int8, which
+    `sd_export.int8` makes.
     """
+    if precision == "int8":
+        raise ConfigError(
+            "an int8 engine is calibrated on pictures, not compiled from ONNX",
+            "Make it with: sd-export build BUNDLE --backend openvino --precision int8",
+        )
     if target not in (None, TARGET):
         raise ConfigError(f"unknown target {target!r}", f"OpenVINO runs on: {TARGET}.")
     precision = precision or "fp32"
-    _check_precision(precision)
+    check_precision(precision)
     return portable_entry(
         component,
         entry,
         profile,
         BACKEND,
-        version=_package().__version__.partition("-")[0],
+        version=version(),
         target=TARGET,
         precision=precision,
     )
 
 
+def version() -> str:
+    """OpenVINO's, such as 2026.4.1."""
+    return str(package().__version__).partition("-")[0]
+
+
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     """`BackendError` where the package or the engine's precision is not here."""
-    _check_precision(engine.precision)
+    check_precision(engine.precision)
 
 
 def load(
@@ -99,73 +113,32 @@ def load(
     threads: int | None = None,
     weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> OpenVinoEngine:
-    """Read the ONNX at ``path``; it is compiled for a batch when that batch is first asked for.
+    """Read the graph at ``path``; it is compiled for a batch when that batch is first asked for.
 
     ``weights`` take the place of its initializers.
 
     ``threads`` None: every core this process may use. `BackendError` where the package or the
     precision is not here, or the graph cannot be read.
     """
-    _check_precision(engine.precision)
-    try:
-        model = _core().read_model(os.fspath(path))
-    except Exception as error:
-        raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
+    check_precision(engine.precision)
+    mapped = None
+    if engine.is_built:
+        model, mapped = read_ir(path)
+    else:
+        try:
+            model = core().read_model(os.fspath(path))
+        except Exception as error:
+            raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
     if weights:
         _replace_constants(model, weights)
     return OpenVinoEngine(
         model,
+        mapped,
         component=component,
         engine=engine,
         max_batch=max_batch,
         threads=threads or usable_cores(),
     )
-
-
-_LOADING = Lock()
-"""Engines may be opened by several threads at once."""
-_cores: list[Any] = []
-
-
-def _package() -> Any:
-    """Import openvino without its telemetry.
-
-    ``import openvino`` alone sends an event to Intel and writes ``~/intel``; where its telemetry
-    package cannot be imported, it takes an empty stub instead.
-    """
-    with _LOADING:
-        if "openvino" in sys.modules or importlib.util.find_spec("openvino") is None:
-            return import_package("openvino", extra="cpu")
-        telemetry = "openvino_telemetry"
-        before = {name: sys.modules[name] for name in (telemetry,) if name in sys.modules}
-        sys.modules[telemetry] = None  # type: ignore[assignment]  # an import of it now fails
-        try:
-            return import_package("openvino", extra="cpu")
-        finally:
-            del sys.modules[telemetry]
-            sys.modules.update(before)
-
-
-def _core() -> Any:
-    """The one ``Core`` of this process, which is never freed.
-
-    A ``Core`` takes the thread's alternate signal stack, and when it is freed puts back the one
-    it found: of two freed in the order they were made, the second puts back freed memory, and
-    the next signal, Ctrl-C say, is a segmentation fault.
-    """
-    package = _package()
-    with _LOADING:
-        if not _cores:
-            _cores.append(package.Core())
-        return _cores[0]
-
-
-def _check_precision(precision: Precision) -> None:
-    if _CAPABILITIES[precision] not in _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
-        raise BackendError(
-            f"OpenVINO does not compute in {precision} on this processor",
-            "Name no precision: a graph of any precision runs in fp32.",
-        )
 
 
 class OpenVinoEngine(Closing):
@@ -174,6 +147,7 @@ class OpenVinoEngine(Closing):
     def __init__(
         self,
         model: Any,
+        mapped: Any,
         *,
         component: ComponentEntry,
         engine: EngineEntry,
@@ -189,6 +163,7 @@ class OpenVinoEngine(Closing):
             check_graph(kind, specs, (_border(port, specs) for port in ports))
         self.entry = engine
         self._model = model
+        self._mapped = mapped  # must outlive the model and all compiled from it
         self._max_batch = max_batch
         self._threads = threads
         self._compiled: dict[int, Any] = {}
@@ -222,11 +197,12 @@ class OpenVinoEngine(Closing):
                 {name: np.zeros(shape_at(spec, batch), spec.dtype) for name, spec in specs.items()}
                 for specs in (self.inputs, self.outputs)
             )
-            kept[batch] = OpenVinoBinding(self._compiled[batch], inputs, outputs)
+            kept[batch] = OpenVinoBinding(self._compiled[batch], self._mapped, inputs, outputs)
         return kept[batch]
 
     def _compile(self, batch: int) -> Any:
         model = self._model.clone()
+        hint = precision_hint(self.entry)
         try:
             model.reshape(
                 {
@@ -234,14 +210,14 @@ class OpenVinoEngine(Closing):
                     for port in model.inputs
                 }
             )
-            compiled = _core().compile_model(
+            compiled = core().compile_model(
                 model,
-                _DEVICE,
+                DEVICE,
                 {
                     "PERFORMANCE_HINT": "LATENCY",
                     "NUM_STREAMS": "1",
                     "INFERENCE_NUM_THREADS": self._threads,
-                    "INFERENCE_PRECISION_HINT": _HINTS[self.entry.precision],
+                    "INFERENCE_PRECISION_HINT": hint,
                     "EXECUTION_MODE_HINT": "ACCURACY",
                     # Two pinned processes on one machine would share the same few cores.
                     "ENABLE_CPU_PINNING": False,
@@ -250,10 +226,15 @@ class OpenVinoEngine(Closing):
         except Exception as error:
             raise BackendError(f"OpenVINO cannot compile the graph: {error}", _HINT) from error
         found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if found != _HINTS[self.entry.precision]:
+        if found != hint:
             raise BackendError(
-                f"OpenVINO computes in {found}, not in {self.entry.precision} as asked",
+                f"OpenVINO computes in {found}, not in {hint} as asked",
                 "Make the engine for another backend: sd-export build BUNDLE --backend onnxruntime",
+            )
+        if self.entry.precision == "int8" and not computes_in_8_bits(compiled):
+            raise BackendError(
+                "OpenVINO computes nothing of the graph in int8 on this processor",
+                "Name another precision: --precision fp32.",
             )
         return compiled
 
@@ -265,17 +246,20 @@ class OpenVinoEngine(Closing):
             self._bindings.clear()
             self._calls.clear()
             self._compiled.clear()
-            self._model = None
+            self._model = self._mapped = None
 
 
 class OpenVinoBinding:
     """A `Binding`: one infer request over the memory of ``inputs`` and ``outputs``."""
 
-    def __init__(self, compiled: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+    def __init__(
+        self, compiled: Any, mapped: Any, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> None:
         self.inputs = inputs
         self.outputs = outputs
+        self._mapped = mapped  # must outlive the request
         self._request = compiled.create_infer_request()
-        tensor_class = _package().Tensor
+        tensor_class = package().Tensor
         for arrays, ports in ((inputs, compiled.inputs), (outputs, compiled.outputs)):
             for port in ports:
                 tensor = tensor_class(arrays[_name(port, arrays)], shared_memory=True)
@@ -302,7 +286,7 @@ def _replace_constants(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
         if node.get_type_name() == "Constant"
     }
     for name, array in weights.items():
-        constants[name].output(0).replace(_package().op.Constant(array).output(0))
+        constants[name].output(0).replace(package().op.Constant(array).output(0))
 
 
 def _name(port: Any, known: Any) -> str:
