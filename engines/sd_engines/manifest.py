@@ -249,6 +249,7 @@ def _model(node: Node) -> ModelSpec:
         max_prompt_tokens=node.integer("max_prompt_tokens", low=1, high=65536),
         scheduler=node.mapping("scheduler"),
         defaults=_defaults(node.optional_node("defaults")),
+        vae=node.younger_text("vae"),
     )
     node.end()
     return model

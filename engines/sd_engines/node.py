@@ -64,6 +64,10 @@ class Node:
             return None
         return self.text(key)
 
+    def younger_text(self, key: str) -> str | None:
+        """The same, and None where it is not there: bundles of before the field have none."""
+        return self.optional_text(key) if key in self._fields else None
+
     def precision(self, *, of_graph: bool = False) -> Precision:
         """One of the precisions of `sd_engines.spec`; ``of_graph``: one that a graph can be in."""
         known = tuple(p for p in get_args(Precision) if not (of_graph and p == "int8"))

@@ -81,3 +81,5 @@ class ModelSpec:
     max_prompt_tokens: int
     scheduler: dict[str, Any]
     defaults: Defaults = Defaults()
+    vae: str | None = None
+    """Hub id or path of the VAE, where it is not the checkpoint's own."""

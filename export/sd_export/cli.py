@@ -77,6 +77,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="Fused into it; repeatable."
 )
+@click.option("--vae", metavar="MODEL", help="VAE to take instead: Hub id, folder or file.")
 @click.option(
     "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
 )
@@ -99,6 +100,7 @@ def export_command(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     loras: tuple[str, ...],
+    vae: str | None,
     feature_cache: bool,
     as_json: bool,
     quiet: bool,
@@ -135,6 +137,7 @@ def export_command(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         loras=loras,
+        vae=vae,
         feature_cache=feature_cache,
         progress=_progress(quiet),
     )

@@ -57,6 +57,7 @@ def export(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     loras: Sequence[str] = (),
+    vae: str | None = None,
     feature_cache: bool = False,
     calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
@@ -67,8 +68,9 @@ def export(
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
-    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. With ``feature_cache`` the UNet gives
-    its deep features too, and a second, shallow one takes them: what a request's
+    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``vae`` takes the place of the
+    checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. With ``feature_cache`` the
+    UNet gives its deep features too, and a second, shallow one takes them: what a request's
     ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws to be calibrated;
     None takes `calibration.PROMPTS`. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
@@ -94,6 +96,10 @@ def export(
                 from sd_export.lora import find_lora
 
                 checkpoint = replace(checkpoint, loras=tuple(map(find_lora, loras)))
+            if vae is not None:
+                from sd_export.vae import with_vae
+
+                checkpoint = with_vae(checkpoint, vae)
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )

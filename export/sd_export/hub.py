@@ -6,6 +6,7 @@ HF_HUB_OFFLINE; files land in its cache and are shared with everything else that
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from sd_engines.errors import ExportError
 from sd_export.source import WEIGHT_STEMS, read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from huggingface_hub import errors
 
@@ -38,22 +39,56 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
     Raises `ExportError` that says whether the model, the revision, the permission or the network
     is what is missing.
     """
+    with _hub_errors(model, revision):
+        folder = _small_files(model, revision=revision)
+        commit = folder.name
+        read_index(folder, source=model)  # gigabytes are not fetched to be refused
+        patterns = _weight_patterns(_files(model, commit, folder), variant)
+        _download(model, commit, [*_SMALL_FILES, *patterns])
+    return folder, commit
+
+
+def fetch_vae(model: str) -> tuple[Path, str]:
+    """The same for a VAE alone, or the VAE of a whole checkpoint: its own folder, and the commit.
+
+    Without a config in either place, the snapshot's folder.
+    """
+    with _hub_errors(model, None):
+        folder = _small_files(model, revision=None)
+        commit = folder.name
+        inner = "" if (folder / "config.json").is_file() else "vae/"
+        files = {name for name in _files(model, commit, folder) if name.startswith(inner)}
+        moved = [f"vae/{name.removeprefix(inner)}" for name in files]
+        patterns = _weight_patterns(moved, None, components=("vae",))
+        _download(model, commit, [inner + pattern.removeprefix("vae/") for pattern in patterns])
+    return folder / inner, commit
+
+
+def _small_files(model: str, *, revision: str | None) -> Path:
     import huggingface_hub
+
+    patterns = list(_SMALL_FILES)
+    return Path(
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+    )
+
+
+def _download(model: str, commit: str, patterns: list[str]) -> None:
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Say in the toolkit's words what huggingface_hub says in its own."""
     from huggingface_hub import constants, errors
 
     def failed(message: str, hint: str) -> ExportError:
         return ExportError(message, hint, component=model, stage="fetch")
 
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=list(_SMALL_FILES)
-            )
-        )
-        commit = folder.name
-        read_index(folder, source=model)  # gigabytes are not fetched to be refused
-        patterns = _weight_patterns(_files(model, commit, folder), variant)
-        huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
+        yield
     except errors.GatedRepoError as error:
         raise failed(
             "access is granted on the Hub only after its conditions are accepted",
@@ -92,7 +127,6 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
             f"cannot be downloaded: {error}",
             "Check the network and the room on the disk of HF_HOME; what has arrived is kept.",
         ) from error
-    return folder, commit
 
 
 def _refusal(error: errors.HfHubHTTPError) -> tuple[str, str]:
@@ -115,12 +149,15 @@ def _files(model: str, commit: str, folder: Path) -> list[str]:
     return [file.path for file in tree]
 
 
-def _weight_patterns(files: Iterable[str], variant: str | None) -> list[str]:
+def _weight_patterns(
+    files: Iterable[str], variant: str | None, *, components: Iterable[str] = WEIGHT_STEMS
+) -> list[str]:
     """For each model the one kind of file to read: safetensors where there is one, else pickles."""
     present = set(files)
     middle = f".{variant}" if variant else ""
-    patterns = list(_SMALL_FILES)
-    for component, stem in WEIGHT_STEMS.items():
+    patterns = []
+    for component in components:
+        stem = WEIGHT_STEMS[component]
         pickle_stem = "pytorch_model" if stem == "model" else stem
         for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
             name = f"{component}/{start}{middle}.{suffix}"

@@ -85,6 +85,8 @@ class Job:
                 {"file": lora.path.name, "sha256": file_hash(lora.path), "scale": lora.scale}
                 for lora in checkpoint.loras
             ]
+            vae = checkpoint.vae
+            self._vae = vae and {"source": vae.source, "revision": vae.revision}
             result.bytes = stored_bytes(checkpoint)
         self._made_of = {
             "code": folder_hashes(Path(__file__).parent),
@@ -106,6 +108,7 @@ class Job:
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
                 "tokenizer": folder_hashes(checkpoint.tokenizer),
+                "vae": self._vae,
                 "weights": self._weights,
             }
         )
@@ -259,6 +262,7 @@ class Job:
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
             "loras": self._loras,
+            "vae": self._vae,
             "peak_bytes": peak_memory_bytes(),
             "stages": [asdict(event) for event in self.log.ended],
         }
@@ -282,6 +286,7 @@ class Job:
             max_prompt_tokens=max_prompt_tokens(checkpoint),
             scheduler=dict(checkpoint.configs["scheduler"]),
             defaults=checkpoint.defaults,
+            vae=None if checkpoint.vae is None else checkpoint.vae.source,
         )
 
     def _reference_name(self) -> str:

@@ -62,7 +62,7 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     with Weights(checkpoint.weights[component], component=component) as weights:
         names = (
             single_file_names(weights, component)
-            if checkpoint.single_file
+            if checkpoint.is_in_original_layout(component)
             else {name: Place(name) for name in weights}
         )
         _assign(module, component, weights, {_todays_name(n): p for n, p in names.items()})

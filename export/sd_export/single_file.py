@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
 VAE_PREFIX = "first_stage_model."
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+"""All of it that is the model's; a file of a VAE alone holds its training's loss as well."""
 TEXT_ENCODER_PREFIX = "cond_stage_model.transformer."
 _HEAD_SIZE = 64
 
@@ -115,6 +117,20 @@ def _stated_prediction_type(weights: Weights) -> str | None:
     return _STATED_PREDICTIONS.get(weights.notes.get("modelspec.prediction_type", ""))
 
 
+def single_file_vae_config(weights: Weights) -> dict[str, Any] | None:
+    """Config of the VAE in a file, alone or in a whole checkpoint; None where there is none."""
+    if not _under(weights, _vae_prefix(weights) + "decoder.up."):
+        return None
+    text = resources.files("sd_export").joinpath("configs/v1.json").read_text()
+    try:
+        config: dict[str, Any] = json.loads(text)["vae"] | _vae_shapes(weights)
+    except (KeyError, IndexError, ValueError) as error:
+        raise _error(
+            f"the file lacks a weight that a VAE has: {error}", "Download the file again."
+        ) from error
+    return config
+
+
 def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
     """Where each of the component's weights lies, by diffusers' names.
 
@@ -127,11 +143,12 @@ def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
         names = _under(weights, TEXT_ENCODER_PREFIX)
         return {name.removeprefix(TEXT_ENCODER_PREFIX): Place(name) for name in names}
     if component == "vae":
-        levels = weights.count(VAE_PREFIX + "decoder.up.")
+        prefix = _vae_prefix(weights)
+        levels = weights.count(prefix + "decoder.up.")
         return {
-            _vae_name(n.removeprefix(VAE_PREFIX), levels=levels): Place(n)
-            for n in _under(weights, VAE_PREFIX)
-            if not n.startswith(VAE_PREFIX + "loss.")
+            _vae_name(n.removeprefix(prefix), levels=levels): Place(n)
+            for part in _VAE_PARTS
+            for n in _under(weights, prefix + part)
         }
     layers = _unet_layers(weights)
     ema = has_ema(weights)
@@ -152,6 +169,11 @@ def _ema_name(name: str) -> str:
 
 def _under(weights: Weights, prefix: str) -> list[str]:
     return [name for name in weights if name.startswith(prefix)]
+
+
+def _vae_prefix(weights: Weights) -> str:
+    """What the names of the VAE start with: nothing, in a file of a VAE alone."""
+    return VAE_PREFIX if _under(weights, VAE_PREFIX) else ""
 
 
 def _unet_levels(weights: Weights) -> int:
@@ -233,12 +255,13 @@ def _unet_shapes(weights: Weights) -> dict[str, Any]:
 
 
 def _vae_shapes(weights: Weights) -> dict[str, Any]:
-    levels = weights.count(VAE_PREFIX + "encoder.down.")
+    prefix = _vae_prefix(weights)
+    levels = weights.count(prefix + "encoder.down.")
     return {
-        "latent_channels": weights.shape(f"{VAE_PREFIX}post_quant_conv.weight")[0],
-        "layers_per_block": weights.count(f"{VAE_PREFIX}encoder.down.0.block."),
+        "latent_channels": weights.shape(f"{prefix}post_quant_conv.weight")[0],
+        "layers_per_block": weights.count(f"{prefix}encoder.down.0.block."),
         "block_out_channels": [
-            weights.shape(f"{VAE_PREFIX}encoder.down.{level}.block.0.conv1.weight")[0]
+            weights.shape(f"{prefix}encoder.down.{level}.block.0.conv1.weight")[0]
             for level in range(levels)
         ],
         "down_block_types": ["DownEncoderBlock2D"] * levels,

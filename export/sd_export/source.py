@@ -22,10 +22,12 @@ from sd_export.family import (
     lone_model,
     pipeline_defaults,
 )
+from sd_export.license import card_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sd_export.vae import Vae
     from sd_runtime.lora import Lora
 
 WEIGHT_STEMS = {
@@ -39,7 +41,7 @@ SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 _REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _LAYOUT_HINT = (
     "Name a Hub id, a folder in the diffusers layout (with model_index.json), or a .safetensors "
     "or .ckpt file in the original layout."
@@ -54,7 +56,8 @@ class Checkpoint:
     ``feature_extractor`` where the checkpoint has them. ``weights`` maps a model to its files.
     ``single_file`` means the original layout: all models share one file, and the tokenizer is
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
-    ``loras`` are fused into the weights when a model is loaded.
+    ``loras`` are fused into the weights when a model is loaded. ``vae`` is what took the place of
+    its own, with its config and weights in theirs.
     """
 
     source: str
@@ -66,9 +69,16 @@ class Checkpoint:
     license: str | None = None
     single_file: bool = False
     loras: tuple[Lora, ...] = ()
+    vae: Vae | None = None
     commit: str | None = field(default=None)
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
+
+    def is_in_original_layout(self, component: str) -> bool:
+        """Whether the names of the component's weights are to be translated."""
+        if component == "vae" and self.vae is not None:
+            return self.vae.single_file
+        return self.single_file
 
     @property
     def has_safety_checker(self) -> bool:
@@ -126,7 +136,7 @@ def find_checkpoint(
             return _single_file(model, path, variant=variant, prediction_type=prediction_type)
     elif model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
         raise ConfigError(f"no such file or folder: {model}", _LAYOUT_HINT)
-    elif not _HUB_ID.fullmatch(model):
+    elif not HUB_ID.fullmatch(model):
         raise ConfigError(
             f"{model!r} is neither a path on this disk nor an id on the Hub", _LAYOUT_HINT
         )
@@ -209,7 +219,7 @@ def read_folder(
         weights={part: weight_files(folder / part, part, variant) for part in parts},
         tokenizer=tokenizer,
         licenses=tuple(sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name))),
-        license=_card_license(folder / "README.md"),
+        license=card_license(folder / "README.md"),
         defaults=defaults,
     )
 
@@ -288,12 +298,3 @@ def read_json(path: Path, *, component: str) -> dict[str, Any]:
 
 def _missing(component: str, message: str) -> ExportError:
     return ExportError(message, "Download the whole checkpoint.", component=component, stage="load")
-
-
-def _card_license(card: Path) -> str | None:
-    """``license:`` of the model card's front matter, or None."""
-    if not card.is_file():
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
-    line = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
-    return line[1] if line else None

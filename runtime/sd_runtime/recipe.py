@@ -36,6 +36,7 @@ class Recipe:
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
     the recipe does not hold; None, and so ``strength``, where it was made from noise alone.
     ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale.
+    ``vae`` is what took the place of the model's own; None where nothing did.
     """
 
     prompt: str
@@ -59,6 +60,7 @@ class Recipe:
     mask: str | None = None
     strength: float | None = None
     loras: tuple[str, ...] = ()
+    vae: str | None = None
 
     def request(self, *, image: object = None, mask: object = None) -> Request:
         """The request that draws this one picture again.
@@ -114,6 +116,8 @@ class Recipe:
             "Model": self.model.replace(",", " "),
             "Version": GENERATOR,
         }
+        if self.vae is not None:
+            values["VAE"] = self.vae.replace(",", " ")
         if (self.guidance_start, self.guidance_stop) != (0, 1):
             values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
         if self.strength is not None:
@@ -144,7 +148,7 @@ class Recipe:
         if not isinstance(loras, list | tuple) or not all(isinstance(lora, str) for lora in loras):
             raise _unreadable("loras must be a list of text")
         recipe = cls(**{**values, "loras": tuple(loras)})
-        for name in ("revision", "image", "mask"):
+        for name in ("revision", "image", "mask", "vae"):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
         has_strength = isinstance(recipe.strength, int | float)
@@ -187,6 +191,7 @@ def recipe_of(
         loras=tuple(map(str, loras)),
         model=model.source,
         revision=model.revision,
+        vae=model.vae,
         fingerprint=fingerprint,
     )
 

@@ -38,6 +38,15 @@ print(json.dumps({
 }))
 """
 
+FIND_VAE = """
+import json, sys
+from sd_export.source import find_checkpoint
+from sd_export.vae import with_vae
+own = find_checkpoint(json.loads(sys.argv[2])["checkpoint"])
+vae = with_vae(own, sys.argv[1]).vae
+print(json.dumps({"revision": vae.revision, "weights": [str(p) for p in vae.weights]}))
+"""
+
 
 class Hub:
     """The stand-in: one repository at two commits, one that is gated, one that is broken."""
@@ -164,7 +173,13 @@ def hub(files: dict[str, bytes]) -> Iterator[Hub]:
 
 
 def find(
-    hub: Hub, home: Path, model: str = REPOSITORY, *, offline: bool = False, **options: str
+    hub: Hub,
+    home: Path,
+    model: str = REPOSITORY,
+    *,
+    offline: bool = False,
+    script: str = FIND,
+    **options: str,
 ) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {
@@ -176,7 +191,7 @@ def find(
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     return subprocess.run(
-        [sys.executable, "-c", FIND, model, json.dumps(options)],
+        [sys.executable, "-c", script, model, json.dumps(options)],
         capture_output=True,
         text=True,
         env=environment,
@@ -222,6 +237,25 @@ def test_revision_and_variant(hub: Hub, tmp_path: Path) -> None:
         "safety_checker/model.fp16.safetensors",
     }
     assert found(find(hub, tmp_path, revision=COMMIT))["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_of_a_repository_with_a_vae_the_vae_is_fetched(
+    files: dict[str, bytes], checkpoint: Path, tmp_path: Path, alone: bool
+) -> None:
+    if alone:
+        files = {n.removeprefix("vae/"): d for n, d in files.items() if n.startswith("vae/")}
+    hub = Hub(files)
+    try:
+        result = found(find(hub, tmp_path, script=FIND_VAE, checkpoint=str(checkpoint)))
+    finally:
+        hub.close()
+    assert result["revision"] == COMMIT
+    weights = "diffusion_pytorch_model.safetensors"
+    fetched = {name for name in hub.asked if name.endswith((".safetensors", ".bin"))}
+    assert fetched == {weights if alone else f"vae/{weights}"}
+    (path,) = result["weights"]
+    assert path.endswith(weights)
 
 
 def test_offline_takes_what_is_in_the_cache(hub: Hub, tmp_path: Path) -> None:
