@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,7 @@ def stamps(checkpoint: Checkpoint) -> dict[Path, tuple[int, int] | None]:
     """Size and time of change of every weight file; None for one that is gone."""
     paths = {path for paths in checkpoint.weights.values() for path in paths}
     paths |= {lora.path for lora in checkpoint.loras}
+    paths |= {embedding.path for embedding in checkpoint.embeddings}
     found = {path: path.stat() if path.exists() else None for path in paths}
     return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
@@ -32,6 +33,22 @@ def weight_hashes(checkpoint: Checkpoint) -> dict[str, list[str]]:
     with ThreadPoolExecutor(max_workers=4) as pool:
         found = dict(zip(paths, pool.map(file_hash, paths), strict=True))
     return {model: [found[p] for p in files] for model, files in checkpoint.weights.items()}
+
+
+def additions(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was put into the checkpoint, as `export.json` says it."""
+    vae = checkpoint.vae
+    return {
+        "loras": [
+            {"file": lora.path.name, "sha256": file_hash(lora.path), "scale": lora.scale}
+            for lora in checkpoint.loras
+        ],
+        "embeddings": [
+            {"file": e.path.name, "sha256": file_hash(e.path), "tokens": e.tokens}
+            for e in checkpoint.embeddings
+        ],
+        "vae": vae and {"source": vae.source, "revision": vae.revision},
+    }
 
 
 def folder_hashes(folder: Path | None) -> dict[str, str]:

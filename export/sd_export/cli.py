@@ -77,6 +77,13 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="Fused into it; repeatable."
 )
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="FILE[=TOKEN]",
+    help="Textual inversion whose token prompts then know; repeatable.",
+)
 @click.option("--vae", metavar="MODEL", help="VAE to take instead: Hub id, folder or file.")
 @click.option(
     "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
@@ -100,6 +107,7 @@ def export_command(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     vae: str | None,
     feature_cache: bool,
     as_json: bool,
@@ -137,6 +145,7 @@ def export_command(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         loras=loras,
+        embeddings=embeddings,
         vae=vae,
         feature_cache=feature_cache,
         progress=_progress(quiet),

@@ -59,7 +59,7 @@ def prove_end_to_end(
         return [CertificateEntry(**measured) for measured in done["certificate"]]
     defaults = checkpoint.defaults
     request = Request(
-        prompt=_PROMPT,
+        prompt=" ".join([_PROMPT, *(e.tokens[0] for e in checkpoint.embeddings)]),
         seed=_SEED,
         num_inference_steps=min(_MOST_STEPS, defaults.num_inference_steps),
         guidance_scale=defaults.guidance_scale,
@@ -127,7 +127,7 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
     pipeline = load_pipeline(checkpoint)
     with torch.inference_mode():
         latents = pipeline(
-            _PROMPT,
+            request.prompt,
             height=profile.height,
             width=profile.width,
             num_inference_steps=request.num_inference_steps,

@@ -57,6 +57,7 @@ def export(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
     vae: str | None = None,
     feature_cache: bool = False,
     calibration_prompts: Sequence[str] | None = None,
@@ -68,11 +69,12 @@ def export(
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
-    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``vae`` takes the place of the
-    checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. With ``feature_cache`` the
-    UNet gives its deep features too, and a second, shallow one takes them: what a request's
-    ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws to be calibrated;
-    None takes `calibration.PROMPTS`. Raises
+    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``embeddings`` are files of textual
+    inversion, each ``FILE`` or ``FILE=TOKEN``, whose tokens prompts then know. ``vae`` takes the
+    place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. With
+    ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
+    what a request's ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws
+    to be calibrated; None takes `calibration.PROMPTS`. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
@@ -96,6 +98,12 @@ def export(
                 from sd_export.lora import find_lora
 
                 checkpoint = replace(checkpoint, loras=tuple(map(find_lora, loras)))
+            if embeddings:
+                from sd_export.embedding import find_embeddings
+
+                width = int(checkpoint.configs["text_encoder"]["hidden_size"])
+                found = find_embeddings(embeddings, width=width)
+                checkpoint = replace(checkpoint, embeddings=found)
             if vae is not None:
                 from sd_export.vae import with_vae
 

@@ -27,7 +27,7 @@ from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
 from sd_export.build import recorded_engine
 from sd_export.checkpoint_files import (
-    file_hash,
+    additions,
     folder_hashes,
     stamps,
     stored_bytes,
@@ -81,17 +81,12 @@ class Job:
         with log.stage("checkpoint", "hash") as result:
             self._stamps = stamps(checkpoint)
             self._weights = weight_hashes(checkpoint)
-            self._loras = [
-                {"file": lora.path.name, "sha256": file_hash(lora.path), "scale": lora.scale}
-                for lora in checkpoint.loras
-            ]
-            vae = checkpoint.vae
-            self._vae = vae and {"source": vae.source, "revision": vae.revision}
+            self._additions = additions(checkpoint)
             result.bytes = stored_bytes(checkpoint)
         self._made_of = {
             "code": folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
-            "loras": self._loras,
+            **self._additions,
             "profile": asdict(profile),
             "versions": self.versions,
         }
@@ -108,7 +103,6 @@ class Job:
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
                 "tokenizer": folder_hashes(checkpoint.tokenizer),
-                "vae": self._vae,
                 "weights": self._weights,
             }
         )
@@ -261,8 +255,7 @@ class Job:
             "key": self.key,
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
-            "loras": self._loras,
-            "vae": self._vae,
+            **self._additions,
             "peak_bytes": peak_memory_bytes(),
             "stages": [asdict(event) for event in self.log.ended],
         }

@@ -7,16 +7,16 @@ never lies in memory twice. Names that changed over the years are brought to tod
 from __future__ import annotations
 
 import logging
-import lzma
 import re
 import warnings
 from contextlib import contextmanager
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sd_engines.errors import ExportError
+from sd_export.clip_vocabulary import clip_vocabulary
+from sd_export.embedding import add_tokens, add_vectors
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.single_file import single_file_names
@@ -48,8 +48,8 @@ _OLD_ATTENTION_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|valu
 def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     """The ``text_encoder``, ``unet``, ``vae`` or ``safety_checker`` in float32, for inference.
 
-    The checkpoint's LoRAs are fused into it. Raises `ExportError` for weights that are missing, of
-    another shape, not finite or unreadable.
+    The checkpoint's LoRAs are fused into it, and its embeddings are in it. Raises `ExportError` for
+    weights that are missing, of another shape, not finite or unreadable.
     """
     config = dict(checkpoint.configs[component])
     try:
@@ -73,6 +73,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
             module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
     module.eval().requires_grad_(requires_grad=False)
     fuse_loras(module, component, checkpoint.loras)
+    if component == "text_encoder" and checkpoint.embeddings:
+        first = len(_own_tokenizer(checkpoint))
+        add_vectors(module, checkpoint.embeddings, first=first)
     return module
 
 
@@ -234,6 +237,13 @@ def _todays_name(name: str) -> str:
 
 
 def _clip_tokenizer(checkpoint: Checkpoint) -> Any:
+    """A tokenizer of transformers, with the tokens of the checkpoint's embeddings."""
+    tokenizer = _own_tokenizer(checkpoint)
+    add_tokens(tokenizer, checkpoint.embeddings)
+    return tokenizer
+
+
+def _own_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import CLIPTokenizer
 
     length = max_prompt_tokens(checkpoint)
@@ -257,19 +267,6 @@ def _clip_tokenizer(checkpoint: Checkpoint) -> Any:
         raise _error(
             "tokenizer", f"cannot be read: {error}", "Download the checkpoint again."
         ) from error
-
-
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's own vocabulary and merges, which all of Stable Diffusion v1 and v2 share."""
-    packed = resources.files("sd_export").joinpath("configs/clip_merges.txt.xz").read_bytes()
-    lines = lzma.decompress(packed).decode("utf-8").splitlines()
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = len(set(range(256)) - set(kept))
-    alphabet = [chr(byte) for byte in kept] + [chr(256 + n) for n in range(others)]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def _real(folder: Path) -> str:

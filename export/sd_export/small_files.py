@@ -29,6 +29,7 @@ def write_small_files(checkpoint: Checkpoint, bundle: Path) -> dict[str, FileEnt
     compile_table(config, num_inference_steps=checkpoint.defaults.num_inference_steps)
     tokenizer = load_tokenizer(checkpoint)
     known = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    known += sum(len(embedding.tokens) for embedding in checkpoint.embeddings)
     if tokenizer.get_vocab_size() > known:
         raise ExportError(
             f"has {tokenizer.get_vocab_size()} tokens, the text encoder knows {known}",

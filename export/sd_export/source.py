@@ -27,6 +27,7 @@ from sd_export.license import card_license
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sd_export.embedding import Embedding
     from sd_export.vae import Vae
     from sd_runtime.lora import Lora
 
@@ -56,8 +57,8 @@ class Checkpoint:
     ``feature_extractor`` where the checkpoint has them. ``weights`` maps a model to its files.
     ``single_file`` means the original layout: all models share one file, and the tokenizer is
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
-    ``loras`` are fused into the weights when a model is loaded. ``vae`` is what took the place of
-    its own, with its config and weights in theirs.
+    When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
+    encoder. ``vae`` took the place of its own, with its config and weights in theirs.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Checkpoint:
     license: str | None = None
     single_file: bool = False
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
     vae: Vae | None = None
     commit: str | None = field(default=None)
     assumed: str | None = None

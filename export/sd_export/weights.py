@@ -126,6 +126,10 @@ class Weights(Closing):
             self.notes |= {str(k): str(v) for k, v in state.items() if type(v) is int}
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
+        if isinstance(state, dict) and isinstance(state.get("string_to_param"), dict):
+            if isinstance(state.get("name"), str):  # a textual inversion of AUTOMATIC1111's
+                self.notes["name"] = state["name"]
+            state = {f"string_to_param.{k}": v for k, v in state["string_to_param"].items()}
         if not isinstance(state, dict):
             raise self._error(f"{path.name} holds no weights", "Name a checkpoint's weight file.")
         return {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import Defaults
-from sd_export.load import clip_vocabulary, load_model, load_pipeline, load_tokenizer
+from sd_export.clip_vocabulary import clip_vocabulary
+from sd_export.load import load_model, load_pipeline, load_tokenizer
 from sd_export.single_file import single_file_names
 from sd_export.source import find_checkpoint
 from sd_export.weights import Weights

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError
+from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.license import copy_license, license_words
-from sd_export.load import clip_vocabulary, load_model, load_tokenizer
+from sd_export.load import load_model, load_tokenizer
 from sd_export.open_clip import PREFIXES
 from sd_export.source import find_checkpoint
 from tiny import make_checkpoint
