@@ -84,6 +84,13 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     metavar="FILE[=TOKEN]",
     help="Textual inversion whose token prompts then know; repeatable.",
 )
+@click.option(
+    "--max-prompt-chunks",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Chunks of 75 tokens that a prompt may have; 2, 4 and 6 lose nothing.",
+)
 @click.option("--vae", metavar="MODEL", help="VAE to take instead: Hub id, folder or file.")
 @click.option(
     "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
@@ -108,6 +115,7 @@ def export_command(
     guidance_scale: float | None,
     loras: tuple[str, ...],
     embeddings: tuple[str, ...],
+    max_prompt_chunks: int,
     vae: str | None,
     feature_cache: bool,
     as_json: bool,
@@ -146,6 +154,7 @@ def export_command(
         guidance_scale=guidance_scale,
         loras=loras,
         embeddings=embeddings,
+        max_prompt_chunks=max_prompt_chunks,
         vae=vae,
         feature_cache=feature_cache,
         progress=_progress(quiet),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_PIXELS = 8192
 _MAX_BATCH = 256
+_MAX_PROMPT_CHUNKS = 12
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def export(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     vae: str | None = None,
+    max_prompt_chunks: int = 1,
     feature_cache: bool = False,
     calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
@@ -71,7 +73,8 @@ def export(
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
     to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``embeddings`` are files of textual
     inversion, each ``FILE`` or ``FILE=TOKEN``, whose tokens prompts then know. ``vae`` takes the
-    place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. With
+    place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. The UNet reads
+    ``max_prompt_chunks`` times as many tokens as the text encoder. With
     ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
     what a request's ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws
     to be calibrated; None takes `calibration.PROMPTS`. Raises
@@ -82,6 +85,11 @@ def export(
     """
     backends = tuple(dict.fromkeys(backends))
     check_request(backends, precision, calibration_prompts)
+    if not 1 <= max_prompt_chunks <= _MAX_PROMPT_CHUNKS:
+        raise ConfigError(
+            f"--max-prompt-chunks {max_prompt_chunks} is not possible",
+            f"Take 1 to {_MAX_PROMPT_CHUNKS}; 2 or 4 are enough for most prompts.",
+        )
     asked = Request("", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     target = Path(os.path.realpath(output))
     log = StageLog(progress)
@@ -94,6 +102,7 @@ def export(
                 prediction_type=prediction_type,
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
+            checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
             if loras:
                 from sd_export.lora import find_lora
 

@@ -87,6 +87,7 @@ class Job:
             "code": folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
             **self._additions,
+            "max_prompt_chunks": checkpoint.max_prompt_chunks,
             "profile": asdict(profile),
             "versions": self.versions,
         }

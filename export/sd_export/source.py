@@ -58,7 +58,8 @@ class Checkpoint:
     ``single_file`` means the original layout: all models share one file, and the tokenizer is
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
-    encoder. ``vae`` took the place of its own, with its config and weights in theirs.
+    encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
+    to read ``max_prompt_chunks`` prompts of the text encoder's length at once.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Checkpoint:
     single_file: bool = False
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    max_prompt_chunks: int = 1
     vae: Vae | None = None
     commit: str | None = field(default=None)
     assumed: str | None = None

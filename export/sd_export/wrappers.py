@@ -219,6 +219,7 @@ def borders(
     latent_size = (profile.latent_height, profile.latent_width)
     latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
     embeds_shape = (BATCH, tokens, width)
+    chunks_shape = (BATCH, tokens * checkpoint.max_prompt_chunks, width)
     latents = TensorSpec("latents", "float32", latent_shape)
     images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
     if component == "text_encoder":
@@ -227,7 +228,7 @@ def borders(
     if component in ("unet", "unet_shallow"):
         sample = TensorSpec("sample", "float32", latent_shape)
         timestep = TensorSpec("timestep", "float32", (BATCH,))
-        embeds = TensorSpec("encoder_hidden_states", "float32", embeds_shape)
+        embeds = TensorSpec("encoder_hidden_states", "float32", chunks_shape)
         noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
         features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
         features = TensorSpec("deep_features", "float32", features_shape)

@@ -53,6 +53,12 @@ _FILE = click.Path(path_type=Path)
     "--mask]",
 )
 @click.option("--negative-prompt", help="What the picture should not show.")
+@click.option(
+    "--prompt-weighting",
+    is_flag=True,
+    default=None,
+    help="Read brackets in prompts as weights: (more), [less], (word:1.3).",
+)
 @click.option("--seed", type=int, help="0 … 2⁶⁴−1; picture i takes seed + i. [default: random]")
 @click.option("--num-images", type=int, help="Pictures per prompt. [default: 1]")
 @click.option("--num-inference-steps", type=int, help="[default: the bundle's, mostly 50]")

@@ -20,7 +20,7 @@ from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
 from sd_runtime.noise import NoiseStream
-from sd_runtime.plan import plan
+from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
 from sd_runtime.start import begin
@@ -69,7 +69,7 @@ class Pipeline(Closing):
         self.loras = tuple(loras)
         self._engines = dict(engines)
         self._tokenizer = tokenizer
-        self._prompts = PromptEncoder(tokenizer, self._engines["text_encoder"])
+        self._prompts = self._prompt_encoder()
         self._open = partial(open_engine, bundle, backend=backend, threads=threads)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
         self.fingerprint = fingerprint(bundle.manifest)
@@ -153,7 +153,7 @@ class Pipeline(Closing):
         for component, engine in changed.items():
             self._engines[component].close()
             self._engines[component] = engine
-        self._prompts = PromptEncoder(self._tokenizer, self._engines["text_encoder"])
+        self._prompts = self._prompt_encoder()
         self.loras = tuple(found)
 
     def generate(self, request: Request) -> Result:
@@ -176,11 +176,12 @@ class Pipeline(Closing):
         start, timings = clock(), Timings()
         request, table = plan.request, plan.table
         images = request.images()
-        texts = [image.prompt for image in images]
-        if plan.guided_rows:
-            texts += [image.negative_prompt for image in images]
         size = self.profile.batch_size
-        embeds = self._prompts.encode(texts, timings=timings)
+        embeds = self._prompts.encode(
+            [plan.texts(image) for image in images],
+            prompt_weighting=request.prompt_weighting,
+            timings=timings,
+        )
         num_steps = table.num_rows * -(-len(images) // size)
         latents, pixels, flags = [], [], []
         for first in range(0, len(images), size):
@@ -216,7 +217,7 @@ class Pipeline(Closing):
         self,
         batch: Sequence[ImageRequest],
         plan: Plan,
-        embeds: Mapping[str, Array],
+        embeds: Mapping[tuple[str, ...], tuple[Array, ...]],
         timings: Timings,
     ) -> Iterator[Row]:
         request, source = plan.request, None
@@ -225,13 +226,12 @@ class Pipeline(Closing):
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
             start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)
-        guided = bool(plan.guided_rows)
-        negative = [embeds[image.negative_prompt] for image in batch] if guided else []
+        texts = [embeds[plan.texts(image)] for image in batch]
         return denoise(
             self._engines["unet"],
             start.latents,
-            prompt_embeds=[embeds[image.prompt] for image in batch],
-            negative_prompt_embeds=negative,
+            prompt_embeds=[prompt for prompt, *_ in texts],
+            negative_prompt_embeds=[negative for _, *rest in texts for negative in rest],
             guidance_scale=plan.guidance_scale,
             guided_rows=plan.guided_rows,
             table=plan.table,
@@ -242,6 +242,10 @@ class Pipeline(Closing):
             unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
         )
+
+    def _prompt_encoder(self) -> PromptEncoder:
+        chunks = max_prompt_chunks(self.bundle.manifest)
+        return PromptEncoder(self._tokenizer, self._engines["text_encoder"], max_chunks=chunks)
 
     def _engine_on_demand(self, component: str) -> Engine:
         """One that not every request needs, on the UNet's backend where that is free to choose."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
-    from sd_runtime.request import Request
+    from sd_runtime.request import ImageRequest, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class Plan:
     guided_rows: range
     shallow_rows: frozenset[int]
     unet_inputs: Mapping[str, NDArray[np.float32]]
+
+    def texts(self, image: ImageRequest) -> tuple[str, ...]:
+        """What the UNet reads for a picture: its prompt, and with guidance the negative one."""
+        return (image.prompt, image.negative_prompt) if self.guided_rows else (image.prompt,)
 
 
 def plan(request: Request, manifest: Manifest) -> Plan:
@@ -101,6 +105,16 @@ def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, 
     Latents are not pixels, so nothing clips them; leading timesteps start at 1, as in training.
     """
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
+
+
+def max_prompt_chunks(manifest: Manifest) -> int:
+    """How many chunks of the text encoder's length the bundle's UNet reads at once."""
+    unet = manifest.components.get("unet")
+    specs = {spec.name: spec for spec in unet.inputs} if unet is not None else {}
+    if "encoder_hidden_states" not in specs:
+        return 1
+    tokens = int(specs["encoder_hidden_states"].shape[1])
+    return max(1, tokens // manifest.model.max_prompt_tokens)
 
 
 def _timestep_cond_width(manifest: Manifest) -> int | None:

@@ -56,6 +56,7 @@ class Recipe:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     cache_interval: int = 1
+    prompt_weighting: bool = False
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -86,6 +87,7 @@ class Recipe:
             guidance_start=self.guidance_start,
             guidance_stop=self.guidance_stop,
             cache_interval=self.cache_interval,
+            prompt_weighting=self.prompt_weighting,
             scheduler=self.scheduler,
             eta=self.eta,
             height=self.height,
@@ -126,6 +128,8 @@ class Recipe:
             values["Lora hashes"] = " ".join(lora[:10] for lora in self.loras)
         if self.cache_interval != 1:
             values["Cache interval"] = self.cache_interval
+        if self.prompt_weighting:
+            values["Prompt weighting"] = "A1111"
         if self.eta:
             values["Eta"] = f"{self.eta:g}"
         lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
@@ -179,6 +183,7 @@ def recipe_of(
         guidance_start=float(request.guidance_start),
         guidance_stop=float(request.guidance_stop),
         cache_interval=request.cache_interval,
+        prompt_weighting=request.prompt_weighting,
         scheduler=plan.scheduler,
         eta=float(request.eta),
         image=None if request.image is None else request.image.sha256,

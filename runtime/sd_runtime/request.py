@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.prompt_weighting import weighted_parts
 
 if TYPE_CHECKING:
     from sd_engines.spec import Profile
@@ -34,8 +35,9 @@ class Request:
     ``guidance_start`` and from ``guidance_stop`` on, both shares of all steps (Kynkäänniemi et al.
     2024): half the work there, and another picture. With a ``cache_interval`` of N the whole UNet
     runs on every N-th step, and its shallow part alone on the others, with the deep features of the
-    last whole one (DeepCache, Ma et al. 2024): another picture too, where N is not 1. ``eta`` is
-    the noise of DDIM and TCD, 0 … 1.
+    last whole one (DeepCache, Ma et al. 2024): another picture too, where N is not 1. With
+    ``prompt_weighting`` brackets in prompts are weights, as `weighted_parts` reads them, and text
+    without. ``eta`` is the noise of DDIM and TCD, 0 … 1.
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
@@ -53,6 +55,7 @@ class Request:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     cache_interval: int = 1
+    prompt_weighting: bool = False
     scheduler: str | None = None
     eta: float = 0.0
     height: int | None = None
@@ -100,12 +103,26 @@ class Request:
                 f"guidance starts at {self.guidance_start:g} and stops at {self.guidance_stop:g}",
                 "Let it start before it stops; a guidance_scale of 1 is none at all.",
             )
+        self._check_weights()
         self._take_pictures()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"scheduler is {self.scheduler!r}, not a name",
                 "Leave it out for the checkpoint's own, or name one, such as 'euler'.",
             )
+
+    def _check_weights(self) -> None:
+        if not isinstance(self.prompt_weighting, bool):
+            raise ConfigError(
+                f"prompt_weighting is {self.prompt_weighting!r}", "Give true or false."
+            )
+        if self.prompt_weighting:
+            negatives = self.negative_prompt
+            for text in (
+                *self.prompts,
+                *([negatives] if isinstance(negatives, str) else negatives),
+            ):
+                weighted_parts(text)
 
     def _take_pictures(self) -> None:
         from sd_runtime.input_image import InputImage  # and so numpy: not for --help

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _AS_IN_REQUEST = {
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
-    *("guidance_start", "guidance_stop", "cache_interval", "scheduler", "eta"),
+    *("guidance_start", "guidance_stop", "cache_interval", "prompt_weighting"),
+    *("scheduler", "eta"),
 }
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -48,6 +49,7 @@ class Generation(Body):
     guidance_start: _Share | None = None
     guidance_stop: _Share | None = None
     cache_interval: int | None = Field(None, ge=1)
+    prompt_weighting: bool | None = Field(None, description="Brackets in prompts are weights.")
     scheduler: str | None = Field(None, max_length=100)
     eta: _Share | None = None
     user: str | None = Field(None, description="Not used.")

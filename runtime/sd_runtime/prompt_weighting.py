@@ -1,0 +1,84 @@
+r"""Prompts with weights, in AUTOMATIC1111's syntax: which part of a prompt counts how much.
+
+``(word)`` counts 1.1 times, ``[word]`` 1 / 1.1 times, ``(word:1.3)`` 1.3 times; brackets nest and
+multiply, one that is never closed reaches to the end, and ``\(`` is a bracket. The embeddings of a
+part are multiplied by its weight, then all of the prompt's so that their mean is what it was.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sd_engines.engine import Array
+
+_MARK = re.compile(
+    r"""\\(?P<escaped>[()\[\]\\]?)
+    | (?P<opening>[(\[])
+    | :\s*(?P<weight>[+-]?[.\d]+)\s*\)
+    | (?P<closing>[)\]])""",
+    re.VERBOSE,
+)
+_FACTORS = {"(": 1.1, "[": 1 / 1.1}
+_OPENING = {")": "(", "]": "["}
+
+
+def weighted_parts(prompt: str) -> list[tuple[str, float]]:
+    """The prompt without its marks, in parts, each with its weight; neighbours' weights differ.
+
+    `ConfigError` for a weight that is no number.
+    """
+    texts: list[str] = []
+    weights: list[float] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def scale(first: int, factor: float) -> None:
+        weights[first:] = [weight * factor for weight in weights[first:]]
+
+    end = 0
+    for mark in _MARK.finditer(prompt):
+        texts.append(prompt[end : mark.start()])
+        weights.append(1.0)
+        end = mark.end()
+        opening, closing = mark["opening"], mark["closing"]
+        if opening:
+            opened[opening].append(len(texts))
+        elif mark["weight"] and opened["("]:
+            scale(opened["("].pop(), _number(mark["weight"], prompt))
+        elif closing and opened[_OPENING[closing]]:
+            scale(opened[_OPENING[closing]].pop(), _FACTORS[_OPENING[closing]])
+        else:
+            texts.append(mark[0] if mark["escaped"] is None else mark["escaped"])
+            weights.append(1.0)
+    texts.append(prompt[end:])
+    weights.append(1.0)
+    for kind, places in opened.items():
+        for first in places:
+            scale(first, _FACTORS[kind])
+    parts: list[tuple[str, float]] = []
+    for text, weight in zip(texts, weights, strict=True):
+        if parts and (not text or parts[-1][1] == weight):
+            parts[-1] = (parts[-1][0] + text, parts[-1][1])
+        elif text:
+            parts.append((text, weight))
+    return parts or [("", 1.0)]
+
+
+def weigh(prompt_embeds: Array, weights: Array) -> None:
+    """Multiply ``prompt_embeds`` [tokens, d] by ``weights`` [tokens], in place; keep their mean."""
+    mean = prompt_embeds.mean()
+    prompt_embeds *= weights[:, None]
+    prompt_embeds *= mean / prompt_embeds.mean()
+
+
+def _number(text: str, prompt: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"the weight {text!r} in the prompt {prompt[:200]!r} is no number",
+            r"Write (word:1.3), or \( and \) where brackets are meant.",
+        ) from error
