@@ -44,6 +44,7 @@ def workers_of(pid: int) -> Iterator[int]:
             yield child
 
 
+@pytest.mark.slow  # 20 to 80 s on two busy cores, where the suite has ten minutes for all
 def test_a_killed_worker_costs_no_picture(
     tiny_model: TinyModel, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:

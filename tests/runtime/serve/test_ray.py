@@ -60,7 +60,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.slow  # half a minute where the suite has ten for all
+@pytest.mark.slow  # as long as the one that kills a worker
 def test_two_replicas_answer(
     tiny_model: TinyModel, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
