@@ -15,6 +15,12 @@ BATCH = "batch"
 """The one symbolic axis of every graph; all other axes are fixed by the profile."""
 TIMESTEP_COND = "timestep_cond"
 """Input of a UNet that was distilled together with its guidance, and is told its scale there."""
+CONTROLNET = "controlnet_"
+CONTROL_EMBEDDING = "control_embedding_"
+"""What the names of ControlNets begin with, ``controlnet_0``, …, and of what looks at the picture
+for each, ``control_embedding_0``, …."""
+RESIDUAL, MID_RESIDUAL = "down_block_additional_residual_", "mid_block_additional_residual"
+"""Outputs of a ControlNet (the first with a number) and, added up, inputs of its UNet."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,12 @@ class Profile:
         return self.width // self.vae_scale_factor
 
     def max_batch(self, component: str, inputs: Iterable[TensorSpec]) -> int:
-        """Largest axis 0: guidance doubles what the text encoder and the UNet see.
+        """Largest axis 0: guidance doubles what the text encoder, UNet and ControlNets see.
 
         Not so for a UNet that takes `TIMESTEP_COND` among its ``inputs``: it is never guided.
         """
         guided = component in ("text_encoder", "unet", "unet_shallow")
+        guided = guided or component.startswith(CONTROLNET)
         guided = guided and all(spec.name != TIMESTEP_COND for spec in inputs)
         return self.batch_size * (2 if guided else 1)
 

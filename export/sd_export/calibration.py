@@ -20,7 +20,7 @@ from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise
 from sd_runtime.noise import NoiseStream
 from sd_runtime.pipeline import TOKENIZER_FILE
-from sd_runtime.plan import Plan, plan
+from sd_runtime.plan import Plan, max_prompt_chunks, plan
 from sd_runtime.request import Request
 from sd_runtime.start import begin
 from sd_runtime.timing import Timings
@@ -135,10 +135,12 @@ class Calibration:
         )
         texts = ["", *self.prompts, _HELD_OUT]
         with self._engine("text_encoder") as text_encoder:
-            encoder = PromptEncoder(tokenizer, text_encoder, capacity=len(texts))
-            embeds = encoder.encode(texts, timings=Timings())
+            encoder = PromptEncoder(
+                tokenizer, text_encoder, max_chunks=max_prompt_chunks(self.manifest)
+            )
+            embeds = encoder.encode([(text,) for text in texts], timings=Timings())
         release()
-        return embeds
+        return {text: encoded for (text,), (encoded,) in embeds.items()}
 
     def _engine(self, component: str) -> Engine:
         entry, profile = self.manifest.components[component], self.manifest.profile

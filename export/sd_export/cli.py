@@ -93,6 +93,13 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--vae", metavar="MODEL", help="VAE to take instead: Hub id, folder or file.")
 @click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="MODEL",
+    help="Hub id or folder of a ControlNet, which takes a --control-image; repeatable.",
+)
+@click.option(
     "--feature-cache", is_flag=True, help="Also make the shallow UNet that --cache-interval runs."
 )
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
@@ -117,6 +124,7 @@ def export_command(
     embeddings: tuple[str, ...],
     max_prompt_chunks: int,
     vae: str | None,
+    controlnets: tuple[str, ...],
     feature_cache: bool,
     as_json: bool,
     quiet: bool,
@@ -156,6 +164,7 @@ def export_command(
         embeddings=embeddings,
         max_prompt_chunks=max_prompt_chunks,
         vae=vae,
+        controlnets=controlnets,
         feature_cache=feature_cache,
         progress=_progress(quiet),
     )

@@ -73,7 +73,7 @@ def prove_end_to_end(
         backends = (*backends, "onnxruntime")
     certificate: list[CertificateEntry] = []
     path = work.bundle / MANIFEST_NAME
-    drawn = _what_draws(manifest, encodes=checkpoint.is_for_inpainting)
+    drawn = _what_draws(manifest, checkpoint)
     path.write_text(drawn.to_json(), encoding="utf-8")
     try:
         for backend in backends:
@@ -103,13 +103,15 @@ def prove_end_to_end(
 
 
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
-    """The picture and mask that an inpainting checkpoint is to draw from; nothing for others."""
-    if not checkpoint.is_for_inpainting:
+    """The pictures that an inpainting checkpoint or ControlNets are to draw from."""
+    if not checkpoint.is_for_inpainting and not checkpoint.controlnets:
         return {}
     import numpy as np
 
     rows, columns = np.mgrid[: profile.height, : profile.width]
     image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
+    if checkpoint.controlnets:
+        return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
     mask = 255 * (rows < profile.height // 2)
     return {"image": image.astype(np.uint8), "mask": mask.astype(np.uint8)}
 
@@ -121,7 +123,9 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
 
     from sd_export.load import load_pipeline
 
-    pictures = {}
+    pictures: dict[str, Any] = {}
+    if request.control_image:
+        pictures = {"image": [picture.image for picture in request.control_image]}
     if request.image is not None:
         pictures = {"image": request.image.image, "mask_image": request.mask.image}
     pipeline = load_pipeline(checkpoint)
@@ -182,12 +186,15 @@ def _verify(
     )
 
 
-def _what_draws(manifest: Manifest, *, encodes: bool) -> Manifest:
+def _what_draws(manifest: Manifest, checkpoint: Checkpoint) -> Manifest:
     """``manifest`` with what draws a picture and no more: the rest has been proven by itself."""
+    from sd_export.controlnet import control_components
     from sd_runtime.pipeline import REQUIRED
     from sd_runtime.task import ENCODER
 
-    names = (*REQUIRED, ENCODER) if encodes else REQUIRED
+    names = (*REQUIRED, *control_components(checkpoint))
+    if checkpoint.is_for_inpainting:
+        names = (*names, ENCODER)
     components = {name: manifest.components[name] for name in names}
     engines = tuple(engine for engine in manifest.engines if engine.component in components)
     return replace(manifest, components=components, engines=engines)

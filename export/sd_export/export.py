@@ -61,6 +61,7 @@ def export(
     embeddings: Sequence[str] = (),
     vae: str | None = None,
     max_prompt_chunks: int = 1,
+    controlnets: Sequence[str] = (),
     feature_cache: bool = False,
     calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
@@ -74,7 +75,8 @@ def export(
     to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``embeddings`` are files of textual
     inversion, each ``FILE`` or ``FILE=TOKEN``, whose tokens prompts then know. ``vae`` takes the
     place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. The UNet reads
-    ``max_prompt_chunks`` times as many tokens as the text encoder. With
+    ``max_prompt_chunks`` times as many tokens as the text encoder. ``controlnets`` are Hub ids or
+    folders of ControlNets, each for one control picture of a request. With
     ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
     what a request's ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws
     to be calibrated; None takes `calibration.PROMPTS`. Raises
@@ -117,6 +119,10 @@ def export(
                 from sd_export.vae import with_vae
 
                 checkpoint = with_vae(checkpoint, vae)
+            if controlnets:
+                from sd_export.controlnet import with_controlnets
+
+                checkpoint = with_controlnets(checkpoint, controlnets, feature_cache=feature_cache)
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )

@@ -26,7 +26,7 @@ _PIPELINES = {
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1 and v2 checkpoints, those for inpainting among them, and "
-    "latent consistency models of the same shape."
+    "latent consistency models of the same shape; ControlNets beside one, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusionXL", "Stable Diffusion XL"),

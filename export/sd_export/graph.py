@@ -103,7 +103,7 @@ def _make(
     from sd_export.onnx_passes import to_half
 
     with log.stage(component, "load") as result:
-        model = load_model(checkpoint, wrappers.MODEL_OF.get(component, component))
+        model = load_model(checkpoint, wrappers.model_of(component))
         result.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         module = wrappers.wrap(
             component, model, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache

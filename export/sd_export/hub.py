@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ExportError
-from sd_export.source import WEIGHT_STEMS, read_index
+from sd_export.source import CONTROLNET_STEM, WEIGHT_STEMS, read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from huggingface_hub import errors
 
@@ -62,6 +62,19 @@ def fetch_vae(model: str) -> tuple[Path, str]:
         patterns = _weight_patterns(moved, None, components=("vae",))
         _download(model, commit, [inner + pattern.removeprefix("vae/") for pattern in patterns])
     return folder / inner, commit
+
+
+def fetch_controlnet(model: str) -> tuple[Path, str]:
+    """The same for one ControlNet, which is its repository's only model."""
+    import huggingface_hub
+
+    with _hub_errors(model, None):
+        small = ["config.json"]
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=small))
+        commit = folder.name
+        patterns = _patterns_of("", CONTROLNET_STEM, _files(model, commit, folder), variant=None)
+        _download(model, commit, small + patterns)
+    return folder, commit
 
 
 def _small_files(model: str, *, revision: str | None) -> Path:
@@ -154,18 +167,23 @@ def _weight_patterns(
 ) -> list[str]:
     """For each model the one kind of file to read: safetensors where there is one, else pickles."""
     present = set(files)
-    middle = f".{variant}" if variant else ""
     patterns = []
     for component in components:
-        stem = WEIGHT_STEMS[component]
-        pickle_stem = "pytorch_model" if stem == "model" else stem
-        for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
-            name = f"{component}/{start}{middle}.{suffix}"
-            sharded = f"{component}/{start}{middle}-"
-            if name in present:
-                patterns.append(name)
-                break
-            if any(file.startswith(sharded) and file.endswith(suffix) for file in present):
-                patterns += [f"{sharded}*.{suffix}", f"{component}/{start}*.index*.json"]
-                break
+        patterns += _patterns_of(f"{component}/", WEIGHT_STEMS[component], present, variant=variant)
     return patterns
+
+
+def _patterns_of(
+    folder: str, stem: str, files: Collection[str], *, variant: str | None
+) -> list[str]:
+    """The same for one model, whose files lie in ``folder``: empty, or with a slash at its end."""
+    middle = f".{variant}" if variant else ""
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+        name = f"{folder}{start}{middle}.{suffix}"
+        sharded = f"{folder}{start}{middle}-"
+        if name in files:
+            return [name]
+        if any(file.startswith(sharded) and file.endswith(suffix) for file in files):
+            return [f"{sharded}*.{suffix}", f"{folder}{start}*.index*.json"]
+    return []

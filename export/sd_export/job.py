@@ -87,6 +87,7 @@ class Job:
             "code": folder_hashes(Path(__file__).parent),
             "configs": checkpoint.configs,
             **self._additions,
+            "controlnets": checkpoint.controlnets,
             "max_prompt_chunks": checkpoint.max_prompt_chunks,
             "profile": asdict(profile),
             "versions": self.versions,
@@ -123,6 +124,7 @@ class Job:
 
     def run(self) -> Manifest:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
+        from sd_export.controlnet import control_components
         from sd_export.wrappers import COMPONENTS
 
         files = write_small_files(self.checkpoint, self.work.bundle)
@@ -135,7 +137,7 @@ class Job:
             files=files,
             versions=self.versions,
         )
-        for component in COMPONENTS:
+        for component in (*COMPONENTS, *control_components(self.checkpoint)):
             if component == "safety_checker" and not self.checkpoint.has_safety_checker:
                 continue
             if component == "unet_shallow" and not self.feature_cache:
@@ -178,7 +180,7 @@ class Job:
             )
 
     def _graph(self, component: str) -> ComponentEntry:
-        from sd_export.wrappers import MODEL_OF
+        from sd_export.wrappers import model_of
 
         precision = graph_precision(component, self.backends, self.precision)
         feature_cache = component == "unet" and self.feature_cache
@@ -187,7 +189,7 @@ class Job:
             "component": component,
             "feature_cache": feature_cache,
             "precision": precision,
-            "weights": self._weights[MODEL_OF.get(component, component)],
+            "weights": self._weights[model_of(component)],
         }
         return recorded_graph(
             self.work,
@@ -257,6 +259,10 @@ class Job:
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
             **self._additions,
+            "controlnets": [
+                {"source": source, "sha256": self._weights[name]}
+                for name, source in self.checkpoint.controlnets.items()
+            ],
             "peak_bytes": peak_memory_bytes(),
             "stages": [asdict(event) for event in self.log.ended],
         }

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ExportError
+from sd_engines.spec import CONTROLNET
 from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.embedding import add_tokens, add_vectors
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.single_file import single_file_names
 from sd_export.weights import Place, Weights
+from sd_runtime.plan import pipeline_scheduler_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +48,7 @@ _OLD_ATTENTION_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|valu
 
 
 def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
-    """The ``text_encoder``, ``unet``, ``vae`` or ``safety_checker`` in float32, for inference.
+    """The ``text_encoder``, ``unet``, ``vae``, ``safety_checker`` or a ControlNet in float32.
 
     The checkpoint's LoRAs are fused into it, and its embeddings are in it. Raises `ExportError` for
     weights that are missing, of another shape, not finite or unreadable.
@@ -97,14 +99,21 @@ def max_prompt_tokens(checkpoint: Checkpoint) -> int:
 def load_pipeline(checkpoint: Checkpoint) -> Any:
     """The unmodified pipeline of diffusers for the checkpoint, without its checker.
 
-    `StableDiffusionInpaintPipeline` where the UNet is for inpainting, else
+    `StableDiffusionInpaintPipeline` where the UNet is for inpainting,
+    `StableDiffusionControlNetPipeline` where there are ControlNets, else
     `StableDiffusionPipeline`, which draws latent consistency models as well, and with any
     scheduler, as their own does not.
     """
     import diffusers
 
     inpaint, draw = diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionPipeline
-    pipeline_class = inpaint if checkpoint.is_for_inpainting else draw
+    pipeline_class: Any = inpaint if checkpoint.is_for_inpainting else draw
+    further = {}
+    config = dict(checkpoint.configs["scheduler"])
+    if checkpoint.controlnets:  # its pipeline takes a scheduler's config as it is
+        config = pipeline_scheduler_config(config)
+        pipeline_class = diffusers.StableDiffusionControlNetPipeline
+        further["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
     with _quiet():
         scheduler_class = getattr(diffusers, checkpoint.configs["scheduler"]["_class_name"])
         pipeline = pipeline_class(
@@ -112,10 +121,11 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
             text_encoder=load_model(checkpoint, "text_encoder"),
             tokenizer=_clip_tokenizer(checkpoint),
             unet=load_model(checkpoint, "unet"),
-            scheduler=scheduler_class.from_config(dict(checkpoint.configs["scheduler"])),
+            scheduler=scheduler_class.from_config(config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **further,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -172,6 +182,11 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    if component.startswith(CONTROLNET):
+        from diffusers import ControlNetModel
+
+        controlnet: torch.nn.Module = ControlNetModel.from_config(config)
+        return controlnet
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 

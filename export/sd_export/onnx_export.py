@@ -6,7 +6,8 @@ import logging
 import shutil
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -59,7 +60,7 @@ def trace(
                 opset_version=opset,
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
-                dynamic_shapes=tuple({0: axis} for _ in inputs),
+                dynamic_shapes=_dynamic_shapes(module, [{0: axis} for _ in inputs]),
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
@@ -74,6 +75,15 @@ def trace(
     model = tidy(program.model)
     _check_border(model, component=component, inputs=inputs, outputs=outputs)
     return model
+
+
+def _dynamic_shapes(module: torch.nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """``shapes`` as torch wants them: those that a starred argument takes as one tuple."""
+    kinds = [parameter.kind for parameter in signature(module.forward).parameters.values()]
+    if Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    named = kinds.index(Parameter.VAR_POSITIONAL)
+    return (*shapes[:named], tuple(shapes[named:]))
 
 
 def save(model: ir.Model, folder: Path) -> int:

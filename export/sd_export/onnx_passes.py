@@ -48,6 +48,8 @@ def _name_weights(graph: ir.Graph) -> None:
         if weight is None or not weight.is_initializer():
             continue
         scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+        if not scopes[-1].startswith("linear"):
+            continue  # a constant that a model multiplies with, and no layer's
         name = f"{scopes[-2]}.weight{TRANSPOSED}"
         if name in graph.initializers:  # a layer that is called twice
             node.replace_input_with(1, graph.initializers[name])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import Precision
+from sd_engines.spec import CONTROLNET, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from sd_engines.bundle import ComponentEntry
 
 _COARSENESS = ("fp32", "fp16", "bf16", "int8")
-HALVED = ("unet", "unet_shallow")
-"""Components whose graphs become half precision where it is asked for."""
+_HALVED = ("unet", "unet_shallow")
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
+
+
+def is_halved(component: str) -> bool:
+    """Whether the component's graph becomes half precision where that is asked for."""
+    return component in _HALVED or component.startswith(CONTROLNET)
 
 
 def check_request(
@@ -99,7 +103,7 @@ def graph_precision(
     graph says, portable ones choose for themselves (bf16 is OpenVINO's choice, or a GPU build's).
     """
     portable = any(backend in PORTABLE_BACKENDS for backend in backends)
-    if component in HALVED and (precision == "fp16" or (precision is None and not portable)):
+    if is_halved(component) and (precision == "fp16" or (precision is None and not portable)):
         return "fp16"
     return "fp32"
 
@@ -122,7 +126,7 @@ def engine_precision(
         return "int8"
     if backend == "openvino":
         return "bf16" if precision == "bf16" and component != "safety_checker" else "fp32"
-    if component not in HALVED:
+    if not is_halved(component):
         return "fp32"
     wanted = precision or "fp16"
     if entry.precision != "fp32" and wanted != entry.precision:

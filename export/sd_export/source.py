@@ -38,6 +38,7 @@ WEIGHT_STEMS = {
     "safety_checker": "model",
 }
 """Models of a checkpoint folder, and the stem of their safetensors file."""
+CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 _REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -59,7 +60,8 @@ class Checkpoint:
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
     encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
-    to read ``max_prompt_chunks`` prompts of the text encoder's length at once.
+    to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
+    ``controlnet_0``, … to where they are from; each is a model with a config and weights.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Checkpoint:
     embeddings: tuple[Embedding, ...] = ()
     max_prompt_chunks: int = 1
     vae: Vae | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = field(default=None)
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
@@ -129,8 +132,8 @@ def find_checkpoint(
             f"unknown --prediction-type {prediction_type!r}",
             nearest(prediction_type, PREDICTION_TYPES),
         )
-    path = Path(model).expanduser()
-    if path.exists():
+    path = local_path(model, hint=_LAYOUT_HINT)
+    if path is not None:
         if revision is not None:
             raise ConfigError(
                 f"--revision {revision} is for checkpoints on the Hub; {model} is on this disk",
@@ -138,23 +141,29 @@ def find_checkpoint(
             )
         if path.is_file():
             return _single_file(model, path, variant=variant, prediction_type=prediction_type)
-    elif model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
-        raise ConfigError(f"no such file or folder: {model}", _LAYOUT_HINT)
-    elif not HUB_ID.fullmatch(model):
-        raise ConfigError(
-            f"{model!r} is neither a path on this disk nor an id on the Hub", _LAYOUT_HINT
-        )
     if prediction_type is not None:
         raise ConfigError(
             f"--prediction-type {prediction_type} is for single files, which cannot tell it",
             "Leave it out: the folder's scheduler/scheduler_config.json says what holds.",
         )
-    if path.exists():
+    if path is not None:
         return read_folder(path, source=model, revision=None, variant=variant)
     from sd_export.hub import fetch
 
     folder, commit = fetch(model, revision=revision, variant=variant)
     return read_folder(folder, source=model, revision=commit, variant=variant)
+
+
+def local_path(model: str, *, hint: str) -> Path | None:
+    """What ``model`` names on this disk, None for an id on the Hub; `ConfigError` for neither."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
+        raise ConfigError(f"no such file or folder: {model}", hint)
+    if not HUB_ID.fullmatch(model):
+        raise ConfigError(f"{model!r} is neither a path on this disk nor an id on the Hub", hint)
+    return None
 
 
 def _single_file(
@@ -250,7 +259,7 @@ def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:
 
 def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
     """The weight files of one model: safetensors before pickles, all shards of a sharded one."""
-    stem = WEIGHT_STEMS[component]
+    stem = WEIGHT_STEMS.get(component, CONTROLNET_STEM)
     middle = f".{variant}" if variant else ""
     pickle_stem = "pytorch_model" if stem == "model" else stem
     for name in (f"{stem}{middle}.safetensors", f"{pickle_stem}{middle}.bin"):

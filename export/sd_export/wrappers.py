@@ -6,6 +6,7 @@ scaling, pictures as [batch, H, W, 3] in [0, 1], the safety checker's own resizi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +14,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sd_engines.spec import BATCH, TIMESTEP_COND, TensorSpec
+from sd_engines.spec import (
+    BATCH,
+    CONTROL_EMBEDDING,
+    CONTROLNET,
+    TIMESTEP_COND,
+    TensorSpec,
+)
+from sd_export.controlnet import (
+    ControlEmbedding,
+    ControlledUnet,
+    ControlNet,
+    residual_specs,
+)
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sd_engines.spec import Profile
     from sd_export.source import Checkpoint
@@ -30,7 +43,7 @@ COMPONENTS = (
     "vae_encoder",
     "safety_checker",
 )
-"""Components of a bundle, in the order in which they are made."""
+"""Components of a bundle, in the order in which they are made; its ControlNets come after them."""
 MODEL_OF = {"unet_shallow": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 """The checkpoint's model that holds a component, where its name differs."""
 
@@ -51,7 +64,8 @@ class TextEncoder(nn.Module):
 class Unet(nn.Module):
     """sample [batch, c, h, w], timestep [batch], encoder_hidden_states → noise_pred.
 
-    With timestep_cond [batch, d] where the UNet was distilled together with its guidance.
+    With timestep_cond [batch, d] where the UNet was distilled together with its guidance, and
+    with the ``residuals`` of ControlNets, the middle's last.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -64,6 +78,8 @@ class Unet(nn.Module):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         timestep_cond: torch.Tensor | None = None,
+        *,
+        residuals: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """Predict."""
         noise_pred: torch.Tensor = self.unet(
@@ -71,6 +87,8 @@ class Unet(nn.Module):
             timestep,
             encoder_hidden_states,
             timestep_cond=timestep_cond,
+            down_block_additional_residuals=tuple(residuals[:-1]) if residuals else None,
+            mid_block_additional_residual=residuals[-1] if residuals else None,
             return_dict=False,
         )[0]
         return noise_pred
@@ -168,6 +186,11 @@ class SafetyChecker(nn.Module):
         return _over(adjusted, checker.concept_embeds_weights).any(dim=1)
 
 
+def model_of(component: str) -> str:
+    """The checkpoint's model that holds ``component``."""
+    return MODEL_OF.get(component, component.replace(CONTROL_EMBEDDING, CONTROLNET))
+
+
 def wrap(
     component: str,
     model: nn.Module,
@@ -176,7 +199,7 @@ def wrap(
     profile: Profile,
     feature_cache: bool = False,
 ) -> nn.Module:
-    """The module to trace for ``component``, around ``model`` (that of `MODEL_OF`).
+    """The module to trace for ``component``, around ``model`` (that of `model_of`).
 
     With ``feature_cache`` the UNet gives its deep features as well.
     """
@@ -189,6 +212,13 @@ def wrap(
             wrapper = InpaintingUnet(model)
         else:
             wrapper = CachedUnet(model) if feature_cache else Unet(model)
+        if checkpoint.controlnets:
+            count = len(residual_specs(checkpoint.configs["unet"], profile=profile))
+            wrapper = ControlledUnet(wrapper, num_residuals=count)
+    elif component in checkpoint.controlnets:
+        wrapper = ControlNet(model)
+    elif component.startswith(CONTROL_EMBEDDING):
+        wrapper = ControlEmbedding(model)
     elif component == "unet_shallow":
         wrapper = ShallowUnet(model)
     elif component == "vae_decoder":
@@ -220,22 +250,29 @@ def borders(
     latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
     embeds_shape = (BATCH, tokens, width)
     chunks_shape = (BATCH, tokens * checkpoint.max_prompt_chunks, width)
+    features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
     latents = TensorSpec("latents", "float32", latent_shape)
     images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
     if component == "text_encoder":
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         return (ids,), (TensorSpec("prompt_embeds", "float32", embeds_shape),)
-    if component in ("unet", "unet_shallow"):
+    control_embeds = TensorSpec("control_embeds", "float32", features_shape)
+    if component.startswith(CONTROL_EMBEDDING):
+        return (replace(images, name="control_image"),), (control_embeds,)
+    residuals = residual_specs(unet, profile=profile) if checkpoint.controlnets else ()
+    if component in ("unet", "unet_shallow", *checkpoint.controlnets):
         sample = TensorSpec("sample", "float32", latent_shape)
         timestep = TensorSpec("timestep", "float32", (BATCH,))
         embeds = TensorSpec("encoder_hidden_states", "float32", chunks_shape)
         noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
-        features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
         features = TensorSpec("deep_features", "float32", features_shape)
         if component == "unet_shallow":
             prompt = (embeds,) if reads_text(unet) else ()
             return (sample, timestep, features, *prompt), (noise_pred,)
         inputs = [sample, timestep, embeds]
+        if component in checkpoint.controlnets:
+            scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))
+            return (*inputs, control_embeds, scales), residuals
         if checkpoint.is_for_inpainting:
             inputs += [
                 TensorSpec("mask", "float32", (BATCH, 1, *latent_size)),
@@ -244,6 +281,7 @@ def borders(
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
+        inputs += residuals
         return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
     if component == "vae_decoder":
         return (latents,), (images,)

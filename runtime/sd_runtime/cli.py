@@ -52,6 +52,33 @@ _FILE = click.Path(path_type=Path)
     help="How far to leave --image, 0 … 1: the share of the steps that run. [default: 0.8; 1 with "
     "--mask]",
 )
+@click.option(
+    "--control-image",
+    type=_FILE,
+    multiple=True,
+    help="What the bundle's ControlNet sees; one each.",
+)
+@click.option(
+    "--controlnet-conditioning-scale",
+    type=float,
+    multiple=True,
+    help="How much it counts; one for all, or one each. [default: 1]",
+)
+@click.option(
+    "--control-guidance-start",
+    type=float,
+    multiple=True,
+    help="Share of the steps it counts after. [default: 0]",
+)
+@click.option(
+    "--control-guidance-end",
+    type=float,
+    multiple=True,
+    help="Share of the steps it counts until; later ones do not run it. [default: 1]",
+)
+@click.option(
+    "--guess-mode", is_flag=True, default=None, help="Let it lead where the prompt says nothing."
+)
 @click.option("--negative-prompt", help="What the picture should not show.")
 @click.option(
     "--prompt-weighting",
@@ -135,7 +162,7 @@ def run(
     # A first run measures for some seconds: say so.
     logging.getLogger("sd_engines.choice").setLevel(level if quiet else logging.INFO)
     options["num_images_per_prompt"] = num_images
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value not in (None, ())}
     if workers is not None and not ray:
         raise ConfigError("--workers without --ray", "Leave it out, or add --ray --jobs FILE.")
     if jobs is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sd_runtime.arrays import copy_into
+from sd_runtime.controlnet import Residuals
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
 from sd_runtime.timing import clock
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping, Sequence
 
     from sd_engines.engine import Array, Binding, Engine
+    from sd_runtime.controlnet import ControlNet
     from sd_runtime.noise import NoiseStream
     from sd_runtime.table import SchedulerTable
     from sd_runtime.timing import Timings
@@ -72,6 +74,7 @@ def denoise(
     known: Known | None = None,
     unet_shallow: Engine | None = None,
     shallow_rows: Container[int] = (),
+    controlnets: Sequence[ControlNet] = (),
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
@@ -82,7 +85,8 @@ def denoise(
     the rows that draw, used there or not, so that later rows see the noise they would see in
     diffusers. ``unet_inputs`` go to the UNet by name on every row, in both halves: [n, …], or
     [1, …] for all pictures. Where ``known`` is given, its part of the latents is put back after
-    every row, with the noise of the next. Closing the generator cancels.
+    every row, with the noise of the next. What ``controlnets`` say on a row goes into the UNet.
+    Closing the generator cancels.
     """
     n = len(latents)
     engines = {"unet": unet} | ({"unet_shallow": unet_shallow} if unet_shallow else {})
@@ -90,13 +94,18 @@ def denoise(
         ("unet_shallow" if row in shallow_rows else "unet", row in guided_rows)
         for row in range(table.num_rows)
     ]
+    embeds = {
+        guided: [*(negative_prompt_embeds if guided else ()), *prompt_embeds]
+        for guided in (False, True)
+    }
     bindings = {
-        (component, guided): _bound(
-            engines[component],
-            [*(negative_prompt_embeds if guided else ()), *prompt_embeds],
-            unet_inputs or {},
-        )
+        (component, guided): _bound(engines[component], embeds[guided], unet_inputs or {})
         for component, guided in dict.fromkeys(kinds)
+    }
+    residuals = {
+        guided: Residuals(binding, _controls(controlnets, embeds[guided], n, guided=guided))
+        for (component, guided), binding in bindings.items()
+        if component == "unet"
     }
     kept_features = {
         guided: binding.inputs["deep_features"]
@@ -130,6 +139,11 @@ def denoise(
             sample_in[n:] = state
         binding.inputs["timestep"][...] = timestep
         ready = clock()
+        timings.add("model_input", start, ready)
+        if component == "unet" and residuals[guided].update(row):
+            controlled = clock()
+            timings.add("controlnet", ready, controlled)
+            ready = controlled
         binding.run()
         if component == "unet" and guided in kept_features:
             copy_into(kept_features[guided], binding.outputs["deep_features"])
@@ -161,7 +175,6 @@ def denoise(
             state += scratch
             np.multiply(kept.noise, kept_noise[row], out=scratch)
             state += scratch
-        timings.add("model_input", start, ready)
         timings.add(component, ready, done)
         timings.add("scheduler", done, clock())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
@@ -181,6 +194,18 @@ def _bound(unet: Engine, embeds: Sequence[Array], unet_inputs: Mapping[str, Arra
         for index, row_in in enumerate(binding.inputs[name]):
             copy_into(row_in, rows[index % len(rows)])
     return binding
+
+
+def _controls(
+    controlnets: Sequence[ControlNet], embeds: Sequence[Array], num_images: int, *, guided: bool
+) -> list[tuple[ControlNet, Binding]]:
+    """``controlnets`` with their buffers for as many rows as there are embeddings."""
+    bound = []
+    for net in controlnets:
+        scale = net.conditioning_scale(num_images, guided=guided)
+        inputs = {"control_embeds": net.embeds, "conditioning_scale": scale}
+        bound.append((net, _bound(net.engine, embeds, inputs)))
+    return bound
 
 
 def _copied(array: Array, *, like: Array) -> Array:

@@ -27,13 +27,22 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
         row: pictures * (2 if row in plan.guided_rows else 1) for row in range(plan.table.num_rows)
     }
     encoder = {} if plan.request.image is None else {ENCODER: {1}}  # one at a time: `ImageEncoder`
-    return encoder | {
-        "text_encoder": {1},  # each text on its own row: `PromptEncoder`
-        "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
-        "unet_shallow": {samples[row] for row in plan.shallow_rows},
-        "vae_decoder": {pictures},
-        "safety_checker": {pictures},
+    controls = {
+        control.component: {samples[row] for row in control.rows} for control in plan.controls
     }
+    embeddings = {control.embedding: {1} for control in plan.controls}  # so: `ControlEncoder`
+    return (
+        encoder
+        | controls
+        | embeddings
+        | {
+            "text_encoder": {1},  # each text on its own row: `PromptEncoder`
+            "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
+            "unet_shallow": {samples[row] for row in plan.shallow_rows},
+            "vae_decoder": {pictures},
+            "safety_checker": {pictures},
+        }
+    )
 
 
 def open_engines(

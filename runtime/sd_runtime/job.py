@@ -8,7 +8,7 @@ import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 import numpy as np
@@ -18,6 +18,7 @@ from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
+from sd_runtime.input_image import InputImage
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
 from sd_runtime.prompts import (
@@ -26,7 +27,7 @@ from sd_runtime.prompts import (
     requests_from_jsonl,
     seed_requests,
 )
-from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
+from sd_runtime.recipe import INPUTS, fingerprint, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
 from sd_runtime.timing import Timings, clock
 
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
-    from sd_runtime.input_image import InputImage
     from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
 
 logger = logging.getLogger(__name__)
+Taken: TypeAlias = "InputImage | tuple[InputImage, ...]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ def _order(job: Job, manifest: Manifest) -> Order:
         )
     if job.from_image is not None:
         recipes, columns = recipes_from_text(read_recipe_text(job.from_image))
-        inputs = {name: options.pop(name, None) for name in ("image", "mask")}
+        inputs = {name: options.pop(name, None) for name in INPUTS}
         requests = [
             replace(recipe.request(**_inputs_of(recipe, recipes, inputs)), **options)
             for recipe in recipes
@@ -189,12 +190,12 @@ def _order(job: Job, manifest: Manifest) -> Order:
             )
         for name, picture in inputs.items():
             digests = {getattr(recipe, name) for recipe in recipes} - {None}
-            if picture is not None and digests - {picture.sha256}:
+            if picture is not None and digests - {_digest(picture)}:
                 logger.warning(
                     "%s was made from another %s than %s: expect another picture",
                     job.from_image,
                     name,
-                    picture.name,
+                    _name(picture),
                 )
     elif job.prompts_file is not None and job.prompts_file.suffix == ".jsonl":
         requests = requests_from_jsonl(job.prompts_file, options)
@@ -215,9 +216,22 @@ def _order(job: Job, manifest: Manifest) -> Order:
     return Order(tuple(requests), columns, backend, precision)
 
 
+def _digest(taken: Taken) -> str | tuple[str, ...]:
+    """As a recipe has it."""
+    if isinstance(taken, InputImage):
+        return taken.sha256
+    return tuple(picture.sha256 for picture in taken)
+
+
+def _name(taken: Taken) -> str:
+    if isinstance(taken, InputImage):
+        return taken.name
+    return ", ".join(picture.name for picture in taken)
+
+
 def _inputs_of(
-    recipe: Recipe, recipes: Sequence[Recipe], inputs: Mapping[str, InputImage | None]
-) -> dict[str, InputImage | None]:
+    recipe: Recipe, recipes: Sequence[Recipe], inputs: Mapping[str, Taken | None]
+) -> dict[str, Taken | None]:
     """A picture goes to the recipes that were made from one; to all where none was."""
     return {
         name: picture

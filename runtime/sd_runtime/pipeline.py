@@ -13,8 +13,10 @@ from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
+from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.conditioning import PromptEncoder
+from sd_runtime.controlnet import ControlEncoder
 from sd_runtime.denoise import denoise, predicted_original_sample
 from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.image_encoder import ImageEncoder
@@ -72,6 +74,7 @@ class Pipeline(Closing):
         self._prompts = self._prompt_encoder()
         self._open = partial(open_engine, bundle, backend=backend, threads=threads)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
+        self._controls = ControlEncoder(self._engine_on_demand)
         self.fingerprint = fingerprint(bundle.manifest)
 
     @classmethod
@@ -88,7 +91,7 @@ class Pipeline(Closing):
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
         The VAE's encoder is opened for the first request that starts from a picture, the shallow
-        UNet for the first with a cache_interval.
+        UNet for the first with a cache_interval, a ControlNet for the first that it counts in.
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
@@ -117,7 +120,11 @@ class Pipeline(Closing):
         batches: dict[str, set[int]] = {}
         if request is not None:
             batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
-            names += [name for name in (ENCODER, SHALLOW) if batches.get(name)]
+            names += [
+                name
+                for name, rows in batches.items()
+                if rows and name.startswith((ENCODER, SHALLOW, CONTROLNET, CONTROL_EMBEDDING))
+            ]
         found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
         engines = open_engines(
             bundle,
@@ -241,6 +248,7 @@ class Pipeline(Closing):
             known=start.known,
             unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
+            controlnets=self._controls.encode(plan.controls, timings=timings),
         )
 
     def _prompt_encoder(self) -> PromptEncoder:
@@ -325,6 +333,7 @@ class Pipeline(Closing):
         """Encode the next request's inputs anew, as a first request does: for measurements."""
         self._prompts.forget()
         self._images.forget()
+        self._controls.forget()
 
     def close(self) -> None:
         """Free all engines; the pipeline is of no use after it."""

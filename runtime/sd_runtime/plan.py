@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError
 from sd_engines.spec import TIMESTEP_COND
 from sd_runtime.conditioning import guidance_scale_embedding
+from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
 from sd_runtime.task import Task, task_of
 
@@ -41,6 +42,7 @@ class Plan:
     guided_rows: range
     shallow_rows: frozenset[int]
     unet_inputs: Mapping[str, NDArray[np.float32]]
+    controls: tuple[Control, ...] = ()
 
     def texts(self, image: ImageRequest) -> tuple[str, ...]:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one."""
@@ -50,8 +52,9 @@ class Plan:
 def plan(request: Request, manifest: Manifest) -> Plan:
     """Check ``request`` against a bundle.
 
-    Raises `ConfigError` for a task, a size, a scheduler, a number of steps, a guidance or a
-    cache_interval that cannot be done, `BundleError` where the bundle lacks what the task needs.
+    Raises `ConfigError` for a task, a size, a scheduler, a number of steps, a guidance, a
+    cache_interval or a control picture that cannot be done, `BundleError` where the bundle lacks
+    what the task needs.
     """
     task = task_of(request, manifest)
     request.check_profile(manifest.profile)
@@ -96,6 +99,7 @@ def plan(request: Request, manifest: Manifest) -> Plan:
         guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
         shallow_rows=request.shallow_rows(table.num_rows),
         unet_inputs=unet_inputs,
+        controls=controls_of(request, manifest, table.num_rows),
     )
 
 

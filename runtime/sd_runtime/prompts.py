@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
+from sd_runtime.control_options import control_pictures
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was ``given`` for all requests but the seed, its pictures read once for all."""
     from sd_runtime.input_image import InputImage
 
-    return {
-        name: InputImage.of(value, name=name) if name in ("image", "mask") else value
-        for name, value in given.items()
-        if name != "seed"
-    }
+    options = {name: value for name, value in given.items() if name != "seed"}
+    for name in ("image", "mask"):
+        if name in options:
+            options[name] = InputImage.of(options[name], name=name)
+    if "control_image" in options:
+        options["control_image"] = control_pictures(options["control_image"])
+    return options
 
 
 def seed_requests(requests: Sequence[Request], first_seed: int | None) -> list[Request]:

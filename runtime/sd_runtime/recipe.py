@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options, numbers
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest
 
 FORMAT_VERSION = 1
+INPUTS = ("image", "mask", "control_image")
+"""Pictures that a recipe names by their digests and does not hold; options of `Request`."""
 GENERATOR = "sd-toolkit"
 _PROVENANCE = ("backend", "precision", "model", "revision")
 """What a recipe says of a bundle beside its fingerprint."""
@@ -34,9 +37,10 @@ class Recipe:
 
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
-    the recipe does not hold; None, and so ``strength``, where it was made from noise alone.
-    ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale.
-    ``vae`` is what took the place of the model's own; None where nothing did.
+    the recipe does not hold; None, and so ``strength``, where it was made from noise alone. So are
+    ``control_image`` those of what its ControlNets saw. ``loras`` were put on the bundle's engines,
+    each its file's SHA-256 and its scale. ``vae`` is what took the place of the model's own; None
+    where nothing did.
     """
 
     prompt: str
@@ -62,22 +66,37 @@ class Recipe:
     strength: float | None = None
     loras: tuple[str, ...] = ()
     vae: str | None = None
+    control_image: tuple[str, ...] | None = None
+    controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
+    control_guidance_start: float | tuple[float, ...] = 0.0
+    control_guidance_end: float | tuple[float, ...] = 1.0
+    guess_mode: bool = False
 
-    def request(self, *, image: object = None, mask: object = None) -> Request:
+    def request(
+        self, *, image: object = None, mask: object = None, control_image: object = None
+    ) -> Request:
         """The request that draws this one picture again.
 
-        ``image`` and ``mask`` are what it was made from; `ConfigError` where one is missing.
+        ``image``, ``mask`` and ``control_image`` (one, or a list) are what it was made from;
+        `ConfigError` where one is missing.
         """
-        for name, digest, given in (("image", self.image, image), ("mask", self.mask, mask)):
-            if digest is not None and given is None:
+        given = {"image": image, "mask": mask, "control_image": control_image}
+        for name in INPUTS:
+            digest = getattr(self, name)
+            if digest is not None and given[name] is None:
+                digests = digest if isinstance(digest, tuple) else (digest,)
+                words = ", ".join(f"{text[:12]}…" for text in digests)
                 raise ConfigError(
                     f"the picture was made from another, its {name}, which its recipe does not "
-                    f"hold (SHA-256 of the pixels: {digest[:12]}…)",
-                    f"Give it again: --{name} FILE.",
+                    f"hold (SHA-256 of the pixels: {words})",
+                    "Give it again:" + f" --{name.replace('_', '-')} FILE" * len(digests) + ".",
                 )
-        return self._request_from(image, mask, self.strength)
+        return self._request_from(image, mask, self.strength, control_image)
 
-    def _request_from(self, image: object, mask: object, strength: float | None) -> Request:
+    def _request_from(
+        self, image: object, mask: object, strength: float | None, control_image: object
+    ) -> Request:
+        controls = {name: getattr(self, name) for name in (*CONTROL_NUMBERS, "guess_mode")}
         return Request(
             self.prompt,
             negative_prompt=self.negative_prompt,
@@ -95,6 +114,8 @@ class Recipe:
             image=image,
             mask=mask,
             strength=strength,
+            control_image=control_image,
+            **(controls if control_image is not None else {}),
         )
 
     @property
@@ -126,6 +147,9 @@ class Recipe:
             values["Denoising strength"] = f"{self.strength:g}"
         if self.loras:
             values["Lora hashes"] = " ".join(lora[:10] for lora in self.loras)
+        for index, (scale, start, end) in enumerate(self._controls()):
+            words = f"Weight: {scale:g}, Guidance Start: {start:g}, Guidance End: {end:g}"
+            values[f"ControlNet {index}"] = f'"{words}"'
         if self.cache_interval != 1:
             values["Cache interval"] = self.cache_interval
         if self.prompt_weighting:
@@ -134,6 +158,12 @@ class Recipe:
             values["Eta"] = f"{self.eta:g}"
         lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
         return "\n".join(lines)
+
+    def _controls(self) -> list[tuple[float, ...]]:
+        """Scale, start and end of each ControlNet."""
+        count = len(self.control_image or ())
+        each = [numbers(getattr(self, name)) for name in CONTROL_NUMBERS]
+        return list(zip(*(values * (count // len(values)) for values in each), strict=True))
 
     @classmethod
     def from_json(cls, values: object) -> Self:
@@ -151,14 +181,25 @@ class Recipe:
         loras = values.get("loras", ())
         if not isinstance(loras, list | tuple) or not all(isinstance(lora, str) for lora in loras):
             raise _unreadable("loras must be a list of text")
-        recipe = cls(**{**values, "loras": tuple(loras)})
+        lists = ("loras", "control_image", *CONTROL_NUMBERS)
+        fields_of: dict[str, Any] = {
+            name: tuple(value) if name in lists and isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        recipe = cls(**fields_of)
         for name in ("revision", "image", "mask", "vae"):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
         has_strength = isinstance(recipe.strength, int | float)
         if has_strength != (recipe.image is not None) or (recipe.mask and not recipe.image):
             raise _unreadable("image, mask and strength do not belong together")
-        recipe._request_from(None, None, None)  # its inputs come later
+        digests = recipe.control_image
+        if digests is not None and not (
+            isinstance(digests, tuple) and digests and all(isinstance(d, str) for d in digests)
+        ):
+            raise _unreadable("control_image must be a list of text")
+        recipe._request_from(None, None, None, None)  # its inputs come later
+        check_control_options(recipe)
         return recipe
 
 
@@ -189,6 +230,11 @@ def recipe_of(
         image=None if request.image is None else request.image.sha256,
         mask=None if request.mask is None else request.mask.sha256,
         strength=request.strength,
+        control_image=request.control_digests,
+        controlnet_conditioning_scale=request.controlnet_conditioning_scale,
+        control_guidance_start=request.control_guidance_start,
+        control_guidance_end=request.control_guidance_end,
+        guess_mode=request.guess_mode,
         height=profile.height,
         width=profile.width,
         backend=backend,

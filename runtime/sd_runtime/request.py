@@ -8,6 +8,11 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.control_options import (
+    CONTROL_NUMBERS,
+    check_control_options,
+    control_pictures,
+)
 from sd_runtime.prompt_weighting import weighted_parts
 
 if TYPE_CHECKING:
@@ -41,8 +46,14 @@ class Request:
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
-    0 … 1 is the share of the steps that run, 0.8 by default, and 1 with a mask. Raises
-    `ConfigError` for values that no bundle can do.
+    0 … 1 is the share of the steps that run, 0.8 by default, and 1 with a mask.
+
+    ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
+    counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to
+    ``control_guidance_end``, shares of all steps: one number for all, or one for each. In
+    ``guess_mode`` the deep layers count most, and only where the prompt is seen.
+
+    Raises `ConfigError` for values that no bundle can do.
     """
 
     prompt: str | tuple[str, ...]
@@ -63,6 +74,11 @@ class Request:
     image: Any = None
     mask: Any = None
     strength: float | None = None
+    control_image: Any = None
+    controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
+    control_guidance_start: float | tuple[float, ...] = 0.0
+    control_guidance_end: float | tuple[float, ...] = 1.0
+    guess_mode: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "seed"):
@@ -105,6 +121,7 @@ class Request:
             )
         self._check_weights()
         self._take_pictures()
+        self._take_control()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"scheduler is {self.scheduler!r}, not a name",
@@ -150,6 +167,21 @@ class Request:
                     f"strength is {self.strength:g} without a picture to start from",
                     "Give one: --image PICTURE; or leave strength out.",
                 )
+
+    def _take_control(self) -> None:
+        for name in CONTROL_NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
+        object.__setattr__(self, "control_image", control_pictures(self.control_image))
+        check_control_options(self)
+
+    @property
+    def control_digests(self) -> tuple[str, ...] | None:
+        """The SHA-256 of each control picture."""
+        if self.control_image is None:
+            return None
+        return tuple(picture.sha256 for picture in self.control_image)
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> Self:

@@ -37,6 +37,12 @@ print(json.dumps({
     "tokenizer": str(found.tokenizer),
 }))
 """
+FIND_CONTROLNET = """
+import json, sys
+from sd_export.controlnet import find_controlnet
+found = find_controlnet(sys.argv[1])
+print(json.dumps({"source": found.source, "weights": list(map(str, found.weights))}))
+"""
 
 FIND_VAE = """
 import json, sys
@@ -267,6 +273,21 @@ def test_offline_takes_what_is_in_the_cache(hub: Hub, tmp_path: Path) -> None:
     assert len(hub.asked) == asked
     refused = find(hub, tmp_path, offline=True, variant="fp16")
     assert "not in the cache" in refused.stderr or "no weights" in refused.stderr
+
+
+def test_of_a_controlnet_its_own_files_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.commits[COMMIT] = {
+        "config.json": b'{"_class_name": "ControlNetModel"}',
+        "diffusion_pytorch_model.safetensors": b"weights",
+        "diffusion_pytorch_model.bin": b"pickle",
+        "diffusion_pytorch_model.fp16.safetensors": b"half the weights",
+        "images/bird.png": b"a picture",
+    }
+    result = found(find(hub, tmp_path, script=FIND_CONTROLNET))
+    assert result["source"] == f"{REPOSITORY}@{COMMIT}"
+    (weights,) = map(Path, result["weights"])
+    assert weights.read_bytes() == b"weights"
+    assert set(hub.asked) == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_a_cache_without_the_list_of_files_serves_offline(hub: Hub, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from controlnets import make_controlnet
 from sd_runtime import Pipeline, Request
+from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from tiny import make_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -57,6 +59,7 @@ class TinyModel:
     bundle: Path
     pipeline: Pipeline
     oracle: DiffusionPipeline
+    controlnets: tuple[Any, ...] = ()
 
     def expected(self, request: Request) -> tuple[np.ndarray, np.ndarray, list[bool] | None]:
         """What diffusers makes of ``request``: pixels uint8, final latents, nsfw flags.
@@ -78,17 +81,29 @@ class TinyModel:
         negative = request.negative_prompt
         if isinstance(negative, str):
             negative = [negative] * len(request.prompts)
-        oracle, inputs = self.oracle, {}
+        oracle, kind, parts = self.oracle, "", dict(self.oracle.components)
+        inputs: dict[str, Any] = {}
         if request.image is not None:
             kind, inputs["image"] = "Img2Img", [request.image.image] * request.num_images
             if request.mask is not None:
                 kind, inputs["mask_image"] = "Inpaint", [request.mask.image] * request.num_images
-                profile = self.pipeline.profile
-                inputs |= {"height": profile.height, "width": profile.width}
             if request.strength is not None:
                 inputs["strength"] = request.strength
+        if request.control_image is not None:
+            pictures = [picture.image for picture in request.control_image]
+            inputs["image" if request.image is None else "control_image"] = pictures
+            inputs["guess_mode"] = request.guess_mode
+            for name in CONTROL_NUMBERS:
+                values = numbers(getattr(request, name))
+                inputs[name] = list(values * (len(pictures) // len(values)))
+            parts["controlnet"] = list(self.controlnets)
+            kind = f"ControlNet{kind}"
+        if request.control_image is not None or request.mask is not None:
+            profile = self.pipeline.profile
+            inputs |= {"height": profile.height, "width": profile.width}
+        if kind:
             oracle = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
-                **oracle.components, requires_safety_checker=False
+                **parts, requires_safety_checker=False
             )
             oracle.set_progress_bar_config(disable=True)
         with one_thread():
@@ -110,10 +125,18 @@ class TinyModel:
 
 @contextmanager
 def tiny_model_in(
-    folder: Path, *, batch_size: int, safety_checker: bool = False, **checkpoint_options: Any
+    folder: Path,
+    *,
+    batch_size: int,
+    safety_checker: bool = False,
+    controlnets: Sequence[dict[str, Any]] = (),
+    **checkpoint_options: Any,
 ) -> Iterator[TinyModel]:
-    """Make, export and open a tiny model below ``folder``; its engines are freed at the end."""
-    from diffusers import DiffusionPipeline
+    """Make, export and open a tiny model below ``folder``; its engines are freed at the end.
+
+    ``controlnets`` are the configs of those it has, where they are not what `make_controlnet` says.
+    """
+    from diffusers import ControlNetModel, DiffusionPipeline
 
     from sd_export import export
 
@@ -130,9 +153,14 @@ def tiny_model_in(
         if safety_checker:
             divide_pictures(oracle)
             oracle.safety_checker.save_pretrained(checkpoint / "safety_checker")
-        export(checkpoint, bundle, batch_size=batch_size)
+        made = [
+            make_controlnet(folder / f"controlnet{seed}", checkpoint, seed=seed, **config)
+            for seed, config in enumerate(controlnets)
+        ]
+        nets = tuple(ControlNetModel.from_pretrained(path) for path in made)
+        export(checkpoint, bundle, batch_size=batch_size, controlnets=list(map(str, made)))
     with Pipeline.load(bundle, threads=1) as pipeline:
-        yield TinyModel(checkpoint, bundle, pipeline, oracle)
+        yield TinyModel(checkpoint, bundle, pipeline, oracle, nets)
 
 
 def divide_pictures(oracle: StableDiffusionPipeline) -> None:
@@ -225,6 +253,20 @@ def inpainting_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyM
         seed=2,
         scheduler="DDIMScheduler",
         **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 16)},
+    ) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def controlled_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """Two ControlNets, one of which sees blue before red: 24×24 pictures, two at a time, DDIM."""
+    with tiny_model_in(
+        tmp_path_factory.mktemp("controlled"),
+        batch_size=2,
+        seed=3,
+        scheduler="DDIMScheduler",
+        controlnets=[{}, {"controlnet_conditioning_channel_order": "bgr"}],
+        **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 8)},
     ) as model:
         yield model
 

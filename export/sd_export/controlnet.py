@@ -1,0 +1,258 @@
+"""ControlNets beside a checkpoint: found and checked, and the torch modules that are traced.
+
+Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", ICCV 2023,
+arXiv:2302.05543. A ControlNet is a component of its own, whose outputs the UNet adds to what its
+skip connections carry: so it runs only where it counts, and the bundle holds one UNet. The layers
+that look at the picture alone are one more component, run once a picture and not once a step.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sd_engines.errors import ConfigError, ExportError
+from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
+from sd_export.source import (
+    SINGLE_FILE_SUFFIXES,
+    Checkpoint,
+    local_path,
+    read_json,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from sd_engines.spec import Profile
+
+_HINT = (
+    "Name a ControlNet of the checkpoint's own kind: its Hub id, or a folder as diffusers saves it."
+)
+_SAME_SHAPE = ("block_out_channels", "down_block_types", "layers_per_block")
+"""What a ControlNet copies of its UNet, and what decides the shape of its outputs."""
+_UNET_DEFAULTS = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "layers_per_block": 2,
+}
+
+
+@dataclass(frozen=True)
+class FoundControlNet:
+    """Where a ControlNet is from (with its commit on the Hub), and its config."""
+
+    source: str
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+
+
+def with_controlnets(
+    checkpoint: Checkpoint, sources: Sequence[str], *, feature_cache: bool
+) -> Checkpoint:
+    """``checkpoint`` with the ControlNets that ``sources`` name, as models ``controlnet_0``, ….
+
+    Raises `ConfigError` for a name that is none and for what cannot be had together, `ExportError`
+    for what is no ControlNet, or one that was made for another UNet.
+    """
+    if not sources:
+        return checkpoint
+    if feature_cache:
+        raise ConfigError(
+            "--feature-cache and --controlnet do not go together: the shallow UNet has no place "
+            "for what a ControlNet adds",
+            "Leave one of them out, or make two bundles.",
+        )
+    if checkpoint.is_for_inpainting:
+        raise ConfigError(
+            "--controlnet with a UNet that is made for inpainting",
+            "Export the plain checkpoint with the ControlNet: its bundle inpaints too.",
+        )
+    found = [find_controlnet(source) for source in sources]
+    for controlnet in found:
+        check_controlnet(controlnet, checkpoint.configs)
+    named = {f"{CONTROLNET}{index}": controlnet for index, controlnet in enumerate(found)}
+    return replace(
+        checkpoint,
+        configs={**checkpoint.configs, **{n: c.config for n, c in named.items()}},
+        weights={**checkpoint.weights, **{n: c.weights for n, c in named.items()}},
+        controlnets={name: controlnet.source for name, controlnet in named.items()},
+    )
+
+
+def find_controlnet(source: str) -> FoundControlNet:
+    """The ControlNet that ``source`` names: a folder on this disk, else an id on the Hub."""
+    path = local_path(source, hint=_HINT)
+    if path is not None and path.is_file():
+        what = "is one file" if path.suffix in SINGLE_FILE_SUFFIXES else "is no folder"
+        raise ConfigError(f"--controlnet {source} {what}", _HINT)
+    name = source
+    if path is None:
+        from sd_export.hub import fetch_controlnet
+
+        path, commit = fetch_controlnet(source)
+        name = f"{source}@{commit}"
+    config = read_json(path / "config.json", component="controlnet")
+    kind = config.get("_class_name", "ControlNetModel")
+    if kind != "ControlNetModel":
+        raise _error(f"{source} is a {kind}, not a ControlNetModel")
+    return FoundControlNet(name, config, weight_files(path, "controlnet", None))
+
+
+def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """`ExportError` that says why ``controlnet`` does not fit the checkpoint of ``configs``."""
+    config, unet, vae = controlnet.config, configs["unet"], configs["vae"]
+    width, hint_channels = (
+        config.get("cross_attention_dim", 1280),
+        config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)),
+    )
+    factor, vae_factor = 2 ** (len(hint_channels) - 1), 2 ** (len(vae["block_out_channels"]) - 1)
+    differing = [
+        name
+        for name in _SAME_SHAPE
+        if _listed(config.get(name, _UNET_DEFAULTS[name]))
+        != _listed(unet.get(name, _UNET_DEFAULTS[name]))
+    ]
+    problem = None
+    if config.get("addition_embed_type") or config.get("encoder_hid_dim_type"):
+        problem = "it takes further conditioning (one for Stable Diffusion XL or Kandinsky)"
+    elif config.get("class_embed_type") or config.get("num_class_embeds"):
+        problem = "it takes class labels"
+    elif config.get("global_pool_conditions"):
+        problem = "it pools its outputs (the one for shuffled pictures), which is not supported"
+    elif width != unet["cross_attention_dim"]:
+        problem = (
+            f"it takes prompts of width {width}, the checkpoint's are of "
+            f"{unet['cross_attention_dim']} (768 in Stable Diffusion v1, 1024 in v2)"
+        )
+    elif differing:
+        name = differing[0]
+        problem = f"its {name} are {config.get(name)}, the UNet's {unet.get(name)}"
+    elif config.get("in_channels", 4) != vae.get("latent_channels", 4):
+        problem = f"it takes {config.get('in_channels')} channels of latents"
+    elif config.get("conditioning_channels", 3) != 3:
+        problem = f"its pictures have {config.get('conditioning_channels')} channels, not 3"
+    elif factor != vae_factor:
+        problem = f"it makes its pictures {factor} times smaller, the VAE {vae_factor} times"
+    if problem is not None:
+        raise _error(f"{controlnet.source} does not fit the checkpoint: {problem}")
+
+
+def residual_specs(unet_config: Mapping[str, Any], *, profile: Profile) -> tuple[TensorSpec, ...]:
+    """What ControlNets add to the UNet of ``unet_config``: its down blocks in order, its middle."""
+    channels = unet_config.get("block_out_channels", _UNET_DEFAULTS["block_out_channels"])
+    layers = unet_config.get("layers_per_block", _UNET_DEFAULTS["layers_per_block"])
+    counts = [layers] * len(channels) if isinstance(layers, int) else layers
+    height, width = profile.latent_height, profile.latent_width
+    shapes = [(channels[0], height, width)]  # conv_in's
+    for level, (channel, count) in enumerate(zip(channels, counts, strict=True)):
+        shapes += [(channel, height, width)] * count
+        if level + 1 < len(channels):  # all levels but the last end in a half
+            height, width = -(-height // 2), -(-width // 2)
+            shapes.append((channel, height, width))
+    names = [f"{RESIDUAL}{index}" for index in range(len(shapes))]
+    specs = [
+        TensorSpec(name, "float32", (BATCH, *shape))
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+    mid = TensorSpec(MID_RESIDUAL, "float32", (BATCH, channels[-1], height, width))
+    return (*specs, mid)
+
+
+def control_components(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The components that are made of the checkpoint's ControlNets, two of each."""
+    return tuple(
+        component
+        for name in checkpoint.controlnets
+        for component in (name, name.replace(CONTROLNET, CONTROL_EMBEDDING))
+    )
+
+
+class ControlEmbedding(nn.Module):
+    """control_image [batch, H, W, 3] in 0 … 1 → control_embeds [batch, c, h, w]."""
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.embedding: nn.Module = controlnet.controlnet_cond_embedding
+        self.flips = controlnet.config.controlnet_conditioning_channel_order == "bgr"
+
+    def forward(self, control_image: torch.Tensor) -> torch.Tensor:
+        """Embed."""
+        pixels = control_image.permute(0, 3, 1, 2)
+        control_embeds: torch.Tensor = self.embedding(pixels.flip(1) if self.flips else pixels)
+        return control_embeds
+
+
+class ControlNet(nn.Module):
+    """sample, timestep, encoder_hidden_states, control_embeds, conditioning_scale → residuals.
+
+    ``control_embeds`` are a `ControlEmbedding`'s; ``conditioning_scale`` [batch, residuals] is what
+    each of the `residual_specs` is multiplied by.
+    """
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.controlnet = copy(controlnet)  # what is changed here stays here
+        self.controlnet._modules = dict(controlnet._modules)
+        self.controlnet.controlnet_cond_embedding = nn.Identity()
+        self.controlnet.register_to_config(controlnet_conditioning_channel_order="rgb")
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        control_embeds: torch.Tensor,
+        conditioning_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Say what to add."""
+        down, mid = self.controlnet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond=control_embeds,
+            return_dict=False,
+        )
+        return tuple(
+            residual * conditioning_scale[:, index, None, None, None]
+            for index, residual in enumerate((*down, mid))
+        )
+
+
+class ControlledUnet(nn.Module):
+    """A UNet whose last inputs are the residuals of ControlNets, zeros where there are none.
+
+    ``unet`` is a `sd_export.wrappers.Unet`; its own further inputs come before them.
+    """
+
+    def __init__(self, unet: nn.Module, *, num_residuals: int) -> None:
+        super().__init__()
+        self.unet = unet
+        self.num_residuals = num_residuals
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *more: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict."""
+        others, residuals = more[: -self.num_residuals], more[-self.num_residuals :]
+        noise_pred: torch.Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, *others, residuals=residuals
+        )
+        return noise_pred
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _error(message: str) -> ExportError:
+    return ExportError(message, _HINT, component="controlnet", stage="load")

@@ -1,0 +1,87 @@
+"""What a request says to ControlNets: a picture for each, and numbers for all or for each."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sd_runtime.input_image import InputImage
+    from sd_runtime.recipe import Recipe
+    from sd_runtime.request import Request
+
+CONTROL_NUMBERS = (
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
+"""Options of `Request` that are one number, or one for each ControlNet."""
+_DEFAULTS = (1.0, 0.0, 1.0)
+
+
+def control_pictures(source: object) -> tuple[InputImage, ...] | None:
+    """From one picture as `InputImage.of` takes it, or a list of them; None where there is none.
+
+    Raises `ConfigError` as `InputImage.of` does.
+    """
+    from sd_runtime.input_image import InputImage  # and so numpy: not for --help
+
+    if source is None:
+        return None
+    pictures = list(source) if isinstance(source, list | tuple) else [source]
+    if not pictures:
+        raise ConfigError("control_image is an empty list", "Give a picture, or leave it out.")
+    named = len(pictures) > 1
+    return tuple(
+        InputImage.of(picture, name=f"control_image {index}" if named else "control_image")
+        for index, picture in enumerate(pictures)
+    )
+
+
+def numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    """The numbers of one of `CONTROL_NUMBERS`."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_control_options(request: Request | Recipe) -> None:
+    """`ConfigError` for numbers that mean nothing, or have no control picture."""
+    values = {name: getattr(request, name) for name in CONTROL_NUMBERS}
+    if request.control_image is None:
+        given = [n for n, default in zip(values, _DEFAULTS, strict=True) if values[n] != default]
+        given += ["guess_mode"] if request.guess_mode else []
+        if given:
+            raise ConfigError(
+                f"{given[0]} without a control picture",
+                "Give one: --control-image PICTURE; or leave it out.",
+            )
+        return
+    count = len(request.control_image)
+    for name, value in values.items():
+        low, high = (-math.inf, math.inf) if name == CONTROL_NUMBERS[0] else (0.0, 1.0)
+        for number in numbers(value):
+            if (
+                isinstance(number, bool)
+                or not isinstance(number, int | float)
+                or not math.isfinite(number)
+                or not low <= number <= high
+            ):
+                limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+                raise ConfigError(f"{name} is {number!r}", f"Give a finite number{limits}.")
+        if len(numbers(value)) not in (1, count):
+            raise ConfigError(
+                f"{name} has {len(numbers(value))} numbers for {count} control pictures",
+                "Give one for all, or one for each.",
+            )
+    starts, ends = (numbers(values[name]) for name in CONTROL_NUMBERS[1:])
+    for start, end in zip(
+        starts * (count // len(starts)), ends * (count // len(ends)), strict=True
+    ):
+        if start >= end:
+            raise ConfigError(
+                f"a ControlNet starts at {start:g} and ends at {end:g}",
+                "Let it start before it ends; a scale of 0 leaves it out.",
+            )
+    if not isinstance(request.guess_mode, bool):
+        raise ConfigError(f"guess_mode is {request.guess_mode!r}", "Give true or false.")

@@ -1,0 +1,35 @@
+"""Tiny random ControlNets for a tiny checkpoint, made by the unmodified class of diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def make_controlnet(folder: Path, checkpoint: Path, *, seed: int, **config: Any) -> Path:
+    """Save a ControlNet of the UNet of ``checkpoint`` under ``folder`` and return ``folder``.
+
+    A new one says nothing: the layers that are zero in it are random here. ``config`` changes what
+    `ControlNetModel.from_unet` takes.
+    """
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        controlnet = diffusers.ControlNetModel.from_unet(
+            unet, **{"conditioning_embedding_out_channels": (4, 8), **config}
+        )
+        silent = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
+        for layer in [*silent, controlnet.controlnet_cond_embedding.conv_out]:
+            torch.nn.init.normal_(layer.weight, std=0.2)
+            torch.nn.init.normal_(layer.bias, std=0.2)
+    finally:
+        torch.set_rng_state(state)
+    controlnet.save_pretrained(folder)
+    return folder
