@@ -21,12 +21,8 @@ from sd_engines.spec import (
     TIMESTEP_COND,
     TensorSpec,
 )
-from sd_export.controlnet import (
-    ControlEmbedding,
-    ControlledUnet,
-    ControlNet,
-    residual_specs,
-)
+from sd_export.controlled_unet import ControlEmbedding, ControlledUnet, ControlNet
+from sd_export.controlnet import residual_specs
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
 
 if TYPE_CHECKING:

@@ -1,0 +1,90 @@
+"""A UNet that ControlNets lead, and the two parts of a ControlNet, as torch modules to trace.
+
+Zhang et al. 2023, arXiv:2302.05543, section 3. Whatever a ControlNet says is the same in one graph
+or in three; `sd_export.controlnet` says why it is three.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ControlEmbedding(nn.Module):
+    """control_image [batch, H, W, 3] in 0 … 1 → control_embeds [batch, c, h, w]."""
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.embedding: nn.Module = controlnet.controlnet_cond_embedding
+        self.flips = controlnet.config.controlnet_conditioning_channel_order == "bgr"
+
+    def forward(self, control_image: torch.Tensor) -> torch.Tensor:
+        """Embed."""
+        pixels = control_image.permute(0, 3, 1, 2)
+        control_embeds: torch.Tensor = self.embedding(pixels.flip(1) if self.flips else pixels)
+        return control_embeds
+
+
+class ControlNet(nn.Module):
+    """sample, timestep, encoder_hidden_states, control_embeds, conditioning_scale → residuals.
+
+    ``control_embeds`` are a `ControlEmbedding`'s; ``conditioning_scale`` [batch, residuals] is what
+    each of the `residual_specs` is multiplied by.
+    """
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.controlnet = copy(controlnet)  # what is changed here stays here
+        self.controlnet._modules = dict(controlnet._modules)
+        self.controlnet.controlnet_cond_embedding = nn.Identity()
+        self.controlnet.register_to_config(controlnet_conditioning_channel_order="rgb")
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        control_embeds: torch.Tensor,
+        conditioning_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Say what to add."""
+        down, mid = self.controlnet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond=control_embeds,
+            return_dict=False,
+        )
+        return tuple(
+            residual * conditioning_scale[:, index, None, None, None]
+            for index, residual in enumerate((*down, mid))
+        )
+
+
+class ControlledUnet(nn.Module):
+    """A UNet whose last inputs are the residuals of ControlNets, zeros where there are none.
+
+    ``unet`` is a `sd_export.wrappers.Unet`; its own further inputs come before them.
+    """
+
+    def __init__(self, unet: nn.Module, *, num_residuals: int) -> None:
+        super().__init__()
+        self.unet = unet
+        self.num_residuals = num_residuals
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *more: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict."""
+        others, residuals = more[: -self.num_residuals], more[-self.num_residuals :]
+        noise_pred: torch.Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, *others, residuals=residuals
+        )
+        return noise_pred
