@@ -30,6 +30,15 @@ _OF_FAMILY = {
 }
 
 
+def card_license(card: Path) -> str | None:
+    """``license:`` of the model card's front matter, or None."""
+    if not card.is_file():
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
+    line = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
+    return line[1] if line else None
+
+
 def copy_license(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Write the checkpoint's licence, or the reference to it, and its card; names of the files.
 

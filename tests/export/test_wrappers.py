@@ -10,8 +10,9 @@ import torch
 
 from sd_engines.spec import Profile
 from sd_export.load import load_model, nsfw_content_detected
+from sd_export.safety_checker import SafetyChecker
 from sd_export.source import find_checkpoint
-from sd_export.wrappers import COMPONENTS, MODEL_OF, SafetyChecker, borders, wrap
+from sd_export.wrappers import COMPONENTS, MODEL_OF, borders, wrap
 
 if TYPE_CHECKING:
     from pathlib import Path
