@@ -294,7 +294,13 @@ class RayCluster:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[RayCluster]:
+def needs_ray() -> None:
+    """Skip where it is not installed."""
+    pytest.importorskip("ray", reason='400 MB, so not in the dev extra: pip install -e ".[ray]"')
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(needs_ray: None) -> Iterator[RayCluster]:
     """One for all tests: it takes many seconds to start."""
     environment = {
         **os.environ,

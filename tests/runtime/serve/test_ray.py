@@ -111,6 +111,7 @@ def test_two_replicas_answer(
     assert process.returncode == 0
 
 
+@pytest.mark.usefixtures("needs_ray")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
