@@ -100,12 +100,3 @@ def _card(checkpoint: Checkpoint) -> Path | None:
         return None
     card = checkpoint.tokenizer.parent / "README.md"
     return card if card.is_file() else None
-
-
-def card_license(card: Path) -> str | None:
-    """``license:`` of the model card's front matter, or None."""
-    if not card.is_file():
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
-    line = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
-    return line[1] if line else None
