@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -89,12 +92,23 @@ def _dynamic_shapes(module: torch.nn.Module, shapes: list[dict[int, Any]]) -> tu
 def save(model: ir.Model, folder: Path) -> int:
     """Write ``model`` and its weights below ``folder``, one file each; bytes written.
 
-    Only what a graph reads while it is loaded, shapes and axes, stays inside it.
+    Only what a graph reads while it is loaded, shapes and axes, stays inside it. `OSError` where
+    the disk is full, which onnx_ir does not always notice.
     """
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
+    _check_whole(folder)
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _check_whole(folder: Path) -> None:
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    places = [{entry.key: entry.value for entry in t.external_data} for t in graph.initializer]
+    end = max((int(p["offset"]) + int(p["length"]) for p in places if p), default=0)
+    path = folder / DATA_FILE
+    if end and path.stat().st_size < end:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _check_border(
