@@ -75,7 +75,7 @@ def test_the_fastest_is_taken_and_remembered(
     slow: str,
     fast: str,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="sd_engines")
+    caplog.set_level(logging.INFO, logger="sd_engines.choice")
     with monkeypatch.context() as patch:
         slow_down(patch, slow)
         assert backend_of(tiny_bundle) == fast
@@ -191,7 +191,7 @@ def test_no_place_to_remember(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="sd_engines")
+    caplog.set_level(logging.INFO, logger="sd_engines.choice")
     slow_down(monkeypatch, "openvino")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -246,6 +246,7 @@ def test_what_is_wrong_is_not_passed_over(tiny_bundle: Bundle, cache: Path) -> N
 def test_a_stale_plan_is_named_every_time(
     tiny_bundle: Bundle, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="sd_engines.choice")
     needs("tensorrt_rtx")
     stale = stale_plan("fp16")
     bundle = with_engines(tiny_bundle, *tiny_bundle.manifest.engines, stale)
