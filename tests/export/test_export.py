@@ -59,7 +59,11 @@ def test_graphs_have_one_symbolic_axis_and_the_border_of_the_manifest(
                 for value in values
             ]
             assert found == [(spec.name, spec.shape) for spec in specs], component
-        assert sorted(p.name for p in path.parent.iterdir()) == ["layers.json", "model.onnx", "model.onnx_data"]
+        assert sorted(p.name for p in path.parent.iterdir()) == [
+            "layers.json",
+            "model.onnx",
+            "model.onnx_data",
+        ]
         operators = {node.op_type for node in graph.node}
         assert "Attention" in operators, component
 
