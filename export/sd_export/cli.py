@@ -93,6 +93,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--vae", metavar="MODEL", help="VAE to take instead: Hub id, folder or file.")
 @click.option(
+    "--preview-vae", metavar="MODEL", help="Tiny one for pictures on the way: Hub id or folder."
+)
+@click.option(
     "--controlnet",
     "controlnets",
     multiple=True,
@@ -124,6 +127,7 @@ def export_command(
     embeddings: tuple[str, ...],
     max_prompt_chunks: int,
     vae: str | None,
+    preview_vae: str | None,
     controlnets: tuple[str, ...],
     feature_cache: bool,
     as_json: bool,
@@ -164,6 +168,7 @@ def export_command(
         embeddings=embeddings,
         max_prompt_chunks=max_prompt_chunks,
         vae=vae,
+        preview_vae=preview_vae,
         controlnets=controlnets,
         feature_cache=feature_cache,
         progress=_progress(quiet),

@@ -60,6 +60,7 @@ def export(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     vae: str | None = None,
+    preview_vae: str | None = None,
     max_prompt_chunks: int = 1,
     controlnets: Sequence[str] = (),
     feature_cache: bool = False,
@@ -72,14 +73,15 @@ def export(
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
-    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``embeddings`` are files of textual
-    inversion, each ``FILE`` or ``FILE=TOKEN``, whose tokens prompts then know. ``vae`` takes the
-    place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`. The UNet reads
-    ``max_prompt_chunks`` times as many tokens as the text encoder. ``controlnets`` are Hub ids or
-    folders of ControlNets, each for one control picture of a request. With
-    ``feature_cache`` the UNet gives its deep features too, and a second, shallow one takes them:
-    what a request's ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws
-    to be calibrated; None takes `calibration.PROMPTS`. Raises
+    to fuse into its weights, each ``FILE`` or ``FILE=SCALE``. ``embeddings`` are files of
+    textual inversion, each ``FILE`` or ``FILE=TOKEN``, whose tokens prompts then know. ``vae``
+    takes the place of the checkpoint's own: a Hub id, a folder or a file, as in `with_vae`;
+    ``preview_vae`` is a tiny one for pictures on the way. The UNet reads ``max_prompt_chunks``
+    times as many tokens as the text encoder. ``controlnets`` are Hub ids or folders of
+    ControlNets, each for one control picture of a request. With ``feature_cache`` the UNet
+    gives its deep features too, and a second, shallow one takes them: what a request's
+    ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws to be
+    calibrated; None takes `calibration.PROMPTS`. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
     left behind then. Interrupted, it leaves the stages that are done beside ``output``, and the
@@ -119,6 +121,10 @@ def export(
                 from sd_export.vae import with_vae
 
                 checkpoint = with_vae(checkpoint, vae)
+            if preview_vae is not None:
+                from sd_export.preview_vae import with_preview_vae
+
+                checkpoint = with_preview_vae(checkpoint, preview_vae)
             if controlnets:
                 from sd_export.controlnet import with_controlnets
 

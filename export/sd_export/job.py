@@ -125,7 +125,7 @@ class Job:
     def run(self) -> Manifest:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
         from sd_export.controlnet import control_components
-        from sd_export.wrappers import COMPONENTS
+        from sd_export.wrappers import COMPONENTS, model_of
 
         files = write_small_files(self.checkpoint, self.work.bundle)
         manifest = Manifest(
@@ -138,7 +138,7 @@ class Job:
             versions=self.versions,
         )
         for component in (*COMPONENTS, *control_components(self.checkpoint)):
-            if component == "safety_checker" and not self.checkpoint.has_safety_checker:
+            if model_of(component) not in self.checkpoint.weights:
                 continue
             if component == "unet_shallow" and not self.feature_cache:
                 continue

@@ -20,6 +20,7 @@ from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.embedding import add_tokens, add_vectors
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
+from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.single_file import single_file_names
 from sd_export.weights import Place, Weights
 from sd_runtime.plan import pipeline_scheduler_config
@@ -178,6 +179,11 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
 
         vae: torch.nn.Module = AutoencoderKL.from_config(config)
         return vae
+    if component == PREVIEW_VAE:
+        from diffusers import AutoencoderTiny
+
+        tiny: torch.nn.Module = AutoencoderTiny.from_config(config)
+        return tiny
     if component == "text_encoder":
         from transformers import CLIPTextConfig, CLIPTextModel
 

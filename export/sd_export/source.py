@@ -85,7 +85,7 @@ class Checkpoint:
         """Whether the names of the component's weights are to be translated."""
         if component == "vae" and self.vae is not None:
             return self.vae.single_file
-        return self.single_file and component not in self.controlnets
+        return self.single_file and component in WEIGHT_STEMS
 
     @property
     def has_safety_checker(self) -> bool:

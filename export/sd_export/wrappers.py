@@ -21,6 +21,7 @@ from sd_engines.spec import (
 )
 from sd_export.controlled_unet import ControlEmbedding, ControlledUnet, ControlNet
 from sd_export.controlnet import residual_specs
+from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
 
@@ -35,11 +36,17 @@ COMPONENTS = (
     "unet",
     "unet_shallow",
     "vae_decoder",
+    "preview_decoder",
     "vae_encoder",
     "safety_checker",
 )
 """Components of a bundle, in the order in which they are made; its ControlNets come after them."""
-MODEL_OF = {"unet_shallow": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+MODEL_OF = {
+    "unet_shallow": "unet",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+    "preview_decoder": PREVIEW_VAE,
+}
 """The checkpoint's model that holds a component, where its name differs."""
 
 
@@ -176,6 +183,8 @@ def wrap(
         wrapper = ControlEmbedding(model)
     elif component == "unet_shallow":
         wrapper = ShallowUnet(model)
+    elif component == "preview_decoder":
+        wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
     elif component == "vae_decoder":
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor)
     elif component == "vae_encoder":
@@ -238,7 +247,7 @@ def borders(
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
         inputs += residuals
         return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
-    if component == "vae_decoder":
+    if component in ("vae_decoder", "preview_decoder"):
         return (latents,), (images,)
     if component == "vae_encoder":
         return (images,), (latents, TensorSpec("latents_std", "float32", latent_shape))

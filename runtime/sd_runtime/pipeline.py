@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
 SHALLOW = "unet_shallow"
+PREVIEW_DECODER = "preview_decoder"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
 PRECISION_HINT = (
     "Nothing was kept. Try another --backend or a bundle of higher precision: "
@@ -264,9 +265,9 @@ class Pipeline(Closing):
             )
         return self._engines[component]
 
-    def _decode(self, latents: Array) -> NDArray[np.float32]:
+    def _decode(self, latents: Array, *, by: str = "vae_decoder") -> NDArray[np.float32]:
         """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
-        decoder = self._engines["vae_decoder"].bind(len(latents))
+        decoder = self._engine_on_demand(by).bind(len(latents))
         copy_into(decoder.inputs["latents"], latents)
         decoder.run()
         return to_host(decoder.outputs["images"])
@@ -295,7 +296,9 @@ class Pipeline(Closing):
 
     def _preview(self, row: Row) -> NDArray[np.uint8]:
         prediction = self.bundle.manifest.model.prediction_type
-        return _pixels_from(self._decode(predicted_original_sample(row, prediction)))
+        tiny = PREVIEW_DECODER in self.bundle.manifest.components
+        decoder = PREVIEW_DECODER if tiny else "vae_decoder"
+        return _pixels_from(self._decode(predicted_original_sample(row, prediction), by=decoder))
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry

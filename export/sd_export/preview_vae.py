@@ -1,0 +1,61 @@
+"""A tiny decoder beside a checkpoint: pictures on the way at a fraction of what the VAE's take.
+
+Ollin Boer Bohan's TAESD (https://github.com/madebyollin/taesd), which diffusers has as
+AutoencoderTiny. Its encoder is not used, and the last picture is the VAE's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sd_engines.errors import ConfigError, ExportError
+from sd_export.source import local_path, read_json, weight_files
+from sd_export.weights import Weights
+
+if TYPE_CHECKING:
+    from sd_export.source import Checkpoint
+
+PREVIEW_VAE = "preview_vae"
+_HINT = "Name a tiny VAE of the checkpoint's family: madebyollin/taesd, or a folder as diffusers'."
+
+
+def with_preview_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
+    """``checkpoint`` with the AutoencoderTiny that ``model`` names: a folder, or an id on the Hub.
+
+    Raises `ConfigError` for a name that is neither, `ExportError` for what cannot be had, is no
+    such VAE, or reads other latents.
+    """
+    folder = local_path(model, hint=_HINT)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--preview-vae {model} is no folder", _HINT)
+    if folder is None:
+        from sd_export.hub import fetch_vae
+
+        folder, _ = fetch_vae(model)
+    config = read_json(folder / "config.json", component=PREVIEW_VAE)
+    kind = config.get("_class_name")
+    if kind != "AutoencoderTiny":
+        raise _error(f"{model} holds a {kind}, not an AutoencoderTiny")
+    own = checkpoint.configs["vae"]
+    for words, found, wanted in (
+        ("channels of latents", config.get("latent_channels", 4), checkpoint.latent_channels),
+        (
+            "pixels a latent",
+            2 ** (len(config.get("decoder_block_out_channels", (64,) * 4)) - 1),
+            2 ** (len(own["block_out_channels"]) - 1),
+        ),
+    ):
+        if found != wanted:
+            raise _error(f"{model} has {found} {words}, the checkpoint's own VAE {wanted}")
+    weights = weight_files(folder, "vae", None)
+    Weights(weights, component=PREVIEW_VAE).close()  # refused now rather than after the UNet
+    return replace(
+        checkpoint,
+        configs={**checkpoint.configs, PREVIEW_VAE: config},
+        weights={**checkpoint.weights, PREVIEW_VAE: weights},
+    )
+
+
+def _error(message: str) -> ExportError:
+    return ExportError(message, _HINT, component=PREVIEW_VAE, stage="load")
