@@ -27,44 +27,66 @@ _DTYPES = {"float": np.float32, "float16": np.float16}
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """Where one weight lies, and how: ``shape`` is the graph's, whichever way it is turned."""
+
+    initializer: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
 class LayerTable:
     """The linear and convolutional layers of one component by their names in the checkpoint."""
 
     folder: Path
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, _Layer]
 
     @classmethod
     def open(cls, bundle: Bundle, component: str) -> Self:
-        """That of ``component``, checked; `BundleError` where an older bundle has none."""
+        """That of ``component``, checked; `BundleError` where there is none to be trusted."""
         folder = bundle.verified_path(component).parent
-        if f"{component}/{TABLE_FILE}" not in bundle.manifest.components[component].files:
+        files = bundle.manifest.components[component].files
+        hint = f"Make it again: sd-export --model {bundle.manifest.model.source} --output BUNDLE."
+        if f"{component}/{TABLE_FILE}" not in files:
             raise BundleError(
-                f"{bundle.path}: does not say where the weights of {component} lie",
-                f"Make it again: sd-export --model {bundle.manifest.model.source} --output BUNDLE.",
+                f"{bundle.path}: does not say where the weights of {component} lie", hint
             )
-        return cls(folder, json.loads((folder / TABLE_FILE).read_bytes()))
+        try:
+            entries = json.loads((folder / TABLE_FILE).read_bytes())
+            layers = {
+                name: _Layer(**{**entry, "shape": tuple(map(int, entry["shape"]))})
+                for name, entry in entries.items()
+            }
+            if not all(f"{component}/{layer.file}" in files for layer in layers.values()):
+                raise ValueError("names a file that the manifest does not list")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BundleError(f"{folder / TABLE_FILE}: {error}", hint) from error
+        return cls(folder, layers)
 
     def initializer(self, layer: str) -> str:
         """What the graph calls the weight of ``layer``."""
-        return str(self.layers[layer]["initializer"])
+        return self.layers[layer].initializer
 
     def read(self, layer: str) -> NDArray[np.float32]:
         """The weight of ``layer``, [out, in, …] as in its checkpoint."""
-        entry = self.layers[layer]
-        path, count = self.folder / entry["file"], math.prod(entry["shape"])
-        stored = np.fromfile(path, self._dtype(layer), count, offset=entry["offset"])
-        stored = stored.reshape(entry["shape"])
-        return np.asarray(stored.T if entry["transposed"] else stored, np.float32)
+        place = self.layers[layer]
+        path, count = self.folder / place.file, math.prod(place.shape)
+        stored = np.fromfile(path, _dtype(place), count, offset=place.offset).reshape(place.shape)
+        return np.asarray(stored.T if place.transposed else stored, np.float32)
 
     def stored(self, layer: str, weight: NDArray[np.float32]) -> NDArray[Any]:
         """``weight`` [out, in, …] as the graph holds it."""
-        turned = weight.T if self.layers[layer]["transposed"] else weight
-        return np.ascontiguousarray(turned, self._dtype(layer))
+        place = self.layers[layer]
+        return np.ascontiguousarray(weight.T if place.transposed else weight, _dtype(place))
 
-    def _dtype(self, layer: str) -> Any:
-        name = self.layers[layer]["dtype"]
-        if name not in _DTYPES:
-            raise BundleError(
-                f"weights in {name} cannot be changed", "Fuse the LoRA: sd-export … --lora FILE."
-            )
-        return _DTYPES[name]
+
+def _dtype(layer: _Layer) -> Any:
+    if layer.dtype not in _DTYPES:
+        raise BundleError(
+            f"weights in {layer.dtype} cannot be changed", "Fuse the LoRA: sd-export … --lora FILE."
+        )
+    return _DTYPES[layer.dtype]

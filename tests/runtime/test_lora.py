@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sd_engines.bundle import hash_files
 from sd_engines.errors import BundleError, ConfigError
 from sd_export.export import export
 from sd_runtime import Pipeline, Request
@@ -178,8 +180,6 @@ def test_files_that_are_no_safetensors(folder: Path, tmp_path: Path, data: bytes
 
 
 def test_an_older_bundle_says_that_it_must_be_made_again(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     old = shutil.copytree(folder / "bundle", tmp_path / "old")
     manifest = json.loads((old / "bundle.json").read_text())
     for component in manifest["components"].values():
@@ -191,3 +191,23 @@ def test_an_older_bundle_says_that_it_must_be_made_again(folder: Path, tmp_path:
     (old / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="does not say where the weights"):
         Pipeline.load(old, backend="onnxruntime", loras=named(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"file": "../../other"}, "does not list"), ({"offset": None, "more": 1}, "more")],
+)
+def test_a_table_of_layers_is_not_trusted(
+    folder: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    bundle = shutil.copytree(folder / "bundle", tmp_path / "bundle")
+    name = "unet/layers.json"
+    table = json.loads((bundle / name).read_text())
+    next(iter(table.values())).update(change)
+    (bundle / name).write_text(json.dumps(table))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    entry = hash_files(bundle, [name])[name]
+    manifest["components"]["unet"]["files"][name] = asdict(entry)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        Pipeline.load(bundle, backend="onnxruntime", loras=named(folder))
