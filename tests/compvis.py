@@ -19,6 +19,8 @@ _UNET_ENDS = [
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
     ("time_embed.cond_proj", "time_embedding.cond_proj"),
+    ("label_emb.0.0", "add_embedding.linear_1"),
+    ("label_emb.0.2", "add_embedding.linear_2"),
     ("input_blocks.0.0", "conv_in"),
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
@@ -71,11 +73,11 @@ def original_state(
     vae_config = json.loads((checkpoint / "vae/config.json").read_text())
     unet = load_file(checkpoint / "unet/diffusion_pytorch_model.safetensors")
     vae = load_file(checkpoint / "vae/diffusion_pytorch_model.safetensors")
-    text = load_file(checkpoint / "text_encoder/model.safetensors")
-    levels, layers = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
+    layers = unet_config["layers_per_block"]
+    attends = ["CrossAttn" in kind for kind in unet_config["up_block_types"]]
     state = {}
     for name, tensor in unet.items():
-        original = "model.diffusion_model." + _unet_name(name, levels, layers)
+        original = "model.diffusion_model." + _unet_name(name, attends, layers)
         if ema:
             state["model_ema." + original.removeprefix("model.").replace(".", "")] = tensor
             state[original] = torch.randn_like(tensor)
@@ -87,14 +89,39 @@ def original_state(
             tensor = tensor[:, :, None, None]  # a 1×1 convolution, then
         state["first_stage_model." + original] = tensor.contiguous()
     state["betas"] = torch.linspace(0.00085, 0.012, 1000)
-    bare = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+    if unet_config["addition_embed_type"] == "text_time":
+        return state | _xl_text_encoders(checkpoint)
+    bare = _text_encoder(checkpoint / "text_encoder")
     if open_clip is not None:
         return state | {open_clip + name: tensor for name, tensor in _open_clip(bare).items()}
-    for name, tensor in bare.items():
-        state["cond_stage_model.transformer.text_model." + name] = tensor
+    return state | _clip(bare, "cond_stage_model.transformer.text_model.")
+
+
+def _text_encoder(folder: Path) -> dict[str, torch.Tensor]:
+    text = load_file(folder / "model.safetensors")
+    return {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+
+
+def _clip(text: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     positions = torch.arange(77).expand(1, -1).contiguous()
-    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
-    return state
+    state = {prefix + name: tensor for name, tensor in text.items()}
+    return {**state, prefix + "embeddings.position_ids": positions}
+
+
+def _xl_text_encoders(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Those of XL: CLIP's own first where there is one, then OpenCLIP's, whole."""
+    state: dict[str, torch.Tensor] = {}
+    number = 0
+    if (checkpoint / "text_encoder").is_dir():
+        bare = _text_encoder(checkpoint / "text_encoder")
+        state = _clip(bare, "conditioner.embedders.0.transformer.text_model.")
+        number = 1
+    second = _text_encoder(checkpoint / "text_encoder_2")
+    projection = second.pop("text_projection.weight")
+    parts = _open_clip(second) | {"text_projection": projection.T.contiguous()}
+    return state | {
+        f"conditioner.embedders.{number}.model.{name}": tensor for name, tensor in parts.items()
+    }
 
 
 def _open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -116,7 +143,9 @@ def _open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**state, "text_projection": torch.randn(width, width), "logit_scale": torch.zeros(())}
 
 
-def _unet_name(name: str, levels: int, layers: int) -> str:
+def _unet_name(name: str, attends: list[bool], layers: int) -> str:
+    """``attends`` says of each up block whether it has attention, behind which upsamplers come."""
+    levels = len(attends)
     layer_map = [("middle_block.1.", "mid_block.attentions.0.")]
     layer_map += [(f"middle_block.{2 * j}.", f"mid_block.resnets.{j}.") for j in range(2)]
     for i in range(levels):
@@ -138,7 +167,7 @@ def _unet_name(name: str, levels: int, layers: int) -> str:
                 f"down_blocks.{i}.downsamplers.0.conv.",
             ),
             (
-                f"output_blocks.{(layers + 1) * i + layers}.{1 if i == 0 else 2}.",
+                f"output_blocks.{(layers + 1) * i + layers}.{2 if attends[i] else 1}.",
                 f"up_blocks.{i}.upsamplers.0.",
             ),
         ]

@@ -250,6 +250,8 @@ def _model(node: Node) -> ModelSpec:
         scheduler=node.mapping("scheduler"),
         defaults=_defaults(node.optional_node("defaults")),
         vae=node.younger_text("vae"),
+        force_zeros_for_empty_prompt=node.optional_flag("force_zeros_for_empty_prompt"),
+        requires_aesthetics_score=node.optional_flag("requires_aesthetics_score"),
     )
     node.end()
     return model
@@ -262,6 +264,10 @@ def _defaults(node: Node | None) -> Defaults:
     defaults = Defaults(
         num_inference_steps=node.integer("num_inference_steps", low=1),
         guidance_scale=node.number("guidance_scale"),
+        strength=node.optional_number("strength", Defaults.strength),
+        inpainting_strength=node.optional_number(
+            "inpainting_strength", Defaults.inpainting_strength
+        ),
     )
     node.end()
     return defaults

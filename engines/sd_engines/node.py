@@ -88,6 +88,17 @@ class Node:
             return float(value)
         raise wrong(self._at(key), "must be a finite number")
 
+    def optional_number(self, key: str, default: float) -> float:
+        """A finite number, ``default`` where the field is not there."""
+        return self.number(key) if key in self._fields else default
+
+    def optional_flag(self, key: str) -> bool:
+        """True or false, false where the field is not there."""
+        value = self._take(key) if key in self._fields else False
+        if not isinstance(value, bool):
+            raise wrong(self._at(key), "must be true or false")
+        return value
+
     def sha256(self, key: str) -> str:
         """64 lower-case hexadecimal digits."""
         value = self.text(key)

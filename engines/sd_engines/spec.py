@@ -13,6 +13,8 @@ Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 the rest in more; a graph of a component is never in it."""
 BATCH = "batch"
 """The one symbolic axis of every graph; all other axes are fixed by the profile."""
+STABLE_DIFFUSION_XL = "stable-diffusion-xl"
+"""A family's name, for where diffusers' pipelines of it do things otherwise."""
 TIMESTEP_COND = "timestep_cond"
 """Input of a UNet that was distilled together with its guidance, and is told its scale there."""
 CONTROLNET = "controlnet_"
@@ -21,6 +23,11 @@ CONTROL_EMBEDDING = "control_embedding_"
 for each, ``control_embedding_0``, …."""
 RESIDUAL, MID_RESIDUAL = "down_block_additional_residual_", "mid_block_additional_residual"
 """Outputs of a ControlNet (the first with a number) and, added up, inputs of its UNet."""
+POOLED_PROMPT_EMBEDS = "pooled_prompt_embeds"
+TIME_IDS = "time_ids"
+"""Inputs of a UNet of Stable Diffusion XL: the prompt as one vector, and sizes in pixels."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Components that read prompts, in the order in which their embeddings lie side by side."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Profile:
 
         Not so for a UNet that takes `TIMESTEP_COND` among its ``inputs``: it is never guided.
         """
-        guided = component in ("text_encoder", "unet", "unet_shallow")
+        guided = component in (*TEXT_ENCODERS, "unet", "unet_shallow")
         guided = guided or component.startswith(CONTROLNET)
         guided = guided and all(spec.name != TIMESTEP_COND for spec in inputs)
         return self.batch_size * (2 if guided else 1)
@@ -68,15 +75,24 @@ class Profile:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request takes where it says nothing."""
+    """What a request takes where it says nothing.
+
+    ``strength`` is image-to-image's, ``inpainting_strength`` that of a request with a mask.
+    """
 
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    strength: float = 0.8
+    inpainting_strength: float = 1.0
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the runtime must know of the checkpoint, whatever the backend."""
+    """What the runtime must know of the checkpoint, whatever the backend.
+
+    With ``force_zeros_for_empty_prompt`` the embeddings of a negative prompt that is not given are
+    zeros. With ``requires_aesthetics_score`` the UNet is a refiner's: `TIME_IDS` ends in a score.
+    """
 
     source: str
     revision: str | None
@@ -90,3 +106,5 @@ class ModelSpec:
     defaults: Defaults = Defaults()
     vae: str | None = None
     """Hub id or path of the VAE, where it is not the checkpoint's own."""
+    force_zeros_for_empty_prompt: bool = False
+    requires_aesthetics_score: bool = False

@@ -19,7 +19,7 @@ from sd_export.memory import release
 from sd_runtime.conditioning import PromptEncoder
 from sd_runtime.denoise import denoise
 from sd_runtime.noise import NoiseStream
-from sd_runtime.pipeline import TOKENIZER_FILE
+from sd_runtime.pipeline import TOKENIZER_OF
 from sd_runtime.plan import Plan, max_prompt_chunks, plan
 from sd_runtime.request import Request
 from sd_runtime.start import begin
@@ -131,16 +131,18 @@ class Calibration:
     def _embeds(self) -> dict[str, Array]:
         """All texts, encoded."""
         tokenizer = Tokenizer.load(
-            self.folder / TOKENIZER_FILE, max_tokens=self.manifest.model.max_prompt_tokens
+            self.folder / TOKENIZER_OF["text_encoder"],
+            max_tokens=self.manifest.model.max_prompt_tokens,
         )
         texts = ["", *self.prompts, _HELD_OUT]
         with self._engine("text_encoder") as text_encoder:
             encoder = PromptEncoder(
-                tokenizer, text_encoder, max_chunks=max_prompt_chunks(self.manifest)
+                {"text_encoder": (tokenizer, text_encoder)},
+                max_chunks=max_prompt_chunks(self.manifest),
             )
             embeds = encoder.encode([(text,) for text in texts], timings=Timings())
         release()
-        return {text: encoded for (text,), (encoded,) in embeds.items()}
+        return {str(text): encoded.prompt_embeds for (text,), (encoded,) in embeds.items()}
 
     def _engine(self, component: str) -> Engine:
         entry, profile = self.manifest.components[component], self.manifest.profile

@@ -51,10 +51,8 @@ def additions(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def folder_hashes(folder: Path | None) -> dict[str, str]:
-    """SHA-256 of every file right in ``folder``, by name; none where there is no folder."""
-    if folder is None:
-        return {}
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file right in ``folder``, by name."""
     return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 

@@ -73,7 +73,7 @@ def prove_end_to_end(
         backends = (*backends, "onnxruntime")
     certificate: list[CertificateEntry] = []
     path = work.bundle / MANIFEST_NAME
-    drawn = _what_draws(manifest, checkpoint)
+    drawn = _what_draws(manifest, checkpoint, encodes=request.image is not None)
     path.write_text(drawn.to_json(), encoding="utf-8")
     try:
         for backend in backends:
@@ -103,8 +103,8 @@ def prove_end_to_end(
 
 
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
-    """The pictures that an inpainting checkpoint or ControlNets are to draw from."""
-    if not checkpoint.is_for_inpainting and not checkpoint.controlnets:
+    """The pictures that ControlNets, an inpainting checkpoint or a refiner are to draw from."""
+    if not (checkpoint.controlnets or checkpoint.is_for_inpainting or checkpoint.is_refiner):
         return {}
     import numpy as np
 
@@ -112,8 +112,10 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
     if checkpoint.controlnets:
         return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
-    mask = 255 * (rows < profile.height // 2)
-    return {"image": image.astype(np.uint8), "mask": mask.astype(np.uint8)}
+    pictures = {"image": image.astype(np.uint8)}
+    if checkpoint.is_for_inpainting:
+        pictures["mask"] = (255 * (rows < profile.height // 2)).astype(np.uint8)
+    return {**pictures, "strength": 1.0}  # so that every step of few is run
 
 
 def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Request) -> Arrays:
@@ -123,22 +125,24 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
 
     from sd_export.load import load_pipeline
 
-    pictures: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     if request.control_image:
-        pictures = {"image": [picture.image for picture in request.control_image]}
+        inputs = {"image": [picture.image for picture in request.control_image]}
     if request.image is not None:
-        pictures = {"image": request.image.image, "mask_image": request.mask.image}
+        inputs = {"image": request.image.image, "strength": request.strength}
+    if request.image is None or request.mask is not None:
+        inputs |= {"height": profile.height, "width": profile.width}
+    if request.mask is not None:
+        inputs["mask_image"] = request.mask.image
     pipeline = load_pipeline(checkpoint)
     with torch.inference_mode():
         latents = pipeline(
             request.prompt,
-            height=profile.height,
-            width=profile.width,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(_SEED),
             output_type="latent",
-            **pictures,
+            **inputs,
         ).images
         images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     pixels = pipeline.image_processor.postprocess(images, output_type="np")
@@ -186,14 +190,14 @@ def _verify(
     )
 
 
-def _what_draws(manifest: Manifest, checkpoint: Checkpoint) -> Manifest:
+def _what_draws(manifest: Manifest, checkpoint: Checkpoint, *, encodes: bool) -> Manifest:
     """``manifest`` with what draws a picture and no more: the rest has been proven by itself."""
     from sd_export.controlnet import control_components
-    from sd_runtime.pipeline import REQUIRED
+    from sd_runtime.engines import drawing_components
     from sd_runtime.task import ENCODER
 
-    names = (*REQUIRED, *control_components(checkpoint))
-    if checkpoint.is_for_inpainting:
+    names = (*drawing_components(manifest), *control_components(checkpoint))
+    if encodes:
         names = (*names, ENCODER)
     components = {name: manifest.components[name] for name in names}
     engines = tuple(engine for engine in manifest.engines if engine.component in components)

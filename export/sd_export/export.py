@@ -12,6 +12,7 @@ from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
+from sd_export.family import is_xl
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
 from sd_export.precision import check_quantizable, check_request
@@ -21,7 +22,7 @@ from sd_export.work import work_folder
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sd_engines.spec import Precision
     from sd_export.progress import Progress, StageEvent
@@ -107,6 +108,14 @@ def export(
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
+            if is_xl(checkpoint.configs):
+                _check_xl(
+                    {
+                        "--embedding": bool(embeddings),
+                        "--max-prompt-chunks": max_prompt_chunks > 1,
+                        "--controlnet": bool(controlnets),
+                    }
+                )
             if loras:
                 from sd_export.lora import find_lora
 
@@ -135,6 +144,7 @@ def export(
             if precision == "int8":
                 check_quantizable(
                     "fp32",
+                    for_xl=is_xl(checkpoint.configs),
                     for_inpainting=checkpoint.is_for_inpainting,
                     feature_cache=feature_cache,
                 )
@@ -174,10 +184,21 @@ def export(
 def _defaults(own: Defaults, asked: Request) -> Defaults:
     """The checkpoint's ``own``, except what is asked for."""
     scale = asked.guidance_scale
-    return Defaults(
+    return replace(
+        own,
         num_inference_steps=asked.num_inference_steps or own.num_inference_steps,
         guidance_scale=own.guidance_scale if scale is None else float(scale),
     )
+
+
+def _check_xl(asked: Mapping[str, bool]) -> None:
+    """`ConfigError` for an option that was asked for, and is for v1 and v2 alone."""
+    for option, given in asked.items():
+        if given:
+            raise ConfigError(
+                f"{option} is for Stable Diffusion v1 and v2, and the checkpoint is of XL",
+                f"Leave {option} out.",
+            )
 
 
 def _profile(

@@ -7,29 +7,35 @@ models, and in a single file the names of its weights.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
-from sd_engines.spec import Defaults
+from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, Defaults
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 """What diffusers' LatentConsistencyModelPipeline draws with where it is not told."""
+XL = Defaults(guidance_scale=5.0, strength=0.3, inpainting_strength=0.9999)
+"""What diffusers' StableDiffusionXLPipeline and its kin draw with where they are not told."""
 _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
     "StableDiffusionInpaintPipeline": Defaults(),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
     "LatentConsistencyModelImg2ImgPipeline": LATENT_CONSISTENCY,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusionXLImg2ImgPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": replace(XL, guidance_scale=7.5),
 }
 _HINT = (
-    "sd-export takes Stable Diffusion v1 and v2 checkpoints, those for inpainting among them, and "
-    "latent consistency models of the same shape; ControlNets beside one, by --controlnet."
+    "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting and the "
+    "refiner among them, and latent consistency models of the same shape; ControlNets beside one "
+    "of v1 or v2, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
-    ("StableDiffusionXL", "Stable Diffusion XL"),
     ("StableDiffusion3", "Stable Diffusion 3"),
     ("Flux", "Flux"),
     ("ControlNet", "Stable Diffusion with a ControlNet"),
@@ -50,17 +56,16 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
     (r"lora_(unet|te)|.*\.lora_(down|up|A|B)\.", "a LoRA, which is no whole checkpoint"),
     (r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.", "a ControlNet"),
     (r".*\bmotion_modules\.", "AnimateDiff's motion module"),
-    (r"conditioner\.embedders\.1\.", "a Stable Diffusion XL checkpoint"),
-    (r"conditioner\.embedders\.0\.(?!model\.)", "a Stable Diffusion XL checkpoint"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "a Stable Diffusion 3 checkpoint"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux checkpoint"),
     (r"clip_(txt|text)_mapper\.", "a Stable Cascade checkpoint"),
     (r"depth_model\.", "a Stable Diffusion 2 depth-to-image checkpoint"),
     (r"noise_augmentor\.|embedder\.model\.visual\.", "a Stable unCLIP checkpoint"),
     (r"low_scale_model\.", "an upscaler"),
-    (r"model\.diffusion_model\.label_emb\.", "the refiner of Stable Diffusion XL or an upscaler"),
+    (r"model\.diffusion_model\.label_emb\.weight", "an upscaler"),
     (r"((en|de)coder\.)?(down|up)_blocks\.|text_model\.", "one model of a folder, not the whole"),
 )
+_REFINER_TIME_IDS = 5
 _BY_CHANNELS = {
     5: "depth to image",
     7: "an upscaler",
@@ -98,13 +103,19 @@ def check_names(names: Iterable[str]) -> None:
 def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """`ExportError` that says what has the layout of Stable Diffusion but is another model."""
     unet, vae = configs["unet"], configs["vae"]
+    text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
     problem = None
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         problem = f"the denoiser is a {unet['_class_name']}"
     elif vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         problem = f"the VAE is a {vae['_class_name']}"
-    elif unet.get("addition_embed_type") or unet.get("encoder_hid_dim_type"):
-        problem = "its UNet takes further conditioning (Stable Diffusion XL, Kandinsky)"
+    elif (kind := unet.get("encoder_hid_dim_type") or unet.get("addition_embed_type")) not in (
+        None,
+        "text_time",
+    ):
+        problem = f"its UNet takes further conditioning, {kind} (Kandinsky, Kolors)"
+    elif kind == "text_time" and num_time_ids(configs) not in (6, _REFINER_TIME_IDS):
+        problem = "its UNet takes not the pooled prompt and sizes of Stable Diffusion XL"
     elif unet.get("class_embed_type"):
         problem = "its UNet takes an embedded picture (Stable unCLIP)"
     elif unet.get("num_class_embeds"):
@@ -118,10 +129,10 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
         problem = f"its UNet takes {seen} channels for {channels} of latents ({kind})"
     elif not isinstance(unet.get("cross_attention_dim"), int):
         problem = "its UNet has several widths of cross attention"
-    elif unet["cross_attention_dim"] != configs["text_encoder"].get("hidden_size"):
+    elif unet["cross_attention_dim"] != text_width:
         problem = (
             f"its UNet takes prompts of width {unet['cross_attention_dim']}, its text encoder "
-            f"makes {configs['text_encoder'].get('hidden_size')}"
+            f"makes {text_width}"
         )
     elif vae.get("shift_factor") or vae.get("latents_mean"):
         problem = "its VAE shifts its latents"
@@ -132,10 +143,38 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """The family's name in the manifest: v2 reads prompts with OpenCLIP, v1 with OpenAI's CLIP.
 
-    transformers holds both in one class; what differs is the activation.
+    transformers holds both in one class; what differs is the activation. XL's UNet takes sizes.
     """
+    if is_xl(configs):
+        return STABLE_DIFFUSION_XL
     open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
     return "stable-diffusion-v2" if open_clip else "stable-diffusion-v1"
+
+
+def is_xl(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the UNet takes the pooled prompt and sizes, as Stable Diffusion XL's does."""
+    return configs["unet"].get("addition_embed_type") == "text_time"
+
+
+def text_encoders(configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The text encoders that a checkpoint has, in the order of `TEXT_ENCODERS`."""
+    return tuple(name for name in TEXT_ENCODERS if name in configs)
+
+
+def num_time_ids(configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """How many numbers of a picture's size the UNet takes beside the pooled prompt, if whole."""
+    unet = configs["unet"]
+    pooled = configs.get("text_encoder_2", {}).get("projection_dim")
+    width = unet.get("projection_class_embeddings_input_dim")
+    step = unet.get("addition_time_embed_dim")
+    if not (isinstance(pooled, int) and isinstance(width, int) and isinstance(step, int) and step):
+        return 0
+    return (width - pooled) / step
+
+
+def is_refiner(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the UNet is told of a picture's aesthetic score in the place of its target size."""
+    return is_xl(configs) and num_time_ids(configs) == _REFINER_TIME_IDS
 
 
 def _error(message: str) -> ExportError:

@@ -112,7 +112,8 @@ def _make(
         component, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache
     )
     with log.stage(component, "reference"):
-        vocab_size = int(checkpoint.configs["text_encoder"]["vocab_size"])
+        config = checkpoint.configs.get(component, {})  # of a text encoder, for its input_ids
+        vocab_size = int(config.get("vocab_size", 0))
         probe = verify.probe_inputs(component, inputs, profile=profile, vocab_size=vocab_size)
         reference = verify.reference_outputs(
             module, component, probe, outputs, checkpoint=checkpoint, model=model

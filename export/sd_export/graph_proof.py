@@ -63,12 +63,14 @@ def bundle_proof(bundle: Bundle, component: str) -> Proof:
     from tokenizers import Tokenizer
 
     from sd_export.verify import Proof, probe_inputs, run_engine
+    from sd_runtime.pipeline import TOKENIZER_OF
 
     profile, entry = bundle.manifest.profile, bundle.manifest.components[component]
-    tokenizer = Tokenizer.from_file(str(bundle.verified_path("tokenizer/tokenizer.json")))
-    inputs = probe_inputs(
-        component, entry.inputs, profile=profile, vocab_size=tokenizer.get_vocab_size()
-    )
+    vocab_size = 0
+    if component in TOKENIZER_OF:
+        path = bundle.verified_path(TOKENIZER_OF[component])
+        vocab_size = Tokenizer.from_file(str(path)).get_vocab_size()
+    inputs = probe_inputs(component, entry.inputs, profile=profile, vocab_size=vocab_size)
     onnx_path = bundle.path / entry.file
     engine = proving_engine(onnx_path, component, entry, profile)
     outputs = run_engine(onnx_path, engine, component=entry, profile=profile, inputs=inputs)

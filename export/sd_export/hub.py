@@ -29,6 +29,8 @@ _SMALL_FILES = (
     "scheduler/*.json",
     "tokenizer/*.json",
     "tokenizer/merges.txt",
+    "tokenizer_2/*.json",
+    "tokenizer_2/merges.txt",
     "feature_extractor/preprocessor_config.json",
 )
 

@@ -104,7 +104,8 @@ class Job:
                 "precision": precision,
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
-                "tokenizer": folder_hashes(checkpoint.tokenizer),
+                "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
+                "tokenizers": [folder_hashes(path) for path in checkpoint.tokenizers.values()],
                 "weights": self._weights,
             }
         )
@@ -287,6 +288,8 @@ class Job:
             scheduler=dict(checkpoint.configs["scheduler"]),
             defaults=checkpoint.defaults,
             vae=None if checkpoint.vae is None else checkpoint.vae.source,
+            force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
+            requires_aesthetics_score=checkpoint.is_refiner,
         )
 
     def _reference_name(self) -> str:

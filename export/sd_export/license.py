@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from sd_engines.spec import STABLE_DIFFUSION_XL
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -27,6 +29,7 @@ _NAMES = {
 _OF_FAMILY = {
     "stable-diffusion-v1": ("Stable Diffusion v1", "creativeml-openrail-m"),
     "stable-diffusion-v2": ("Stable Diffusion v2", "openrail++"),
+    STABLE_DIFFUSION_XL: ("Stable Diffusion XL", "openrail++"),
 }
 
 
@@ -96,7 +99,7 @@ def _notice(checkpoint: Checkpoint) -> str:
 
 
 def _card(checkpoint: Checkpoint) -> Path | None:
-    if checkpoint.tokenizer is None:
+    if not checkpoint.tokenizers:
         return None
-    card = checkpoint.tokenizer.parent / "README.md"
+    card = next(iter(checkpoint.tokenizers.values())).parent / "README.md"
     return card if card.is_file() else None

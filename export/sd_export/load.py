@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ExportError
-from sd_engines.spec import CONTROLNET
+from sd_engines.spec import CONTROLNET, TEXT_ENCODERS
 from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.embedding import add_tokens, add_vectors
+from sd_export.family import is_xl
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.single_file import single_file_names
+from sd_export.source import TOKENIZER_FOLDERS
 from sd_export.weights import Place, Weights
 from sd_runtime.plan import pipeline_scheduler_config
 
@@ -49,7 +51,7 @@ _OLD_ATTENTION_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|valu
 
 
 def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
-    """The ``text_encoder``, ``unet``, ``vae``, ``safety_checker`` or a ControlNet in float32.
+    """A text encoder, the ``unet``, ``vae``, ``safety_checker`` or a ControlNet in float32.
 
     The checkpoint's LoRAs are fused into it, and its embeddings are in it. Raises `ExportError` for
     weights that are missing, of another shape, not finite or unreadable.
@@ -68,7 +70,8 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
             if checkpoint.is_in_original_layout(component)
             else {name: Place(name) for name in weights}
         )
-        _assign(module, component, weights, {_todays_name(n): p for n, p in names.items()})
+        names = {_todays_name(name, component): place for name, place in names.items()}
+        _assign(module, component, weights, names)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # `position_ids` is all that is computed and not stored
             parent, _, leaf = name.rpartition(".")
@@ -77,14 +80,16 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     module.eval().requires_grad_(requires_grad=False)
     fuse_loras(module, component, checkpoint.loras)
     if component == "text_encoder" and checkpoint.embeddings:
-        first = len(_own_tokenizer(checkpoint))
+        first = len(_own_tokenizer(checkpoint, component))
         add_vectors(module, checkpoint.embeddings, first=first)
     return module
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
-    """The checkpoint's tokenizer, which pads and truncates to the text encoder's positions."""
-    clip = _clip_tokenizer(checkpoint)
+def load_tokenizer(
+    checkpoint: Checkpoint, text_encoder: str = "text_encoder"
+) -> tokenizers.Tokenizer:
+    """The tokenizer of ``text_encoder``, which pads and truncates to the encoder's positions."""
+    clip = _clip_tokenizer(checkpoint, text_encoder)
     tokenizer: tokenizers.Tokenizer = clip.backend_tokenizer
     length = max_prompt_tokens(checkpoint)
     tokenizer.enable_truncation(length)
@@ -94,39 +99,46 @@ def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
 
 def max_prompt_tokens(checkpoint: Checkpoint) -> int:
     """How many tokens a prompt has, the first and the last included."""
-    return int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))
+    config = checkpoint.configs[checkpoint.text_encoders[0]]
+    return int(config.get("max_position_embeddings", 77))
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """The unmodified pipeline of diffusers for the checkpoint, without its checker.
+    """The unmodified pipeline of diffusers for the checkpoint, without its checker or watermark.
 
-    `StableDiffusionInpaintPipeline` where the UNet is for inpainting,
-    `StableDiffusionControlNetPipeline` where there are ControlNets, else
-    `StableDiffusionPipeline`, which draws latent consistency models as well, and with any
-    scheduler, as their own does not.
+    The one for inpainting where the UNet is, for image-to-image where it is a refiner's, the one
+    of ControlNets where there are any, else the one for text, which draws latent consistency models
+    as well, and with any scheduler, as their own does not.
     """
     import diffusers
 
-    inpaint, draw = diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionPipeline
-    pipeline_class: Any = inpaint if checkpoint.is_for_inpainting else draw
-    further = {}
+    xl = is_xl(checkpoint.configs)
+    task = "Inpaint" if checkpoint.is_for_inpainting else "Img2Img" if checkpoint.is_refiner else ""
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    if xl:
+        zeros = checkpoint.force_zeros_for_empty_prompt
+        options = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros}
+        if task:
+            options["requires_aesthetics_score"] = checkpoint.is_refiner
     config = dict(checkpoint.configs["scheduler"])
     if checkpoint.controlnets:  # its pipeline takes a scheduler's config as it is
-        config = pipeline_scheduler_config(config)
-        pipeline_class = diffusers.StableDiffusionControlNetPipeline
-        further["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
+        config = pipeline_scheduler_config(config, family=checkpoint.family)
+        task = "ControlNet"
+        options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
+    pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
     with _quiet():
+        for encoder in TEXT_ENCODERS if xl else TEXT_ENCODERS[:1]:
+            present = encoder in checkpoint.text_encoders
+            tokenizer = TOKENIZER_FOLDERS[encoder]
+            options[encoder] = load_model(checkpoint, encoder) if present else None
+            options[tokenizer] = _clip_tokenizer(checkpoint, encoder) if present else None
         scheduler_class = getattr(diffusers, checkpoint.configs["scheduler"]["_class_name"])
         pipeline = pipeline_class(
             vae=load_model(checkpoint, "vae"),
-            text_encoder=load_model(checkpoint, "text_encoder"),
-            tokenizer=_clip_tokenizer(checkpoint),
             unet=load_model(checkpoint, "unet"),
             scheduler=scheduler_class.from_config(config),
-            safety_checker=None,
             feature_extractor=None,
-            requires_safety_checker=False,
-            **further,
+            **options,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -188,6 +200,10 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    if component == "text_encoder_2":
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
     if component.startswith(CONTROLNET):
         from diffusers import ControlNetModel
 
@@ -251,42 +267,45 @@ def _read(weights: Weights, place: Place, component: str) -> torch.Tensor:
     return tensor.to(torch.float32, copy=True).contiguous()
 
 
-def _todays_name(name: str) -> str:
-    name = _TEXT_PREFIX.sub("", name)
+def _todays_name(name: str, component: str) -> str:
+    if component == "text_encoder":  # the second has a projection beside its text_model
+        name = _TEXT_PREFIX.sub("", name)
     name = _VISION_PREFIX.sub("vision_model.", name)
     return _OLD_ATTENTION_NAME.sub(lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name)
 
 
-def _clip_tokenizer(checkpoint: Checkpoint) -> Any:
+def _clip_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
     """A tokenizer of transformers, with the tokens of the checkpoint's embeddings."""
-    tokenizer = _own_tokenizer(checkpoint)
+    tokenizer = _own_tokenizer(checkpoint, text_encoder)
     add_tokens(tokenizer, checkpoint.embeddings)
     return tokenizer
 
 
-def _own_tokenizer(checkpoint: Checkpoint) -> Any:
+def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
     from transformers import CLIPTokenizer
 
     length = max_prompt_tokens(checkpoint)
     try:
         with _quiet():
-            if checkpoint.tokenizer is None:
+            if checkpoint.single_file:
                 vocabulary, merges = clip_vocabulary()
-                v2 = checkpoint.family == "stable-diffusion-v2"
+                open_clip = checkpoint.configs[text_encoder].get("hidden_act") == "gelu"
                 return CLIPTokenizer(
                     vocab=vocabulary,
                     merges=merges,  # type: ignore[arg-type]  # what the call takes is pairs
                     model_max_length=length,
-                    pad_token=PAD_TOKEN if v2 else "<|endoftext|>",
+                    pad_token=PAD_TOKEN if open_clip else "<|endoftext|>",
                 )
             return CLIPTokenizer.from_pretrained(
-                _real(checkpoint.tokenizer), model_max_length=length
+                _real(checkpoint.tokenizers[text_encoder]), model_max_length=length
             )
     except Exception as error:  # `tokenizers` raises bare Exception
         if isinstance(error, (MemoryError, ImportError)):
             raise
         raise _error(
-            "tokenizer", f"cannot be read: {error}", "Download the checkpoint again."
+            TOKENIZER_FOLDERS[text_encoder],
+            f"cannot be read: {error}",
+            "Download the checkpoint again.",
         ) from error
 
 

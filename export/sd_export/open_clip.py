@@ -1,7 +1,8 @@
-"""OpenCLIP's text encoder as the original files of Stable Diffusion v2 hold it.
+"""OpenCLIP's text encoder as the original files of Stable Diffusion v2 and XL hold it.
 
 transformers' CLIPTextModel is the same network under other names, with query, key and value
-apart. Stable Diffusion takes the output of the last layer but one: that layer is never made.
+apart. Stable Diffusion takes the output of the last layer but one: in v2 the last is never made. XL
+takes the projection as well, and so it is whole there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,26 @@ def open_clip_prefix(weights: Weights) -> str | None:
     return next((p for p in PREFIXES if p + "token_embedding.weight" in weights), None)
 
 
-def open_clip_names(weights: Weights, prefix: str) -> dict[str, Place]:
+def whole_open_clip_names(weights: Weights, prefix: str) -> dict[str, Place]:
+    """Where each weight of transformers' CLIPTextModelWithProjection lies."""
+    names = open_clip_names(weights, prefix, most_layers=weights.count(prefix + _LAYERS_PREFIX))
+    places = {f"text_model.{name}": place for name, place in names.items()}
+    projection = prefix + "text_projection"
+    if projection in weights:
+        places["text_projection.weight"] = Place(projection, transposed=True)
+    return places
+
+
+def whole_open_clip_shapes(weights: Weights, prefix: str) -> dict[str, Any]:
+    """As `open_clip_shapes`, of all layers, and of the projection."""
+    shapes = open_clip_shapes(weights, prefix)
+    shapes["num_hidden_layers"] = weights.count(prefix + _LAYERS_PREFIX)
+    return shapes | {"projection_dim": weights.shape(prefix + "text_projection")[1]}
+
+
+def open_clip_names(
+    weights: Weights, prefix: str, *, most_layers: int = _MOST_LAYERS
+) -> dict[str, Place]:
     """Where each weight of transformers' CLIPTextModel lies.
 
     What only the full CLIP needs (its projection, the last layer) is passed over.
@@ -50,7 +70,7 @@ def open_clip_names(weights: Weights, prefix: str) -> dict[str, Place]:
         if not name.startswith(start):
             continue
         layer, rest = name.removeprefix(start).split(".", 1)
-        if int(layer) >= _MOST_LAYERS:
+        if int(layer) >= most_layers:
             continue
         home = f"encoder.layers.{layer}"
         module, _, kind = rest.rpartition(".")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import CONTROLNET, Precision
+from sd_engines.spec import CONTROLNET, TIME_IDS, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,12 +69,19 @@ def check_request(
         )
 
 
-def check_quantizable(graph: Precision, *, for_inpainting: bool, feature_cache: bool) -> None:
+def check_quantizable(
+    graph: Precision, *, for_xl: bool, for_inpainting: bool, feature_cache: bool
+) -> None:
     """`ConfigError` for a UNet of which no int8 engine can be made and measured."""
     if graph != "fp32":
         raise ConfigError(
             f"the bundle's unet is {graph}; int8 cannot be made of it",
             "Export the checkpoint again with --backend openvino --precision int8.",
+        )
+    if for_xl:
+        raise ConfigError(
+            "int8 is for UNets of Stable Diffusion v1 and v2, and this one is of XL",
+            "Take --precision bf16 or fp32.",
         )
     if for_inpainting:
         raise ConfigError(
@@ -120,6 +127,7 @@ def engine_precision(
     if backend == "openvino" and precision == "int8" and component in QUANTIZED:
         check_quantizable(
             entry.precision,
+            for_xl=any(spec.name == TIME_IDS for spec in entry.inputs),
             for_inpainting=any(spec.name == "mask" for spec in entry.inputs),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
         )

@@ -28,6 +28,8 @@ def reads_text(unet_config: Mapping[str, Any]) -> bool:
     problem = None
     if block not in _READS_TEXT:
         problem = f"a UNet that ends in a {block} cannot be cut for feature caching"
+    elif unet_config.get("addition_embed_type"):
+        problem = "a UNet of Stable Diffusion XL is not cut for feature caching"
     elif unet_config.get("time_cond_proj_dim"):
         problem = "a UNet that is told its guidance draws in too few steps for feature caching"
     elif unet_config.get("in_channels", 4) != unet_config.get("out_channels", 4):

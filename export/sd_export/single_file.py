@@ -1,10 +1,10 @@
 """Reads checkpoints of one file in the original CompVis layout, from the file alone.
 
-Three models lie in one file under three prefixes, and the EMA copy of the UNet under a fourth,
-with its dots removed. Names map one to one onto diffusers' names; shapes say how many levels and
-channels there are; what neither says (heads, group sizes, scaling) is the same for all of a
-family and ships in `configs/v1.json` and `configs/v2.json`, after the folders that diffusers takes
-it from.
+Models lie in one file under a prefix each, and the EMA copy of the UNet under another, with its
+dots removed. Names map one to one onto diffusers' names; shapes say how many levels and channels
+there are; what neither says (heads, group sizes, scaling) is the same for all of a family and ships
+in `configs/v1.json`, `configs/v2.json` and `configs/xl.json`, after the folders that diffusers
+takes it from.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
+from sd_engines.spec import TEXT_ENCODERS
 from sd_export.family import check_names
-from sd_export.open_clip import open_clip_names, open_clip_prefix, open_clip_shapes
+from sd_export.open_clip import (
+    open_clip_names,
+    open_clip_prefix,
+    open_clip_shapes,
+    whole_open_clip_names,
+    whole_open_clip_shapes,
+)
 from sd_export.weights import Place
 
 if TYPE_CHECKING:
@@ -28,6 +35,13 @@ VAE_PREFIX = "first_stage_model."
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 """All of it that is the model's; a file of a VAE alone holds its training's loss as well."""
 TEXT_ENCODER_PREFIX = "cond_stage_model.transformer."
+XL_PREFIXES = {
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
+XL_REFINER_PREFIXES = {"text_encoder_2": "conditioner.embedders.0.model."}
+_POOLED_AND_SIZES = f"{UNET_PREFIX}label_emb.0.0.weight"
+"""A weight that only UNets of Stable Diffusion XL have."""
 _HEAD_SIZE = 64
 
 _RESNET = {
@@ -42,6 +56,8 @@ _UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "time_embed.cond_proj": "time_embedding.cond_proj",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
@@ -63,33 +79,34 @@ _V2_BASE_STEP = "875000"
 def single_file_configs(
     weights: Weights, *, prediction_type: str | None
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Configs of ``unet``, ``vae``, ``text_encoder`` and ``scheduler``, in diffusers' words.
+    """Configs of ``unet``, ``vae``, ``scheduler`` and text encoders, in diffusers' words.
 
     And, in words for people, what had to be assumed. Raises `ExportError` where the file is
     another family's or lacks a part.
     """
     check_names(weights)
-    open_clip = open_clip_prefix(weights)
-    for part, prefix in (
-        ("UNet", UNET_PREFIX),
-        ("VAE", VAE_PREFIX),
-        ("text encoder", open_clip or TEXT_ENCODER_PREFIX),
-    ):
+    encoders = text_encoder_prefixes(weights)
+    parts = [("UNet", UNET_PREFIX), ("VAE", VAE_PREFIX)]
+    for part, prefix in [*parts, *(("text encoder", prefix) for prefix in encoders.values())]:
         if not any(name.startswith(prefix) for name in weights):
             raise _error(
                 f"no {part} in the file (no name starts with {prefix!r})",
                 "Name a complete Stable Diffusion checkpoint; a VAE or a UNet alone is not one.",
             )
-    family = "v2" if open_clip else "v1"
+    xl = _POOLED_AND_SIZES in weights
+    open_clip = not xl and encoders["text_encoder"] != TEXT_ENCODER_PREFIX
+    family = "xl" if xl else "v2" if open_clip else "v1"
     text = resources.files("sd_export").joinpath(f"configs/{family}.json").read_text()
     configs: dict[str, dict[str, Any]] = json.loads(text)
     unet, scheduler = configs["unet"], configs["scheduler"]
     try:
         unet |= _unet_shapes(weights)
         configs["vae"] |= _vae_shapes(weights)
-        configs["text_encoder"] |= (
-            open_clip_shapes(weights, open_clip) if open_clip else _text_encoder_shapes(weights)
-        )
+        for encoder in TEXT_ENCODERS:
+            if encoder in encoders:
+                configs[encoder] |= _text_encoder_shapes(weights, encoder)
+            else:
+                configs.pop(encoder, None)
     except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise _error(
             f"the file lacks a weight that Stable Diffusion {family} has: {error}",
@@ -103,9 +120,11 @@ def single_file_configs(
         scheduler["prediction_type"] = prediction_type
     elif open_clip:
         assumed = "v_prediction is assumed, the file does not say; or give --prediction-type"
-    if open_clip:
+    if open_clip or xl:
         unet["attention_head_dim"] = [n // _HEAD_SIZE for n in unet["block_out_channels"]]
-        if scheduler["prediction_type"] == "epsilon":  # as the 512×512 models of the family
+        if (
+            open_clip and scheduler["prediction_type"] == "epsilon"
+        ):  # as the 512×512 models of the family
             unet["sample_size"] = 64
     return configs, assumed
 
@@ -134,14 +153,15 @@ def single_file_vae_config(weights: Weights) -> dict[str, Any] | None:
 def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
     """Where each of the component's weights lies, by diffusers' names.
 
-    ``component`` is ``unet`` (its EMA copy where the file has one), ``vae`` or ``text_encoder``.
+    ``component`` is ``unet`` (its EMA copy where the file has one), ``vae`` or a text encoder.
     """
-    if component == "text_encoder":
-        open_clip = open_clip_prefix(weights)
-        if open_clip is not None:
-            return open_clip_names(weights, open_clip)
-        names = _under(weights, TEXT_ENCODER_PREFIX)
-        return {name.removeprefix(TEXT_ENCODER_PREFIX): Place(name) for name in names}
+    if component in TEXT_ENCODERS:
+        prefix = text_encoder_prefixes(weights)[component]
+        if component == "text_encoder_2":
+            return whole_open_clip_names(weights, prefix)
+        if prefix == open_clip_prefix(weights):
+            return open_clip_names(weights, prefix)
+        return {name.removeprefix(prefix): Place(name) for name in _under(weights, prefix)}
     if component == "vae":
         prefix = _vae_prefix(weights)
         levels = weights.count(prefix + "decoder.up.")
@@ -156,6 +176,14 @@ def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
         _unet_name(n.removeprefix(UNET_PREFIX), layers=layers): Place(_ema_name(n) if ema else n)
         for n in _under(weights, UNET_PREFIX)
     }
+
+
+def text_encoder_prefixes(weights: Weights) -> dict[str, str]:
+    """What the names of each text encoder start with in this file."""
+    if _POOLED_AND_SIZES in weights:
+        base = any(name.startswith(XL_PREFIXES["text_encoder_2"]) for name in weights)
+        return XL_PREFIXES if base else XL_REFINER_PREFIXES
+    return {"text_encoder": open_clip_prefix(weights) or TEXT_ENCODER_PREFIX}
 
 
 def has_ema(weights: Weights) -> bool:
@@ -236,7 +264,18 @@ def _unet_shapes(weights: Weights) -> dict[str, Any]:
     attends = [f"{first}.1.norm.weight" in weights for first in firsts]
     guidance = f"{UNET_PREFIX}time_embed.cond_proj.weight"
     cross = next(n for n in _under(weights, UNET_PREFIX) if n.endswith(".attn2.to_k.weight"))
+    further: dict[str, Any] = {}
+    if _POOLED_AND_SIZES in weights:
+        places = [*firsts[:-1], firsts[-1] if attends[-1] else f"{UNET_PREFIX}middle_block"]
+        further = {
+            "projection_class_embeddings_input_dim": weights.shape(_POOLED_AND_SIZES)[1],
+            "transformer_layers_per_block": [
+                weights.count(f"{place}.1.transformer_blocks.") if attend else 1
+                for place, attend in zip(places, [*attends[:-1], True], strict=True)
+            ],
+        }
     return {
+        **further,
         "in_channels": weights.shape(f"{UNET_PREFIX}input_blocks.0.0.weight")[1],
         "out_channels": weights.shape(f"{UNET_PREFIX}out.2.weight")[0],
         "layers_per_block": layers,
@@ -269,8 +308,13 @@ def _vae_shapes(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _text_encoder_shapes(weights: Weights) -> dict[str, Any]:
-    prefix = TEXT_ENCODER_PREFIX + "text_model."
+def _text_encoder_shapes(weights: Weights, encoder: str) -> dict[str, Any]:
+    prefix = text_encoder_prefixes(weights)[encoder]
+    if encoder == "text_encoder_2":
+        return whole_open_clip_shapes(weights, prefix)
+    if prefix == open_clip_prefix(weights):
+        return open_clip_shapes(weights, prefix)
+    prefix += "text_model."
     vocab_size, hidden_size = weights.shape(f"{prefix}embeddings.token_embedding.weight")
     return {
         "vocab_size": vocab_size,

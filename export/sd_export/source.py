@@ -17,10 +17,14 @@ from sd_engines.errors import ConfigError, ExportError, nearest
 from sd_engines.spec import Defaults
 from sd_export.family import (
     LATENT_CONSISTENCY,
+    XL,
     check_configs,
     family_of,
+    is_refiner,
+    is_xl,
     lone_model,
     pipeline_defaults,
+    text_encoders,
 )
 from sd_export.license import card_license
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 WEIGHT_STEMS = {
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "safety_checker": "model",
@@ -40,7 +45,7 @@ WEIGHT_STEMS = {
 """Models of a checkpoint folder, and the stem of their safetensors file."""
 CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-_REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -54,10 +59,12 @@ _LAYOUT_HINT = (
 class Checkpoint:
     """Where a checkpoint's parts lie, and their configs in diffusers' words.
 
-    ``configs`` has ``text_encoder``, ``unet``, ``vae``, ``scheduler``, and ``safety_checker`` with
-    ``feature_extractor`` where the checkpoint has them. ``weights`` maps a model to its files.
-    ``single_file`` means the original layout: all models share one file, and the tokenizer is
-    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's.
+    ``configs`` has ``text_encoder``, ``text_encoder_2`` or both, ``unet``, ``vae``, ``scheduler``,
+    and ``safety_checker`` with ``feature_extractor`` where the checkpoint has them. ``weights``
+    maps a model to its files, ``tokenizers`` a text encoder to its tokenizer's folder.
+    ``single_file`` means the original layout: all models share one file, and the tokenizers are
+    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
+    is ``force_zeros_for_empty_prompt``.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
     encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
     to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
@@ -68,7 +75,7 @@ class Checkpoint:
     revision: str | None
     configs: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, tuple[Path, ...]]
-    tokenizer: Path | None
+    tokenizers: Mapping[str, Path]
     licenses: tuple[Path, ...] = ()
     license: str | None = None
     single_file: bool = False
@@ -80,6 +87,7 @@ class Checkpoint:
     commit: str | None = field(default=None)
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
+    force_zeros_for_empty_prompt: bool = False
 
     def is_in_original_layout(self, component: str) -> bool:
         """Whether the names of the component's weights are to be translated."""
@@ -101,6 +109,16 @@ class Checkpoint:
     def is_for_inpainting(self) -> bool:
         """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
         return int(self.configs["unet"].get("in_channels", 4)) != self.latent_channels
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether the UNet is that of Stable Diffusion XL's refiner."""
+        return is_refiner(self.configs)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The models that read prompts, in the order in which their embeddings lie."""
+        return text_encoders(self.configs)
 
     @property
     def family(self) -> str:
@@ -181,20 +199,21 @@ def _single_file(
 
     with Weights((path,), component="checkpoint") as weights:
         configs, assumed = single_file_configs(weights, prediction_type=prediction_type)
+    check_configs(configs)
+    family = family_of(configs)
     distilled = configs["unet"].get("time_cond_proj_dim") is not None
     defaults = LATENT_CONSISTENCY if distilled else Defaults()
-    check_configs(configs)
-    v2 = family_of(configs) == "stable-diffusion-v2"
     return Checkpoint(
         source=model,
         revision=None,
         configs=configs,
-        weights=dict.fromkeys(("text_encoder", "unet", "vae"), (path,)),
-        tokenizer=None,
-        license="openrail++" if v2 else "creativeml-openrail-m",
+        weights=dict.fromkeys((*text_encoders(configs), "unet", "vae"), (path,)),
+        tokenizers={},
+        license="creativeml-openrail-m" if family == "stable-diffusion-v1" else "openrail++",
         single_file=True,
         assumed=assumed,
-        defaults=defaults,
+        defaults=XL if is_xl(configs) else defaults,
+        force_zeros_for_empty_prompt=is_xl(configs) and not is_refiner(configs),
     )
 
 
@@ -203,11 +222,14 @@ def read_folder(
 ) -> Checkpoint:
     """Read a checkpoint in the diffusers layout; `ExportError` names the part that is wrong."""
     index, defaults = read_index(folder, source=source)
-    for part in _REQUIRED:
+    second = _is_named(index, "text_encoder_2")
+    encoders = ["text_encoder"] if _is_named(index, "text_encoder") or not second else []
+    encoders += ["text_encoder_2"] if second else []
+    parts = [*encoders, "unet", "vae"]
+    for part in (*parts, "scheduler", *(TOKENIZER_FOLDERS[name] for name in encoders)):
         if not (folder / part).is_dir():
             raise _missing(part, f"{source} has no folder {part}")
-    parts = ["text_encoder", "unet", "vae"]
-    wants_checker = (index.get("safety_checker") or [None, None])[1] is not None
+    wants_checker = _is_named(index, "safety_checker")
     if wants_checker:
         for part in ("safety_checker", "feature_extractor"):
             if not (folder / part).is_dir():
@@ -220,21 +242,29 @@ def read_folder(
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         configs["feature_extractor"] = read_json(processor, component="feature_extractor")
     check_configs(configs)
-    tokenizer = folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() and not (
-        (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
-    ):
-        raise _missing("tokenizer", "neither tokenizer.json nor vocab.json with merges.txt")
+    tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
+    for tokenizer in tokenizers.values():
+        if not (tokenizer / "tokenizer.json").is_file() and not (
+            (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
+        ):
+            raise _missing(tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt")
     return Checkpoint(
         source=source,
         revision=revision,
         configs=configs,
         weights={part: weight_files(folder / part, part, variant) for part in parts},
-        tokenizer=tokenizer,
+        tokenizers=tokenizers,
         licenses=tuple(sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name))),
         license=card_license(folder / "README.md"),
         defaults=defaults,
+        force_zeros_for_empty_prompt=is_xl(configs)
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _is_named(index: Mapping[str, Any], part: str) -> bool:
+    """Whether model_index.json names a class for ``part``."""
+    return (index.get(part) or [None, None])[1] is not None
 
 
 def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:

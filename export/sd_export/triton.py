@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, open_bundle
 from sd_engines.errors import BundleError, ConfigError, ExportError, nearest
-from sd_engines.spec import BATCH
-from sd_runtime.pipeline import REQUIRED, TOKENIZER_FILE
+from sd_engines.spec import BATCH, STABLE_DIFFUSION_XL
+from sd_runtime.engines import drawing_components
+from sd_runtime.pipeline import TOKENIZER_OF
 from sd_runtime.task import TEXT_TO_IMAGE, tasks_of
 from sd_runtime.triton import GRAPHS, OPTIONS
 
@@ -54,6 +55,11 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
             "the bundle is for inpainting, and the model repository is for text-to-image",
             "Serve it with sd-serve.",
         )
+    if bundle.manifest.model.family == STABLE_DIFFUSION_XL:
+        raise ConfigError(
+            "the model repository is for Stable Diffusion v1 and v2, and the bundle is of XL",
+            "Serve it with sd-serve.",
+        )
     engines = _engines(bundle, backend)
     if repository.exists():
         raise ConfigError(f"{repository} is there already", "Remove it, or name another folder.")
@@ -84,7 +90,8 @@ def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
             f"Triton has no backend {backend!r}", nearest(str(backend), set(FILE_NAMES))
         )
     manifest = bundle.manifest
-    needed = [name for name in GRAPHS if name in REQUIRED or name in manifest.components]
+    required = drawing_components(manifest)
+    needed = [name for name in GRAPHS if name in required or name in manifest.components]
     for name in (backend,) if backend else FILE_NAMES:
         engines = {e.component: e for e in manifest.engines if e.backend == name}
         if engines.keys() >= set(needed):
@@ -118,8 +125,9 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
 
 def _write_loop(model: Path, bundle: Bundle, backend: str) -> None:
     version = model / "1"
-    (version / TOKENIZER_FILE).parent.mkdir(parents=True)
-    shutil.copyfile(bundle.verified_path(TOKENIZER_FILE), version / TOKENIZER_FILE)
+    tokenizer = TOKENIZER_OF["text_encoder"]
+    (version / tokenizer).parent.mkdir(parents=True)
+    shutil.copyfile(bundle.verified_path(tokenizer), version / tokenizer)
     shutil.copyfile(bundle.path / MANIFEST_NAME, version / MANIFEST_NAME)
     (version / "model.py").write_text(_MODEL_PY)
     profile = bundle.manifest.profile

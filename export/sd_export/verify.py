@@ -15,6 +15,7 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
+from sd_engines.spec import TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
 
@@ -66,6 +67,8 @@ def probe_inputs(
             arrays[spec.name] = ids
         elif spec.name == "timestep":
             arrays[spec.name] = np.array(_TIMESTEPS[:rows], dtype=np.float32)
+        elif spec.name == TIME_IDS:
+            arrays[spec.name] = rng.integers(0, 1025, shape).astype(np.float32)
         elif spec.name == "images":
             arrays[spec.name] = _pictures(rng, shape)
         elif spec.name == "mask":

@@ -30,12 +30,13 @@ _DOWNLOAD_HINT = "Download the file again; its size or its bytes are not what wa
 class Place(NamedTuple):
     """Where a weight lies: a tensor by its name in the file, or one of its ``parts`` equal parts.
 
-    Parts are of the first axis.
+    Parts are of the first axis. ``transposed`` says that the file holds it the other way round.
     """
 
     name: str
     part: int = 0
     parts: int = 1
+    transposed: bool = False
 
 
 class _TrainingObject:
@@ -95,7 +96,9 @@ class Weights(Closing):
         holder = self._where[place.name]
         stored = holder if isinstance(holder, torch.Tensor) else holder.get_tensor(place.name)
         whole: torch.Tensor = stored
-        return whole if place.parts == 1 else whole.tensor_split(place.parts)[place.part]
+        if place.parts > 1:
+            return whole.tensor_split(place.parts)[place.part]
+        return whole.T if place.transposed else whole
 
     def close(self) -> None:
         """Let go of the files."""

@@ -16,14 +16,21 @@ from sd_engines.spec import (
     BATCH,
     CONTROL_EMBEDDING,
     CONTROLNET,
+    MID_RESIDUAL,
+    POOLED_PROMPT_EMBEDS,
+    RESIDUAL,
+    TEXT_ENCODERS,
+    TIME_IDS,
     TIMESTEP_COND,
     TensorSpec,
 )
-from sd_export.controlled_unet import ControlEmbedding, ControlledUnet, ControlNet
 from sd_export.controlnet import residual_specs
+from sd_export.controlnet_parts import ControlEmbedding, ControlNet
+from sd_export.family import is_xl, num_time_ids
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
+from sd_runtime.task import MASK_INPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = (
     "text_encoder",
+    "text_encoder_2",
     "unet",
     "unet_shallow",
     "vae_decoder",
@@ -63,60 +71,69 @@ class TextEncoder(nn.Module):
         return prompt_embeds
 
 
-class Unet(nn.Module):
-    """sample [batch, c, h, w], timestep [batch], encoder_hidden_states → noise_pred.
+class PenultimateTextEncoder(nn.Module):
+    """input_ids int64 [batch, 77] → prompt_embeds [batch, 77, d], the last layer but one.
 
-    With timestep_cond [batch, d] where the UNet was distilled together with its guidance, and
-    with the ``residuals`` of ControlNets, the middle's last.
+    With a projection, pooled_prompt_embeds [batch, e] too. Keeps no layer that it does not need.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        whole: Any = text_encoder
+        self.projects = hasattr(whole, "text_projection")
+        self.text_encoder = whole
+        if not self.projects:
+            whole.encoder.layers = whole.encoder.layers[:-1]
+            whole.final_layer_norm = nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Encode."""
+        if not self.projects:
+            prompt_embeds: torch.Tensor = self.text_encoder(input_ids).last_hidden_state
+            return prompt_embeds
+        found: list[torch.Tensor] = []
+        last_layer = self.text_encoder.text_model.encoder.layers[-1]
+        hook = last_layer.register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0]))
+        try:
+            pooled_prompt_embeds: torch.Tensor = self.text_encoder(input_ids).text_embeds
+        finally:
+            hook.remove()
+        return found[0], pooled_prompt_embeds
+
+
+class Unet(nn.Module):
+    """sample [batch, c, h, w], timestep [batch], encoder_hidden_states, … → noise_pred.
+
+    Takes what ``names`` say, in their order: with mask [batch, 1, h, w] and masked_image_latents
+    [batch, c, h, w] where it is for inpainting; with timestep_cond [batch, d] where it was
+    distilled together with its guidance; with pooled_prompt_embeds [batch, e] and time_ids [batch,
+    5 or 6] where it is of Stable Diffusion XL; with the residuals of ControlNets, zeros where there
+    are none, the middle's last.
+    """
+
+    def __init__(self, unet: nn.Module, *, names: Sequence[str]) -> None:
         super().__init__()
         self.unet = unet
+        self.names = tuple(names)
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        timestep_cond: torch.Tensor | None = None,
-        *,
-        residuals: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         """Predict."""
+        inputs = dict(zip(self.names, tensors, strict=True))
+        seen = [inputs[name] for name in ("sample", *MASK_INPUTS) if name in inputs]
+        added = None
+        if TIME_IDS in inputs:
+            added = {"text_embeds": inputs[POOLED_PROMPT_EMBEDS], "time_ids": inputs[TIME_IDS]}
+        residuals = [inputs[name] for name in self.names if name.startswith(RESIDUAL)]
         noise_pred: torch.Tensor = self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            timestep_cond=timestep_cond,
-            down_block_additional_residuals=tuple(residuals[:-1]) if residuals else None,
-            mid_block_additional_residual=residuals[-1] if residuals else None,
+            torch.cat(seen, dim=1) if len(seen) > 1 else seen[0],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            timestep_cond=inputs.get(TIMESTEP_COND),
+            added_cond_kwargs=added,
+            down_block_additional_residuals=tuple(residuals) or None,
+            mid_block_additional_residual=inputs.get(MID_RESIDUAL),
             return_dict=False,
         )[0]
-        return noise_pred
-
-
-class InpaintingUnet(nn.Module):
-    """As `Unet`, with mask [batch, 1, h, w] and masked_image_latents [batch, c, h, w]."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = Unet(unet)
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        mask: torch.Tensor,
-        masked_image_latents: torch.Tensor,
-        timestep_cond: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Predict."""
-        stacked = torch.cat([sample, mask, masked_image_latents], dim=1)
-        noise_pred: torch.Tensor = self.unet(
-            stacked, timestep, encoder_hidden_states, timestep_cond
-        )
         return noise_pred
 
 
@@ -167,16 +184,13 @@ def wrap(
     """
     scaling_factor = vae_scaling_factor(checkpoint)
     wrapper: nn.Module
-    if component == "text_encoder":
-        wrapper = TextEncoder(model)
+    if component in TEXT_ENCODERS:
+        penultimate = is_xl(checkpoint.configs)
+        wrapper = PenultimateTextEncoder(model) if penultimate else TextEncoder(model)
     elif component == "unet":
-        if checkpoint.is_for_inpainting:
-            wrapper = InpaintingUnet(model)
-        else:
-            wrapper = CachedUnet(model) if feature_cache else Unet(model)
-        if checkpoint.controlnets:
-            count = len(residual_specs(checkpoint.configs["unet"], profile=profile))
-            wrapper = ControlledUnet(wrapper, num_residuals=count)
+        inputs, _ = borders(component, checkpoint=checkpoint, profile=profile)
+        names = [spec.name for spec in inputs]
+        wrapper = CachedUnet(model) if feature_cache else Unet(model, names=names)
     elif component in checkpoint.controlnets:
         wrapper = ControlNet(model)
     elif component.startswith(CONTROL_EMBEDDING):
@@ -208,18 +222,21 @@ def borders(
     component: str, *, checkpoint: Checkpoint, profile: Profile, feature_cache: bool = False
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of ``component`` for ``profile``, as `wrap` makes it."""
-    text, unet = checkpoint.configs["text_encoder"], checkpoint.configs["unet"]
+    unet, texts = checkpoint.configs["unet"], checkpoint.text_encoders
+    text = checkpoint.configs[component if component in texts else texts[0]]
     tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
     latent_size = (profile.latent_height, profile.latent_width)
     latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
-    embeds_shape = (BATCH, tokens, width)
-    chunks_shape = (BATCH, tokens * checkpoint.max_prompt_chunks, width)
     features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
     latents = TensorSpec("latents", "float32", latent_shape)
     images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
-    if component == "text_encoder":
+    second = checkpoint.configs.get("text_encoder_2", {})
+    pooled_shape = (BATCH, int(second.get("projection_dim", 0)))
+    pooled = TensorSpec(POOLED_PROMPT_EMBEDS, "float32", pooled_shape)
+    if component in TEXT_ENCODERS:
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
-        return (ids,), (TensorSpec("prompt_embeds", "float32", embeds_shape),)
+        prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
+        return (ids,), (prompt_embeds, pooled) if component != "text_encoder" else (prompt_embeds,)
     control_embeds = TensorSpec("control_embeds", "float32", features_shape)
     if component.startswith(CONTROL_EMBEDDING):
         return (replace(images, name="control_image"),), (control_embeds,)
@@ -227,7 +244,8 @@ def borders(
     if component in ("unet", "unet_shallow", *checkpoint.controlnets):
         sample = TensorSpec("sample", "float32", latent_shape)
         timestep = TensorSpec("timestep", "float32", (BATCH,))
-        embeds = TensorSpec("encoder_hidden_states", "float32", chunks_shape)
+        tokens, width = tokens * checkpoint.max_prompt_chunks, int(unet["cross_attention_dim"])
+        embeds = TensorSpec("encoder_hidden_states", "float32", (BATCH, tokens, width))
         noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
         features = TensorSpec("deep_features", "float32", features_shape)
         if component == "unet_shallow":
@@ -245,6 +263,9 @@ def borders(
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
+        if is_xl(checkpoint.configs):
+            ids_shape = (BATCH, int(num_time_ids(checkpoint.configs)))
+            inputs += [pooled, TensorSpec(TIME_IDS, "float32", ids_shape)]
         inputs += residuals
         return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
     if component in ("vae_decoder", "preview_decoder"):

@@ -1,96 +1,120 @@
-"""Prompts to prompt_embeds, with a memory of the last ones; a guidance scale to timestep_cond."""
+"""What a UNet is told besides the latents: of prompts, of its guidance, of the picture's size."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sd_engines.spec import POOLED_PROMPT_EMBEDS
 from sd_runtime.arrays import copy_into
 from sd_runtime.prompt_weighting import weigh, weighted_parts
 from sd_runtime.tokenizer import Chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from sd_engines.engine import Array, Engine
+    from sd_engines.spec import Profile
     from sd_runtime.timing import Timings
     from sd_runtime.tokenizer import Tokenizer
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""What diffusers tells a refiner of the picture to draw, and of the one not to."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """One text, encoded: float32 [tokens, d], and [e] where the model pools it too."""
+
+    prompt_embeds: Array
+    pooled_prompt_embeds: Array | None = None
+
+    def zeros(self) -> PromptEmbeds:
+        """Zeros in the place of an encoded text."""
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeds(
+            np.zeros_like(self.prompt_embeds), None if pooled is None else np.zeros_like(pooled)
+        )
 
 
 class PromptEncoder:
     """Encodes each chunk of a text on its own row, so that it never depends on its neighbours.
 
-    The last ``capacity`` chunks' embeddings are kept (77 × 768 float32 is 231 KiB): the negative
-    prompt of a service is encoded once, not once a request. ``max_chunks`` is how many of them the
-    UNet takes at once.
+    ``encoders`` are one or two text encoders by name, each with its tokenizer; what they make of a
+    text lies side by side, and the last one pools it, from its first chunk. The last ``capacity``
+    chunks' embeddings are kept (77 × 768 float32 is 231 KiB): the negative prompt of a service is
+    encoded once, not once a request. ``max_chunks`` is how many of them the UNet takes at once.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        text_encoder: Engine,
+        encoders: Mapping[str, tuple[Tokenizer, Engine]],
         *,
         max_chunks: int = 1,
         capacity: int = 64,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder
+        self._encoders = dict(encoders)
         self._max_chunks = max_chunks
         self._capacity = capacity
-        self._known: OrderedDict[bytes, Array] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bytes], PromptEmbeds] = OrderedDict()
 
     def encode(
         self,
-        groups: Sequence[tuple[str, ...]],
+        groups: Sequence[tuple[str | None, ...]],
         *,
         prompt_weighting: bool = False,
         timings: Timings,
-    ) -> dict[tuple[str, ...], tuple[Array, ...]]:
-        """Group of texts → prompt_embeds float32 [max_chunks · 77, d], on the engine's device.
+    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+        """Group of texts → their embeddings [max_chunks · 77, d], on the engine's device.
 
         A group is what one picture's UNet sees at once: its shorter texts are padded to as many
         chunks as its longest. Where that is fewer than ``max_chunks``, all are repeated, which
         attention does not notice; a number that does not divide ``max_chunks`` is padded to the
-        next that does. With ``prompt_weighting`` the texts are those of `weighted_parts`.
+        next that does. With ``prompt_weighting`` the texts are those of `weighted_parts`. None,
+        beside a text or more, becomes zeros.
         """
         embeds = {}
-        for texts in dict.fromkeys(groups):
-            with timings.measure("tokenize"):
-                prompts = [
-                    self._tokenizer.chunks(
-                        weighted_parts(text) if prompt_weighting else [(text, 1.0)],
-                        max_chunks=self._max_chunks,
-                    )
-                    for text in texts
-                ]
-                longest = max(len(prompt.input_ids) for prompt in prompts)
-                count = next(
-                    n for n in range(longest, 1 + self._max_chunks) if not self._max_chunks % n
-                )
-                prompts = [self._padded(prompt, count) for prompt in prompts]
-            embeds[texts] = tuple(self._embeds(prompt, timings=timings) for prompt in prompts)
+        for group in dict.fromkeys(groups):
+            texts = [text for text in group if text is not None]
+            parts: list[list[PromptEmbeds]] = [[] for _ in texts]
+            for name, (tokenizer, _) in self._encoders.items():
+                with timings.measure("tokenize"):
+                    prompts = self._chunks(tokenizer, texts, prompt_weighting=prompt_weighting)
+                for part, prompt in zip(parts, prompts, strict=True):
+                    part.append(self._embeds(name, prompt, timings=timings))
+            found = dict(zip(texts, map(_side_by_side, parts), strict=True))
+            embeds[group] = tuple(
+                found[texts[0]].zeros() if text is None else found[text] for text in group
+            )
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)
         return embeds
 
-    def _padded(self, prompt: Chunks, count: int) -> Chunks:
-        """``prompt`` with chunks of no words until there are ``count``."""
-        missing = count - len(prompt.input_ids)
-        if not missing:
-            return prompt
-        empty = self._tokenizer.chunks([("", 1.0)])
-        return Chunks(
-            *(np.concatenate([a, *[b] * missing]) for a, b in zip(prompt, empty, strict=True))
-        )
+    def _chunks(
+        self, tokenizer: Tokenizer, texts: Sequence[str], *, prompt_weighting: bool
+    ) -> list[Chunks]:
+        """As many chunks of each of ``texts``."""
+        prompts = [
+            tokenizer.chunks(
+                weighted_parts(text) if prompt_weighting else [(text, 1.0)],
+                max_chunks=self._max_chunks,
+            )
+            for text in texts
+        ]
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        count = next(n for n in range(longest, 1 + self._max_chunks) if not self._max_chunks % n)
+        return [_padded(tokenizer, prompt, count) for prompt in prompts]
 
-    def _embeds(self, prompt: Chunks, *, timings: Timings) -> Array:
-        chunks = [self._chunk_embeds(ids, timings=timings) for ids in prompt.input_ids]
+    def _embeds(self, name: str, prompt: Chunks, *, timings: Timings) -> PromptEmbeds:
+        found = [self._chunk_embeds(name, ids, timings=timings) for ids in prompt.input_ids]
         if self._max_chunks == 1 and (prompt.weights == 1).all():
-            return chunks[0]
+            return found[0]
+        chunks = [chunk.prompt_embeds for chunk in found]
         length = len(chunks[0])
         embeds = _empty_like(chunks[0], self._max_chunks * length)
         used = embeds[: len(chunks) * length]
@@ -102,23 +126,48 @@ class PromptEncoder:
             weigh(used, weights)
         for first in range(len(used), len(embeds), len(used)):
             embeds[first : first + len(used)] = used
-        return embeds
+        return PromptEmbeds(embeds, found[0].pooled_prompt_embeds)
 
-    def _chunk_embeds(self, input_ids: NDArray[np.int64], *, timings: Timings) -> Array:
-        """prompt_embeds float32 [77, d] of one chunk, not to be changed."""
-        key = input_ids.tobytes()
+    def _chunk_embeds(
+        self, name: str, input_ids: NDArray[np.int64], *, timings: Timings
+    ) -> PromptEmbeds:
+        """What the encoder ``name`` makes of one chunk, not to be changed."""
+        key = name, input_ids.tobytes()
         if key not in self._known:
-            with timings.measure("text_encoder"):
-                binding = self._text_encoder.bind(1)
+            with timings.measure(name):
+                binding = self._encoders[name][1].bind(1)
                 copy_into(binding.inputs["input_ids"], input_ids[None])
                 binding.run()
-                self._known[key] = binding.outputs["prompt_embeds"][0].copy()
+                outputs = {output: array[0].copy() for output, array in binding.outputs.items()}
+                self._known[key] = PromptEmbeds(**outputs)
         self._known.move_to_end(key)
         return self._known[key]
 
     def forget(self) -> None:
         """Drop every embedding that is kept."""
         self._known.clear()
+
+
+def pooled_inputs(embeds: Sequence[PromptEmbeds]) -> dict[str, list[Array]]:
+    """What the UNet takes by name of the pooled ``embeds``, a row each; nothing without them."""
+    pooled = [text.pooled_prompt_embeds for text in embeds if text.pooled_prompt_embeds is not None]
+    return {POOLED_PROMPT_EMBEDS: pooled} if pooled else {}
+
+
+def time_ids(
+    profile: Profile, *, is_refiner: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What Stable Diffusion XL is told of the picture, and beside a negative prompt: float32 [k].
+
+    Its height and width in pixels, where it was cropped (nowhere), and either its height and width
+    again or, to a refiner, how much people liked it (Podell et al. 2023, arXiv:2307.01952,
+    section 2.2).
+    """
+    size = (profile.height, profile.width)
+    scores = (AESTHETIC_SCORE,), (NEGATIVE_AESTHETIC_SCORE,)
+    ends: tuple[tuple[float, ...], tuple[float, ...]] = scores if is_refiner else (size, size)
+    positive, negative = (np.array([*size, 0, 0, *end], np.float32) for end in ends)
+    return positive, negative
 
 
 def guidance_scale_embedding(guidance_scale: float, width: int) -> NDArray[np.float32]:
@@ -138,6 +187,25 @@ def guidance_scale_embedding(guidance_scale: float, width: int) -> NDArray[np.fl
     embedding[:half] = np.sin(angles)
     embedding[half : 2 * half] = np.cos(angles)
     return embedding
+
+
+def _padded(tokenizer: Tokenizer, prompt: Chunks, count: int) -> Chunks:
+    """``prompt`` with chunks of no words until there are ``count``."""
+    missing = count - len(prompt.input_ids)
+    if not missing:
+        return prompt
+    empty = tokenizer.chunks([("", 1.0)])
+    return Chunks(
+        *(np.concatenate([a, *[b] * missing]) for a, b in zip(prompt, empty, strict=True))
+    )
+
+
+def _side_by_side(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """What several encoders made of one text, as the UNet takes it."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = np.concatenate([part.prompt_embeds for part in parts], axis=-1)
+    return PromptEmbeds(joined, parts[-1].pooled_prompt_embeds)
 
 
 def _empty_like(array: Array, length: int) -> Array:

@@ -57,18 +57,15 @@ class ControlNet:
     engine: Engine
     embeds: NDArray[np.float32]
 
-    def conditioning_scale(self, num_images: int, *, guided: bool) -> NDArray[np.float32]:
-        """What the residuals are multiplied by, float32 [1 or 2 · num_images, residuals]."""
+    def conditioning_scale(self, *, negative: bool) -> NDArray[np.float32]:
+        """What the residuals beside a prompt are multiplied by, float32 [1, residuals]."""
         num_residuals = len(self.engine.outputs)
         if not self.control.guess_mode:
             return np.full((1, num_residuals), self.control.scale, np.float32)
-        scales = np.logspace(-1, 0, num_residuals).astype(np.float32) * np.float32(
-            self.control.scale
-        )
-        if not guided:
-            return scales[None]
-        unseen = np.zeros((num_images, num_residuals), np.float32)
-        return np.concatenate([unseen, np.tile(scales, (num_images, 1))])
+        if negative:
+            return np.zeros((1, num_residuals), np.float32)
+        deeper = np.logspace(-1, 0, num_residuals).astype(np.float32)[None]
+        return deeper * np.float32(self.control.scale)
 
 
 class ControlEncoder:

@@ -70,7 +70,8 @@ def denoise(
     table: SchedulerTable,
     noise: Sequence[NoiseStream],
     timings: Timings,
-    unet_inputs: Mapping[str, Array] | None = None,
+    unet_inputs: Mapping[str, Sequence[Array] | Array] | None = None,
+    negative_unet_inputs: Mapping[str, Sequence[Array] | Array] | None = None,
     known: Known | None = None,
     unet_shallow: Engine | None = None,
     shallow_rows: Container[int] = (),
@@ -84,9 +85,9 @@ def denoise(
     be guided if they are, and not if they are not. ``noise`` is one stream per picture, read on
     the rows that draw, used there or not, so that later rows see the noise they would see in
     diffusers. ``unet_inputs`` go to the UNet by name on every row, in both halves: [n, …], or
-    [1, …] for all pictures. Where ``known`` is given, its part of the latents is put back after
-    every row, with the noise of the next. What ``controlnets`` say on a row goes into the UNet.
-    Closing the generator cancels.
+    [1, …] for all pictures; ``negative_unet_inputs`` take their place in the negative half. Where
+    ``known`` is given, its part of the latents is put back after every row, with the noise of the
+    next. What ``controlnets`` say on a row goes into the UNet. Closing the generator cancels.
     """
     n = len(latents)
     engines = {"unet": unet} | ({"unet_shallow": unet_shallow} if unet_shallow else {})
@@ -94,16 +95,16 @@ def denoise(
         ("unet_shallow" if row in shallow_rows else "unet", row in guided_rows)
         for row in range(table.num_rows)
     ]
-    embeds = {
-        guided: [*(negative_prompt_embeds if guided else ()), *prompt_embeds]
-        for guided in (False, True)
-    }
+    positive = {"encoder_hidden_states": prompt_embeds, **(unet_inputs or {})}
+    negative = positive | {"encoder_hidden_states": negative_prompt_embeds}
+    negative |= negative_unet_inputs or {}
+    halves = {False: [positive], True: [negative, positive]}
     bindings = {
-        (component, guided): _bound(engines[component], embeds[guided], unet_inputs or {})
+        (component, guided): _bound(engines[component], n, halves[guided])
         for component, guided in dict.fromkeys(kinds)
     }
     residuals = {
-        guided: Residuals(binding, _controls(controlnets, embeds[guided], n, guided=guided))
+        guided: Residuals(binding, _controls(controlnets, n, halves[guided]))
         for (component, guided), binding in bindings.items()
         if component == "unet"
     }
@@ -180,31 +181,39 @@ def denoise(
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 
-def _bound(unet: Engine, embeds: Sequence[Array], unet_inputs: Mapping[str, Array]) -> Binding:
-    """The UNet's buffers for as many rows as there are embeddings, and those written to them.
+def _bound(
+    unet: Engine, n: int, halves: Sequence[Mapping[str, Sequence[Array] | Array]]
+) -> Binding:
+    """The UNet's buffers for n pictures in each of ``halves``, and what holds for all rows in them.
 
-    ``unet_inputs`` are repeated until all rows have one. A shallow UNet whose layers do not look
-    at the prompt has no place for the embeddings.
+    A half's inputs are repeated until all n have one. A shallow UNet whose layers do not look at
+    the prompt has no place for the embeddings.
     """
-    binding = unet.bind(len(embeds))
-    if "encoder_hidden_states" in binding.inputs:
-        for row_in, row in zip(binding.inputs["encoder_hidden_states"], embeds, strict=True):
-            copy_into(row_in, row)
-    for name, rows in unet_inputs.items():
-        for index, row_in in enumerate(binding.inputs[name]):
-            copy_into(row_in, rows[index % len(rows)])
+    binding = unet.bind(n * len(halves))
+    for number, half in enumerate(halves):
+        for name, rows in half.items():
+            if name == "encoder_hidden_states" and name not in binding.inputs:
+                continue
+            for index, row_in in enumerate(binding.inputs[name][n * number : n * (number + 1)]):
+                copy_into(row_in, rows[index % len(rows)])
     return binding
 
 
 def _controls(
-    controlnets: Sequence[ControlNet], embeds: Sequence[Array], num_images: int, *, guided: bool
+    controlnets: Sequence[ControlNet], n: int, halves: Sequence[Mapping[str, Sequence[Array]]]
 ) -> list[tuple[ControlNet, Binding]]:
-    """``controlnets`` with their buffers for as many rows as there are embeddings."""
+    """``controlnets`` with their buffers, as `_bound`; the last half is that of the prompt."""
     bound = []
     for net in controlnets:
-        scale = net.conditioning_scale(num_images, guided=guided)
-        inputs = {"control_embeds": net.embeds, "conditioning_scale": scale}
-        bound.append((net, _bound(net.engine, embeds, inputs)))
+        inputs = [
+            {
+                "encoder_hidden_states": half["encoder_hidden_states"],
+                "control_embeds": net.embeds,
+                "conditioning_scale": net.conditioning_scale(negative=half is not halves[-1]),
+            }
+            for half in halves
+        ]
+        bound.append((net, _bound(net.engine, n, inputs)))
     return bound
 
 

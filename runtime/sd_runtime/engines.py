@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sd_engines.choice import fastest_engine
 from sd_engines.engine import listed_engines, open_engine
+from sd_engines.spec import POOLED_PROMPT_EMBEDS, TEXT_ENCODERS, TIME_IDS
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import ENCODER
 
@@ -15,9 +16,26 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
+    from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
+
+
+def text_encoders(manifest: Manifest) -> tuple[str, ...]:
+    """The components that read this bundle's prompts, in the order of `TEXT_ENCODERS`.
+
+    Those that it must have, where it has none: one, or the second too, which pools prompts.
+    """
+    present, unet = manifest.components, manifest.components.get("unet")
+    pools = unet is not None and any(spec.name == POOLED_PROMPT_EMBEDS for spec in unet.inputs)
+    needed = TEXT_ENCODERS[-1:] if pools else TEXT_ENCODERS[:1]
+    return tuple(name for name in TEXT_ENCODERS if name in present or name in needed)
+
+
+def drawing_components(manifest: Manifest) -> tuple[str, ...]:
+    """The components without which no picture is drawn; the bundle may lack them."""
+    return (*text_encoders(manifest), "unet", "vae_decoder")
 
 
 def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
@@ -26,6 +44,7 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
     samples = {
         row: pictures * (2 if row in plan.guided_rows else 1) for row in range(plan.table.num_rows)
     }
+    encoders = TEXT_ENCODERS if TIME_IDS in plan.unet_inputs else TEXT_ENCODERS[:1]
     encoder = {} if plan.request.image is None else {ENCODER: {1}}  # one at a time: `ImageEncoder`
     controls = {
         control.component: {samples[row] for row in control.rows} for control in plan.controls
@@ -36,7 +55,7 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
         | controls
         | embeddings
         | {
-            "text_encoder": {1},  # each text on its own row: `PromptEncoder`
+            **{name: {1} for name in encoders},  # each text on its own row: `PromptEncoder`
             "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
             "unet_shallow": {samples[row] for row in plan.shallow_rows},
             "vae_decoder": {pictures},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.errors import ConfigError
+from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.layer_table import LayerTable
 from sd_runtime.lora_layers import LORA_HINT, LoraNotes, lora_error, lora_layers, spellings_of
 from sd_runtime.tensor_file import TensorFile
@@ -70,6 +71,11 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     Raises `ConfigError` for a file that is no LoRA of this model, `BundleError` for a bundle that
     does not say where its weights lie.
     """
+    if loras and bundle.manifest.model.family == STABLE_DIFFUSION_XL:
+        raise ConfigError(
+            "LoRAs are not put on a bundle of Stable Diffusion XL",
+            "Fuse them when it is exported: sd-export --model MODEL --lora FILE --output BUNDLE.",
+        )
     if not loras or component not in OWNERS:
         return {}
     owner = OWNERS[component]

@@ -76,7 +76,7 @@ def picture_jobs(
             planned = plan(request, manifest)
         except ConfigError as error:
             raise ConfigError(f"job {line}: {error.message}", error.hint) from error
-        for number, image in enumerate(request.images()):
+        for number, image in enumerate(planned.request.images()):
             digest = recipe_of(
                 image,
                 planned,

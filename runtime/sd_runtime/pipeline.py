@@ -15,10 +15,10 @@ from sd_engines.engine import open_engine
 from sd_engines.errors import BackendError, BundleError
 from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET
 from sd_runtime.arrays import copy_into, to_host
-from sd_runtime.conditioning import PromptEncoder
+from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.controlnet import ControlEncoder
 from sd_runtime.denoise import denoise, predicted_original_sample
-from sd_runtime.engines import first_batches, open_engines
+from sd_runtime.engines import drawing_components, first_batches, open_engines, text_encoders
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
 from sd_runtime.noise import NoiseStream
@@ -40,15 +40,18 @@ if TYPE_CHECKING:
     from sd_engines.engine import Array, Engine
     from sd_engines.manifest import EngineEntry
     from sd_engines.spec import Precision, Profile
+    from sd_runtime.conditioning import PromptEmbeds
     from sd_runtime.denoise import Row
     from sd_runtime.plan import Plan
     from sd_runtime.recipe import Recipe
     from sd_runtime.request import ImageRequest, Request
 
-REQUIRED = ("text_encoder", "unet", "vae_decoder")
 SHALLOW = "unet_shallow"
 PREVIEW_DECODER = "preview_decoder"
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
+TOKENIZER_OF = {
+    "text_encoder": "tokenizer/tokenizer.json",
+    "text_encoder_2": "tokenizer_2/tokenizer.json",
+}
 PRECISION_HINT = (
     "Nothing was kept. Try another --backend or a bundle of higher precision: "
     "sd-export --model MODEL --precision fp32 --output BUNDLE."
@@ -62,7 +65,7 @@ class Pipeline(Closing):
         self,
         bundle: Bundle,
         engines: Mapping[str, Engine],
-        tokenizer: Tokenizer,
+        tokenizers: Mapping[str, Tokenizer],
         *,
         backend: str = "auto",
         threads: int | None = None,
@@ -71,7 +74,7 @@ class Pipeline(Closing):
         self.bundle = bundle
         self.loras = tuple(loras)
         self._engines = dict(engines)
-        self._tokenizer = tokenizer
+        self._tokenizers = dict(tokenizers)
         self._prompts = self._prompt_encoder()
         self._open = partial(open_engine, bundle, backend=backend, threads=threads)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
@@ -107,17 +110,19 @@ class Pipeline(Closing):
         """
         bundle = open_bundle(path)
         present = bundle.manifest.components
-        for component in REQUIRED:
+        names = list(drawing_components(bundle.manifest))
+        for component in names:
             if component not in present:
                 raise BundleError(
                     f"the bundle {path} has no {component}",
                     "Make it again: sd-export --model MODEL --output BUNDLE.",
                 )
-        names = [*REQUIRED, *(name for name in ("safety_checker",) if name in present)]
-        tokenizer = Tokenizer.load(
-            bundle.verified_path(TOKENIZER_FILE),
-            max_tokens=bundle.manifest.model.max_prompt_tokens,
-        )
+        names += [name for name in ("safety_checker",) if name in present]
+        max_tokens = bundle.manifest.model.max_prompt_tokens
+        tokenizers = {
+            name: Tokenizer.load(bundle.verified_path(TOKENIZER_OF[name]), max_tokens=max_tokens)
+            for name in text_encoders(bundle.manifest)
+        }
         batches: dict[str, set[int]] = {}
         if request is not None:
             batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
@@ -136,7 +141,7 @@ class Pipeline(Closing):
             batches=batches,
             loras=found,
         )
-        return cls(bundle, engines, tokenizer, backend=backend, threads=threads, loras=found)
+        return cls(bundle, engines, tokenizers, backend=backend, threads=threads, loras=found)
 
     def use_loras(self, loras: Sequence[str | Lora]) -> None:
         """Put these LoRAs on the engines in place of those that are there; none takes them off.
@@ -225,7 +230,7 @@ class Pipeline(Closing):
         self,
         batch: Sequence[ImageRequest],
         plan: Plan,
-        embeds: Mapping[tuple[str, ...], tuple[Array, ...]],
+        embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
         timings: Timings,
     ) -> Iterator[Row]:
         request, source = plan.request, None
@@ -235,17 +240,20 @@ class Pipeline(Closing):
             noise = [NoiseStream(image.seed) for image in batch]
             start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)
         texts = [embeds[plan.texts(image)] for image in batch]
+        prompts = [prompt for prompt, *_ in texts]
+        negatives = [negative for _, *rest in texts for negative in rest]
         return denoise(
             self._engines["unet"],
             start.latents,
-            prompt_embeds=[prompt for prompt, *_ in texts],
-            negative_prompt_embeds=[negative for _, *rest in texts for negative in rest],
+            prompt_embeds=[text.prompt_embeds for text in prompts],
+            negative_prompt_embeds=[text.prompt_embeds for text in negatives],
             guidance_scale=plan.guidance_scale,
             guided_rows=plan.guided_rows,
             table=plan.table,
             noise=noise,
             timings=timings,
-            unet_inputs={**plan.unet_inputs, **start.unet_inputs},
+            unet_inputs={**plan.unet_inputs, **start.unet_inputs, **pooled_inputs(prompts)},
+            negative_unet_inputs={**plan.negative_unet_inputs, **pooled_inputs(negatives)},
             known=start.known,
             unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
@@ -253,8 +261,8 @@ class Pipeline(Closing):
         )
 
     def _prompt_encoder(self) -> PromptEncoder:
-        chunks = max_prompt_chunks(self.bundle.manifest)
-        return PromptEncoder(self._tokenizer, self._engines["text_encoder"], max_chunks=chunks)
+        encoders = {name: (words, self._engines[name]) for name, words in self._tokenizers.items()}
+        return PromptEncoder(encoders, max_chunks=max_prompt_chunks(self.bundle.manifest))
 
     def _engine_on_demand(self, component: str) -> Engine:
         """One that not every request needs, on the UNet's backend where that is free to choose."""

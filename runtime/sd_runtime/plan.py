@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
-from sd_engines.spec import TIMESTEP_COND
-from sd_runtime.conditioning import guidance_scale_embedding
+from sd_engines.spec import STABLE_DIFFUSION_XL, TIME_IDS, TIMESTEP_COND
+from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
 from sd_runtime.task import Task, task_of
@@ -30,7 +30,9 @@ class Plan:
     """``request`` with nothing left open but its seed, and what follows from it.
 
     ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
-    an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``.
+    an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``. To a UNet of Stable Diffusion XL
+    the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
+    prompt.
     """
 
     request: Request
@@ -42,9 +44,10 @@ class Plan:
     guided_rows: range
     shallow_rows: frozenset[int]
     unet_inputs: Mapping[str, NDArray[np.float32]]
+    negative_unet_inputs: Mapping[str, NDArray[np.float32]]
     controls: tuple[Control, ...] = ()
 
-    def texts(self, image: ImageRequest) -> tuple[str, ...]:
+    def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one."""
         return (image.prompt, image.negative_prompt) if self.guided_rows else (image.prompt,)
 
@@ -64,18 +67,31 @@ def plan(request: Request, manifest: Manifest) -> Plan:
             "Leave it at 1, or export another bundle: "
             f"sd-export --model {manifest.model.source} --feature-cache --output BUNDLE.",
         )
+    model = manifest.model
+    if request.prompt_weighting and model.family == STABLE_DIFFUSION_XL:
+        raise ConfigError(
+            "prompt_weighting is for Stable Diffusion v1 and v2, and the bundle is of XL",
+            "Leave it out: brackets are then text.",
+        )
     steps, scale = request.num_inference_steps, request.guidance_scale
-    steps = manifest.model.defaults.num_inference_steps if steps is None else steps
-    scale = manifest.model.defaults.guidance_scale if scale is None else scale
-    strength = request.strength_or_default
+    steps = model.defaults.num_inference_steps if steps is None else steps
+    scale = model.defaults.guidance_scale if scale is None else scale
+    strength = request.strength_or(model.defaults)
+    negative = request.negative_prompt
+    if not model.force_zeros_for_empty_prompt:  # then None is empty text
+        if isinstance(negative, tuple):
+            negative = tuple(text or "" for text in negative)
+        else:
+            negative = negative or ""
     request = replace(
         request,
+        negative_prompt=negative,
         num_inference_steps=steps,
         guidance_scale=scale,
         strength=None if request.image is None else strength,
     )
-    config = pipeline_scheduler_config(manifest.model.scheduler)
-    if request.mask is not None:
+    config = pipeline_scheduler_config(model.scheduler, family=model.family)
+    if request.mask is not None and model.family != STABLE_DIFFUSION_XL:
         config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
     table = compile_table(
         config,
@@ -84,11 +100,16 @@ def plan(request: Request, manifest: Manifest) -> Plan:
         eta=request.eta,
         strength=strength,
     )
-    width = _timestep_cond_width(manifest)
-    unet_inputs = {}
+    widths = _unet_input_widths(manifest)
+    width = widths.get(TIMESTEP_COND)
+    unet_inputs, negative_unet_inputs = {}, {}
     if width is not None:
         _check_distilled(request)
         unet_inputs[TIMESTEP_COND] = guidance_scale_embedding(scale, width)[None]
+    if TIME_IDS in widths:
+        is_refiner = model.requires_aesthetics_score
+        ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
+        unet_inputs[TIME_IDS], negative_unet_inputs[TIME_IDS] = ids[None], negative_ids[None]
     return Plan(
         request=request,
         task=task,
@@ -99,15 +120,21 @@ def plan(request: Request, manifest: Manifest) -> Plan:
         guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
         shallow_rows=request.shallow_rows(table.num_rows),
         unet_inputs=unet_inputs,
+        negative_unet_inputs=negative_unet_inputs,
         controls=controls_of(request, manifest, table.num_rows),
     )
 
 
-def pipeline_scheduler_config(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as diffusers' StableDiffusionPipeline corrects it, whatever the checkpoint says.
+def pipeline_scheduler_config(
+    scheduler_config: Mapping[str, Any], *, family: str
+) -> dict[str, Any]:
+    """The config as diffusers' pipeline of the ``family`` corrects it.
 
-    Latents are not pixels, so nothing clips them; leading timesteps start at 1, as in training.
+    Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
+    whatever a checkpoint says; of Stable Diffusion XL diffusers takes its word for it.
     """
+    if family == STABLE_DIFFUSION_XL:
+        return {**scheduler_config, "clip_sample": False}
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
@@ -121,10 +148,14 @@ def max_prompt_chunks(manifest: Manifest) -> int:
     return max(1, tokens // manifest.model.max_prompt_tokens)
 
 
-def _timestep_cond_width(manifest: Manifest) -> int | None:
-    unet = manifest.components.get("unet")
-    inputs = {spec.name: spec for spec in unet.inputs} if unet is not None else {}
-    return int(inputs[TIMESTEP_COND].shape[-1]) if TIMESTEP_COND in inputs else None
+def _unet_input_widths(manifest: Manifest) -> dict[str, int]:
+    """The last axis of every input of the UNet."""
+    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
+    return (
+        {spec.name: int(spec.shape[-1]) for spec in unet.inputs if len(spec.shape) > 1}
+        if unet
+        else {}
+    )
 
 
 def _check_distilled(request: Request) -> None:

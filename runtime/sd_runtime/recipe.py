@@ -44,7 +44,7 @@ class Recipe:
     """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     seed: int
     num_inference_steps: int
     guidance_scale: float

@@ -16,7 +16,7 @@ from sd_runtime.control_options import (
 from sd_runtime.prompt_weighting import weighted_parts
 
 if TYPE_CHECKING:
-    from sd_engines.spec import Profile
+    from sd_engines.spec import Defaults, Profile
 
 MAX_SEED = 2**64 - 1
 
@@ -25,13 +25,16 @@ class ImageRequest(NamedTuple):
     """One picture of a request: what is drawn, what is not, and from which seed."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     seed: int
 
 
 @dataclass(frozen=True)
 class Request:
     """Everything that decides a result, in diffusers' words; None means the bundle's default.
+
+    A ``negative_prompt`` of None is empty text, except to Stable Diffusion XL, which was trained on
+    zeros in its place; several may be given, one a prompt.
 
     Pictures are ordered by prompt, then by number; picture i is drawn from ``seed + i``, or from
     ``seed[i]`` where there is one for each, whatever the batch it runs in.
@@ -46,7 +49,7 @@ class Request:
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
-    0 … 1 is the share of the steps that run, 0.8 by default, and 1 with a mask.
+    0 … 1 is the share of the steps that run.
 
     ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
     counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to
@@ -58,7 +61,7 @@ class Request:
 
     prompt: str | tuple[str, ...]
     _: KW_ONLY
-    negative_prompt: str | tuple[str, ...] = ""
+    negative_prompt: str | tuple[str | None, ...] | None = None
     seed: int | tuple[int, ...] | None = None
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
@@ -85,9 +88,10 @@ class Request:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("prompt", "negative_prompt"):
-            _check_texts(name, getattr(self, name))
-        if not isinstance(self.negative_prompt, str) and len(self.negative_prompt) != len(
+        _check_texts("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            _check_texts("negative_prompt", self.negative_prompt, optional=True)
+        if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(
             self.prompts
         ):
             raise ConfigError(
@@ -134,12 +138,8 @@ class Request:
                 f"prompt_weighting is {self.prompt_weighting!r}", "Give true or false."
             )
         if self.prompt_weighting:
-            negatives = self.negative_prompt
-            for text in (
-                *self.prompts,
-                *([negatives] if isinstance(negatives, str) else negatives),
-            ):
-                weighted_parts(text)
+            for text in (*self.prompts, *self.negative_prompts):
+                weighted_parts(text or "")
 
     def _take_pictures(self) -> None:
         from sd_runtime.input_image import InputImage  # and so numpy: not for --help
@@ -202,15 +202,22 @@ class Request:
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
     @property
+    def negative_prompts(self) -> tuple[str | None, ...]:
+        """The negative prompts, one for each prompt."""
+        given = self.negative_prompt
+        return given if isinstance(given, tuple) else (given,) * len(self.prompts)
+
+    @property
     def num_images(self) -> int:
         """Pictures in all."""
         return len(self.prompts) * self.num_images_per_prompt
 
-    @property
-    def strength_or_default(self) -> float:
-        """The share of the steps that run, with diffusers' defaults."""
+    def strength_or(self, defaults: Defaults) -> float:
+        """The share of the steps that run, 1 where there is no picture to start from."""
+        if self.image is None:
+            return 1.0
         if self.strength is None:
-            return 0.8 if self.image is not None and self.mask is None else 1.0
+            return defaults.strength if self.mask is None else defaults.inpainting_strength
         return float(self.strength)
 
     def guided_rows(self, num_rows: int) -> range:
@@ -248,12 +255,9 @@ class Request:
         seeds = self.seed
         if not isinstance(seeds, tuple):
             seeds = tuple(range(seeds, seeds + self.num_images))
-        negatives = self.negative_prompt
-        if isinstance(negatives, str):
-            negatives = (negatives,) * len(self.prompts)
         texts = [
             pair
-            for pair in zip(self.prompts, negatives, strict=True)
+            for pair in zip(self.prompts, self.negative_prompts, strict=True)
             for _ in range(self.num_images_per_prompt)
         ]
         return tuple(
@@ -274,8 +278,10 @@ class Request:
             )
 
 
-def _check_texts(name: str, value: object) -> None:
+def _check_texts(name: str, value: object, *, optional: bool = False) -> None:
     texts = (value,) if isinstance(value, str) else value
+    if optional and isinstance(texts, tuple):
+        texts = tuple("" if text is None else text for text in texts)
     if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
         raise ConfigError(f"{name} is {value!r}, not text", "Give a string, or several.")
     if not texts:

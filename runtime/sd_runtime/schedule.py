@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
 from sd_runtime.task import plainest_request
 
@@ -35,6 +36,12 @@ def schedule_of(
     """
     import numpy as np
 
+    if manifest.model.requires_aesthetics_score:
+        raise ConfigError(
+            "a refiner has no schedule to hand on: its UNet is told one thing beside the prompt, "
+            "and another beside the negative prompt",
+            "Draw with it in Python: sd-run BUNDLE PROMPT --image PICTURE.",
+        )
     request = plainest_request(manifest)
     if strength is not None and request.image is None:
         request = replace(request, image=np.zeros((1, 1, 3), np.uint8))

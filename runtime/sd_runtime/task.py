@@ -52,6 +52,11 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     encoder.
     """
     feeds_mask = takes_mask(manifest)
+    if manifest.model.requires_aesthetics_score and request.image is None:
+        raise ConfigError(
+            "the bundle is a refiner: it does not begin a picture",
+            "Give it one: --image PICTURE; or draw with the bundle of the base model.",
+        )
     if feeds_mask and request.mask is None:
         raise ConfigError(
             "the bundle's UNet is for inpainting: it takes a picture and a mask",
@@ -66,7 +71,8 @@ def task_of(request: Request, manifest: Manifest) -> Task:
         )
     if request.mask is None:
         return IMAGE_TO_IMAGE
-    mixes_image = request.strength_or_default < 1  # at 1, diffusers inpaints from noise alone
+    strength = request.strength_or(manifest.model.defaults)
+    mixes_image = strength < 1  # at 1, diffusers inpaints from noise alone
     if not feeds_mask:  # diffusers draws the masked picture's latents even so
         return Task("inpainting", ("image", "noise", "unused"), mixes_image=mixes_image)
     draws: tuple[Draw, ...] = ("noise", "masked_image")

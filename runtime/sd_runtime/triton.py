@@ -17,7 +17,7 @@ from sd_engines.closing import Closing
 from sd_engines.errors import BackendError, SdError
 from sd_engines.files import read_manifest
 from sd_engines.spec import BATCH
-from sd_runtime.pipeline import TOKENIZER_FILE, Pipeline
+from sd_runtime.pipeline import TOKENIZER_OF, Pipeline
 from sd_runtime.recipe import text_from_recipes
 from sd_runtime.request import Request
 from sd_runtime.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sd_engines.spec import TensorSpec
 
 GRAPHS = ("text_encoder", "unet", "vae_decoder", "safety_checker")
-"""The components that text-to-image needs, where a bundle has them."""
+"""The components that text-to-image needs of v1 and v2, where a bundle has them."""
 OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler")
 """Inputs of the Python model beside ``prompt``: those of `Request`, which may be left out."""
 
@@ -56,9 +56,10 @@ class TritonPythonModel:
             if entry.backend == backend and entry.component in GRAPHS
         }
         tokenizer = Tokenizer.load(
-            bundle.verified_path(TOKENIZER_FILE), max_tokens=manifest.model.max_prompt_tokens
+            bundle.verified_path(TOKENIZER_OF["text_encoder"]),
+            max_tokens=manifest.model.max_prompt_tokens,
         )
-        self._pipeline = Pipeline(bundle, engines, tokenizer)
+        self._pipeline = Pipeline(bundle, engines, {"text_encoder": tokenizer})
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request: its picture, or an error that says what to do."""

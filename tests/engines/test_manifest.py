@@ -30,8 +30,16 @@ def test_round_trip(manifest: Manifest) -> None:
 
 def test_a_manifest_of_before_has_the_defaults_of_then(manifest: Manifest) -> None:
     data = json.loads(manifest.to_json())
-    assert data["model"].pop("defaults") == {"num_inference_steps": 50, "guidance_scale": 7.5}
+    defaults = data["model"]["defaults"]
+    assert (defaults.pop("strength"), defaults.pop("inpainting_strength")) == (0.8, 1.0)
     assert Manifest.from_json(json.dumps(data)) == manifest
+    assert data["model"].pop("defaults") == {"num_inference_steps": 50, "guidance_scale": 7.5}
+    for name in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
+        assert data["model"].pop(name) is False
+    assert Manifest.from_json(json.dumps(data)) == manifest
+    data["model"]["force_zeros_for_empty_prompt"] = 1
+    with pytest.raises(BundleError, match="force_zeros_for_empty_prompt: must be true or false"):
+        Manifest.from_json(json.dumps(data))
 
 
 def _set(*path: Any) -> Callable[[dict[str, Any]], None]:

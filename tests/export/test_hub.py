@@ -34,7 +34,7 @@ print(json.dumps({
     "source": found.source,
     "license": found.license,
     "weights": {k: [str(p) for p in v] for k, v in found.weights.items()},
-    "tokenizer": str(found.tokenizer),
+    "tokenizer": str(found.tokenizers["text_encoder"]),
 }))
 """
 FIND_CONTROLNET = """
@@ -324,7 +324,7 @@ def test_what_the_hub_refuses_is_told_apart(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}, "Diffusion XL"),
+        ({"model_index.json": b'{"_class_name": "StableDiffusion3Pipeline"}'}, "Diffusion 3"),
         ({"model_index.json": None, "config.json": b'{"_class_name": "ControlNetModel"}'}, "a Con"),
     ],
 )

@@ -374,9 +374,7 @@ def test_class_names_of_a_training_framework_are_not_imported(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("conditioner.embedders.1.model.logit_scale", "Stable Diffusion XL"),
-        ("conditioner.embedders.0.transformer.text_model.x", "Stable Diffusion XL"),
-        ("model.diffusion_model.label_emb.0.0.weight", "refiner of Stable Diffusion XL"),
+        ("model.diffusion_model.label_emb.0.0.weight", "no VAE"),
         ("model.diffusion_model.label_emb.weight", "upscaler"),
         ("low_scale_model.x", "upscaler"),
         ("control_model.time_embed.0.weight", "ControlNet"),
@@ -446,6 +444,7 @@ def test_a_missing_component_is_named(checkpoint: Path, tmp_path: Path, part: st
     ("file", "changes", "words"),
     [
         ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ("unet/config.json", {"addition_embed_type": "text_image"}, "Kandinsky"),
         ("unet/config.json", {"class_embed_type": "projection"}, "unCLIP"),
         ("unet/config.json", {"num_class_embeds": 1000}, "upscaler"),
         ("unet/config.json", {"in_channels": 5}, "depth to image"),
@@ -469,8 +468,8 @@ def test_folders_of_other_families_are_named(
 @pytest.mark.parametrize(
     ("class_name", "words"),
     [
-        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
-        ("StableDiffusionXLControlNetPipeline", "Stable Diffusion XL"),
+        ("StableDiffusionXLControlNetPipeline", "ControlNet"),
+        ("StableDiffusionXLInstructPix2PixPipeline", "InstructPix2Pix"),
         ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
         ("StableDiffusionControlNetPipeline", "ControlNet"),
         ("StableDiffusionAdapterPipeline", "T2I-Adapter"),

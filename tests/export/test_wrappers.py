@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+# all that Stable Diffusion v1 has; exports of XL prove the border of its second encoder
+@pytest.mark.parametrize("component", [c for c in COMPONENTS if c != "text_encoder_2"])
 def test_outputs_are_what_the_border_says(checkpoint: Path, component: str) -> None:
     found = find_checkpoint(str(checkpoint))
     model = load_model(found, MODEL_OF.get(component, component))

@@ -18,6 +18,7 @@ from controlnets import make_controlnet
 from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from tiny import make_checkpoint
+from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,7 +67,6 @@ class TinyModel:
 
         Its pipeline for the task is made of the oracle's parts, and handed one input a picture.
         """
-        import diffusers
         import torch
 
         latents = []
@@ -78,9 +78,7 @@ class TinyModel:
         names = ("num_inference_steps", "guidance_scale")  # where silent, diffusers' own
         given = {name: getattr(request, name) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
-        negative = request.negative_prompt
-        if isinstance(negative, str):
-            negative = [negative] * len(request.prompts)
+        negative = list(request.negative_prompts)
         oracle, kind, parts = self.oracle, "", dict(self.oracle.components)
         inputs: dict[str, Any] = {}
         if request.image is not None:
@@ -102,14 +100,12 @@ class TinyModel:
             profile = self.pipeline.profile
             inputs |= {"height": profile.height, "width": profile.width}
         if kind:
-            oracle = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
-                **parts, requires_safety_checker=False
-            )
+            oracle = _for_task(oracle, kind, parts)
             oracle.set_progress_bar_config(disable=True)
         with one_thread():
             output = oracle(
                 list(request.prompts),
-                negative_prompt=list(negative),
+                negative_prompt=None if negative[0] is None else negative,
                 generator=[
                     torch.Generator("cpu").manual_seed(image.seed) for image in request.images()
                 ],
@@ -120,7 +116,30 @@ class TinyModel:
                 **inputs,
             )
         pixels = np.stack([np.asarray(image) for image in output.images])
-        return pixels, latents[-1], output.nsfw_content_detected
+        return pixels, latents[-1], getattr(output, "nsfw_content_detected", None)
+
+    def assert_same(self, request: Request) -> None:
+        """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
+        result = self.pipeline.generate(request)
+        pixels, latents, _ = self.expected(request)
+        assert np.linalg.norm(result.latents - latents) <= 1e-4 * np.linalg.norm(latents)
+        within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
+        assert within.mean() >= 0.999
+
+
+def _for_task(oracle: DiffusionPipeline, kind: str, parts: dict[str, Any]) -> DiffusionPipeline:
+    """Diffusers' pipeline of the ``kind``, such as "Img2Img", of its ``parts``."""
+    import diffusers
+
+    config = oracle.config
+    options: dict[str, Any] = {"requires_safety_checker": False}
+    xl = "text_encoder_2" in oracle.components
+    if xl:
+        options = {"force_zeros_for_empty_prompt": config["force_zeros_for_empty_prompt"]}
+        options["requires_aesthetics_score"] = config.get("requires_aesthetics_score", False)
+        options["add_watermarker"] = False
+    pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline")
+    return pipeline_class(**parts, **options)
 
 
 @contextmanager
@@ -136,16 +155,32 @@ def tiny_model_in(
 
     ``controlnets`` are the configs of those it has, where they are not what `make_controlnet` says.
     """
+    checkpoint = make_checkpoint(
+        folder / "checkpoint", safety_checker=safety_checker, **checkpoint_options
+    )
+    with exported(
+        checkpoint, batch_size=batch_size, safety_checker=safety_checker, controlnets=controlnets
+    ) as model:
+        yield model
+
+
+@contextmanager
+def exported(
+    checkpoint: Path,
+    *,
+    batch_size: int,
+    safety_checker: bool = False,
+    controlnets: Sequence[dict[str, Any]] = (),
+) -> Iterator[TinyModel]:
+    """Export ``checkpoint`` to a folder beside it and open that; frees its engines at the end."""
     from diffusers import ControlNetModel, DiffusionPipeline
 
     from sd_export import export
 
-    checkpoint = make_checkpoint(
-        folder / "checkpoint", safety_checker=safety_checker, **checkpoint_options
-    )
     scheduler = checkpoint / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps({**config, "clip_sample": False}))  # as real ones have it
+    folder = checkpoint.parent
     bundle = folder / "bundle"
     with one_thread():
         oracle = DiffusionPipeline.from_pretrained(checkpoint)
@@ -268,6 +303,25 @@ def controlled_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyM
         controlnets=[{}, {"controlnet_conditioning_channel_order": "bgr"}],
         **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 8)},
     ) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """As stabilityai/stable-diffusion-xl-base-1.0: 16×16 pictures, two at a time."""
+    folder = tmp_path_factory.mktemp("xl")
+    with exported(make_xl_checkpoint(folder / "checkpoint"), batch_size=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def refiner_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """As stabilityai/stable-diffusion-xl-refiner-1.0, and of ``xl_model``'s latents."""
+    folder = tmp_path_factory.mktemp("refiner")
+    checkpoint = make_xl_checkpoint(
+        folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,)
+    )
+    with exported(checkpoint, batch_size=1) as model:
         yield model
 
 

@@ -28,15 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
-def assert_same(model: TinyModel, request: Request) -> None:
-    """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
-    result = model.pipeline.generate(request)
-    pixels, latents, _ = model.expected(request)
-    assert np.linalg.norm(result.latents - latents) <= 1e-4 * np.linalg.norm(latents)
-    within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
-    assert within.mean() >= 0.999
-
-
 @pytest.mark.parametrize(
     "request_",
     [
@@ -49,7 +40,7 @@ def assert_same(model: TinyModel, request: Request) -> None:
 def test_consistency_model_draws_as_its_own_pipeline(
     consistency_model: TinyModel, request_: Request
 ) -> None:
-    assert_same(consistency_model, request_)
+    consistency_model.assert_same(request_)
 
 
 def test_consistency_model_is_one_call_a_step(consistency_model: TinyModel) -> None:
@@ -118,14 +109,14 @@ def test_turbo_draws_in_one_step_without_guidance(turbo_model: TinyModel) -> Non
     silent = turbo_model.pipeline.generate(Request("a red circle!", seed=7))
     assert len(silent.timings.runs_ms("unet")) == 1
     told = Request("a red circle!", seed=7, num_inference_steps=1, guidance_scale=0)
-    assert_same(turbo_model, told)
+    turbo_model.assert_same(told)
     assert np.array_equal(turbo_model.pipeline.generate(told).pixels, silent.pixels)
 
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_turbo_draws_in_few_steps(turbo_model: TinyModel, steps: int) -> None:
     request = Request("a cat", seed=1, num_inference_steps=steps, guidance_scale=0)
-    assert_same(turbo_model, request)
+    turbo_model.assert_same(request)
 
 
 @pytest.mark.parametrize("scheduler", [None, "euler", "dpm++_2m_karras"])
@@ -144,7 +135,7 @@ def test_v2_draws_as_diffusers(v2_model: TinyModel, scheduler: str | None) -> No
         options = {"use_karras_sigmas": True} if scheduler.endswith("karras") else {}
         v2_model.oracle.scheduler = kind.from_config(own.config, **options)
     try:
-        assert_same(v2_model, request)
+        v2_model.assert_same(request)
     finally:
         v2_model.oracle.scheduler = own
 

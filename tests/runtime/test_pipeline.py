@@ -240,7 +240,7 @@ def test_timings(tiny_model: TinyModel) -> None:
         ({"prompt": 7}, "not text"),
         ({"prompt": ("a", 7)}, "not text"),
         ({"prompt": "a \udcff"}, "no Unicode text, at character 2"),
-        ({"negative_prompt": None}, "not text"),
+        ({"negative_prompt": 7}, "not text"),
         ({"prompt": ("a", "b"), "negative_prompt": ("c",)}, "1 negative prompts for 2"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": 2.0}, "num_inference_steps is 2.0"),

@@ -143,14 +143,14 @@ def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
 
 def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
     """What `protocol.Job` holds, apart from what differs by peer; writes its files."""
-    request, profile = settings.request(), bundle.manifest.profile
+    request, profile, model = settings.request(), bundle.manifest.profile, bundle.manifest.model
     planned = plan(request, bundle.manifest)
     name, table = planned.scheduler, planned.table
-    config = effective_config(pipeline_scheduler_config(bundle.manifest.model.scheduler), name)
+    config = effective_config(pipeline_scheduler_config(model.scheduler, family=model.family), name)
     scheduler = folder / "scheduler_config.json"
     known = {key: value for key, value in config.items() if value is not None}
     scheduler.write_text(json.dumps(known, indent=1), "utf-8")
-    channels = bundle.manifest.model.latent_channels
+    channels = model.latent_channels
     stream = NoiseStream(settings.seed)
     shape = (1, channels, profile.latent_height, profile.latent_width)
     noise = np.stack([stream.normal(shape) for _ in range(table.num_rows + 1)])

@@ -119,8 +119,8 @@ def _info(result: Result) -> str:
         {
             "prompt": first.prompt,
             "all_prompts": [recipe.prompt for recipe in recipes],
-            "negative_prompt": first.negative_prompt,
-            "all_negative_prompts": [recipe.negative_prompt for recipe in recipes],
+            "negative_prompt": first.negative_prompt or "",
+            "all_negative_prompts": [recipe.negative_prompt or "" for recipe in recipes],
             "seed": first.seed,
             "all_seeds": [recipe.seed for recipe in recipes],
             "width": first.width,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def settings_of(request: Request) -> Request:
     """Everything of ``request`` but its texts, seeds and number: equal where two may be joined."""
-    return replace(request, prompt="", negative_prompt="", seed=None, num_images_per_prompt=1)
+    return replace(request, prompt="", negative_prompt=None, seed=None, num_images_per_prompt=1)
 
 
 def join_requests(requests: Sequence[Request]) -> Request:

@@ -1,4 +1,4 @@
-"""A UNet that ControlNets lead, and the two parts of a ControlNet, as torch modules to trace.
+"""The two parts of a ControlNet, as torch modules to trace.
 
 Zhang et al. 2023, arXiv:2302.05543, section 3. Whatever a ControlNet says is the same in one graph
 or in three; `sd_export.controlnet` says why it is three.
@@ -62,29 +62,3 @@ class ControlNet(nn.Module):
             residual * conditioning_scale[:, index, None, None, None]
             for index, residual in enumerate((*down, mid))
         )
-
-
-class ControlledUnet(nn.Module):
-    """A UNet whose last inputs are the residuals of ControlNets, zeros where there are none.
-
-    ``unet`` is a `sd_export.wrappers.Unet`; its own further inputs come before them.
-    """
-
-    def __init__(self, unet: nn.Module, *, num_residuals: int) -> None:
-        super().__init__()
-        self.unet = unet
-        self.num_residuals = num_residuals
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        *more: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predict."""
-        others, residuals = more[: -self.num_residuals], more[-self.num_residuals :]
-        noise_pred: torch.Tensor = self.unet(
-            sample, timestep, encoder_hidden_states, *others, residuals=residuals
-        )
-        return noise_pred
