@@ -93,12 +93,13 @@ def tasks_of(manifest: Manifest) -> tuple[str, ...]:
         return ("inpainting",)
     if ENCODER not in manifest.components:
         return (TEXT_TO_IMAGE.name,)
-    return (TEXT_TO_IMAGE.name, IMAGE_TO_IMAGE.name, "inpainting")
+    begins = () if manifest.model.requires_aesthetics_score else (TEXT_TO_IMAGE.name,)
+    return (*begins, IMAGE_TO_IMAGE.name, "inpainting")
 
 
 def plainest_request(manifest: Manifest) -> Request:
     """The least that a bundle can be asked: nothing, of nothing, where it takes a picture."""
-    if not takes_mask(manifest):
+    if tasks_of(manifest)[0] == TEXT_TO_IMAGE.name:
         return Request("")
     black = np.zeros((1, 1, 3), np.uint8)
-    return Request("", image=black, mask=black)
+    return Request("", image=black, mask=black if takes_mask(manifest) else None)

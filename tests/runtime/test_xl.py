@@ -14,6 +14,7 @@ from sd_export.triton import write_model_repository
 from sd_runtime import Request
 from sd_runtime.plan import plan
 from sd_runtime.schedule import schedule_of
+from sd_runtime.task import plainest_request, tasks_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,6 +99,9 @@ def test_refiner_does_not_begin_a_picture(refiner_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match="is a refiner") as caught:
         refiner_model.pipeline.stream(Request("a cat"))
     assert "--image PICTURE" in caught.value.hint
+    manifest = refiner_model.pipeline.bundle.manifest
+    assert tasks_of(manifest) == ("image-to-image", "inpainting")
+    assert plan(plainest_request(manifest), manifest).task.name == "image-to-image"
 
 
 def test_what_reads_one_text_encoder_is_refused_by_name(
