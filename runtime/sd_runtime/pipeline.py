@@ -12,12 +12,13 @@ import numpy as np
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
-from sd_engines.errors import BackendError, BundleError
+from sd_engines.errors import BundleError
 from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET
-from sd_runtime.arrays import copy_into, to_host
+from sd_runtime.arrays import to_host
 from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.controlnet import ControlEncoder
-from sd_runtime.denoise import denoise, predicted_original_sample
+from sd_runtime.decoder import Decoder
+from sd_runtime.denoise import denoise
 from sd_runtime.engines import drawing_components, first_batches, open_engines, text_encoders
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from sd_engines.bundle import Bundle
-    from sd_engines.engine import Array, Engine
+    from sd_engines.engine import Engine
     from sd_engines.manifest import EngineEntry
     from sd_engines.spec import Precision, Profile
     from sd_runtime.conditioning import PromptEmbeds
@@ -47,15 +46,10 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest, Request
 
 SHALLOW = "unet_shallow"
-PREVIEW_DECODER = "preview_decoder"
 TOKENIZER_OF = {
     "text_encoder": "tokenizer/tokenizer.json",
     "text_encoder_2": "tokenizer_2/tokenizer.json",
 }
-PRECISION_HINT = (
-    "Nothing was kept. Try another --backend or a bundle of higher precision: "
-    "sd-export --model MODEL --precision fp32 --output BUNDLE."
-)
 
 
 class Pipeline(Closing):
@@ -77,6 +71,7 @@ class Pipeline(Closing):
         self._tokenizers = dict(tokenizers)
         self._prompts = self._prompt_encoder()
         self._open = partial(open_engine, bundle, backend=backend, threads=threads)
+        self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
         self._controls = ControlEncoder(self._engine_on_demand)
         self.fingerprint = fingerprint(bundle.manifest)
@@ -202,7 +197,7 @@ class Pipeline(Closing):
             for row in self._denoise(batch, plan, embeds, timings):
                 result = None
                 if row.index + 1 == table.num_rows:
-                    batch_pixels, batch_flags = self._draw(row.latents, timings)
+                    batch_pixels, batch_flags = self._decoder.draw(row.latents, timings=timings)
                     latents.append(to_host(row.latents).copy())
                     pixels.append(batch_pixels)
                     flags += batch_flags
@@ -212,7 +207,7 @@ class Pipeline(Closing):
                             request=request,
                             pixels=np.concatenate(pixels),
                             latents=np.concatenate(latents),
-                            nsfw_content_detected=tuple(flags) if self._checker else None,
+                            nsfw_content_detected=tuple(flags) if self._decoder.checks else None,
                             recipes=tuple(self._recipe(image, plan) for image in images),
                             timings=timings,
                         )
@@ -222,7 +217,7 @@ class Pipeline(Closing):
                     timestep=row.timestep,
                     first_image=first,
                     latents=row.latents,
-                    decode_preview=partial(self._preview, row),
+                    decode_preview=partial(self._decoder.preview, row),
                     result=result,
                 )
 
@@ -273,41 +268,6 @@ class Pipeline(Closing):
             )
         return self._engines[component]
 
-    def _decode(self, latents: Array, *, by: str = "vae_decoder") -> NDArray[np.float32]:
-        """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
-        decoder = self._engine_on_demand(by).bind(len(latents))
-        copy_into(decoder.inputs["latents"], latents)
-        decoder.run()
-        return to_host(decoder.outputs["images"])
-
-    def _draw(self, latents: Array, timings: Timings) -> tuple[NDArray[np.uint8], list[bool]]:
-        """Pictures uint8 [n, H, W, 3] and the safety checker's word on each."""
-        with timings.measure("vae_decoder"):
-            images = self._decode(latents)
-        # Checked only now: on a GPU, looking at the latents earlier would wait for them twice.
-        _check_finite("the UNet", to_host(latents))
-        _check_finite("the VAE decoder", images)
-        pixels = _pixels_from(images)
-        if (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
-            raise BackendError(
-                "the VAE decoder returned a picture of one single colour", PRECISION_HINT
-            )
-        if self._checker is None:
-            return pixels, []
-        with timings.measure("safety_checker"):
-            checker = self._checker.bind(len(pixels))
-            copy_into(checker.inputs["images"], pixels.astype(np.float32) / 255)
-            checker.run()
-            flags = to_host(checker.outputs["nsfw_content_detected"])
-        pixels[flags] = 0
-        return pixels, flags.tolist()
-
-    def _preview(self, row: Row) -> NDArray[np.uint8]:
-        prediction = self.bundle.manifest.model.prediction_type
-        tiny = PREVIEW_DECODER in self.bundle.manifest.components
-        decoder = PREVIEW_DECODER if tiny else "vae_decoder"
-        return _pixels_from(self._decode(predicted_original_sample(row, prediction), by=decoder))
-
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry
         return recipe_of(
@@ -336,10 +296,6 @@ class Pipeline(Closing):
         channels = self.bundle.manifest.model.latent_channels
         return channels, self.profile.latent_height, self.profile.latent_width
 
-    @property
-    def _checker(self) -> Engine | None:
-        return self._engines.get("safety_checker")
-
     def forget_prompts(self) -> None:
         """Encode the next request's inputs anew, as a first request does: for measurements."""
         self._prompts.forget()
@@ -350,13 +306,3 @@ class Pipeline(Closing):
         """Free all engines; the pipeline is of no use after it."""
         for engine in self._engines.values():
             engine.close()
-
-
-def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """0 … 1 to 0 … 255, rounded as diffusers rounds."""
-    return (images * 255).round().astype(np.uint8)
-
-
-def _check_finite(source: str, array: NDArray[np.float32]) -> None:
-    if not np.isfinite(array).all():
-        raise BackendError(f"{source} returned values that are not finite (NaN)", PRECISION_HINT)
