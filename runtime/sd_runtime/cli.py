@@ -49,8 +49,19 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--strength",
     type=float,
-    help="How far to leave --image, 0 … 1: the share of the steps that run. [default: 0.8; 1 with "
-    "--mask]",
+    help="How far to leave --image, 0 … 1: the share of the steps that run. [default: the "
+    "bundle's, mostly 0.8; 1 with --mask]",
+)
+@click.option(
+    "--refiner",
+    type=_FILE,
+    metavar="BUNDLE",
+    help="Let the refiner of Stable Diffusion XL in this bundle draw the last steps.",
+)
+@click.option(
+    "--high-noise-frac",
+    type=float,
+    help="Share of the steps before --refiner goes on. [default: 0.8]",
 )
 @click.option(
     "--control-image",
@@ -138,6 +149,7 @@ def run(
     ray: bool,
     workers: int | None,
     from_image: Path | None,
+    refiner: Path | None,
     num_images: int | None,
     grid: bool,
     save_latents: Path | None,
@@ -168,11 +180,12 @@ def run(
     if jobs is not None:
         from sd_runtime.folder_job import FolderJob, draw_folder
 
-        others = (prompt, prompts_file, from_image, grid, save_latents)
+        others = (prompt, prompts_file, from_image, grid, save_latents, refiner)
         if any(others):
             raise ConfigError(
                 "--jobs stands alone: all its pictures come from its file, and each is one file",
-                "Leave out the prompt, --prompts-file, --from-image, --grid and --save-latents.",
+                "Leave out the prompt, --prompts-file, --from-image, --grid, --save-latents and "
+                "--refiner.",
             )
         folder_job = FolderJob(
             bundle=bundle,
@@ -198,6 +211,7 @@ def run(
         prompts=prompt,
         prompts_file=prompts_file,
         from_image=from_image,
+        refiner=refiner,
         options=options,
         output=output,
         grid=grid,

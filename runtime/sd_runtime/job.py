@@ -53,6 +53,7 @@ class Job:
     prompts: tuple[str, ...]
     prompts_file: Path | None
     from_image: Path | None
+    refiner: Path | None
     options: Mapping[str, Any]
     output: str
     grid: bool
@@ -85,7 +86,8 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     """
     start = clock()
     manifest = open_bundle(job.bundle).manifest
-    order = _order(job, manifest)
+    refiner = open_bundle(job.refiner).manifest if job.refiner else None
+    order = _order(job, manifest, refiner)
     seeds = order.seeds
     paths = output_paths(job.output, seeds[:1] if order.columns else seeds)
     for path in paths:
@@ -93,11 +95,10 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         check_writable(path)
     if job.save_latents:
         check_writable(job.save_latents)
-    plans = [plan(request, manifest) for request in order.requests]
+    plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
     batch_size = manifest.profile.batch_size
     num_steps = sum(
-        planned.table.num_rows * math.ceil(planned.request.num_images / batch_size)
-        for planned in plans
+        planned.num_rows * math.ceil(planned.request.num_images / batch_size) for planned in plans
     )
     if "seed" not in job.options and not job.from_image and not quiet:
         click.echo(f"Seed {seeds[0]}", err=True)
@@ -111,6 +112,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             precision=order.precision,
             request=order.requests[0],
             loras=job.loras,
+            refiner=job.refiner,
         )
     bar_or_none = nullcontext() if quiet else progress_bar(num_steps, "Denoising")
     with pipeline, bar_or_none as bar:
@@ -149,7 +151,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps({**report, "started_s": start}))
 
 
-def _order(job: Job, manifest: Manifest) -> Order:
+def _order(job: Job, manifest: Manifest, refiner: Manifest | None) -> Order:
     """The job's requests, from whichever source it names."""
     options = request_options(job.options)
     columns, backend, precision = None, job.backend or "auto", job.precision
@@ -187,6 +189,13 @@ def _order(job: Job, manifest: Manifest) -> Order:
                 "%s was drawn with other LoRAs (%s): expect another picture",
                 job.from_image,
                 ", ".join(recipes[0].loras) or "none",
+            )
+        refiners = {recipe.refiner_fingerprint for recipe in recipes} - {None}
+        if refiner is not None and refiners - {fingerprint(refiner)}:
+            logger.warning(
+                "%s was refined with another bundle (%s): expect another picture",
+                job.from_image,
+                recipes[0].refiner,
             )
         for name, picture in inputs.items():
             digests = {getattr(recipe, name) for recipe in recipes} - {None}

@@ -26,7 +26,7 @@ from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
-from sd_runtime.start import begin
+from sd_runtime.start import Start, begin
 from sd_runtime.task import ENCODER
 from sd_runtime.timing import Timings, clock
 from sd_runtime.tokenizer import Tokenizer
@@ -64,13 +64,15 @@ class Pipeline(Closing):
         backend: str = "auto",
         threads: int | None = None,
         loras: Sequence[Lora] = (),
+        refiner: Pipeline | None = None,
     ) -> None:
         self.bundle = bundle
         self.loras = tuple(loras)
+        self.refiner = refiner
         self._engines = dict(engines)
         self._tokenizers = dict(tokenizers)
         self._prompts = self._prompt_encoder()
-        self._open = partial(open_engine, bundle, backend=backend, threads=threads)
+        self._open_engine = partial(open_engine, bundle, backend=backend, threads=threads)
         self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
         self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
         self._controls = ControlEncoder(self._engine_on_demand)
@@ -86,6 +88,7 @@ class Pipeline(Closing):
         precision: Precision | None = None,
         request: Request | None = None,
         loras: Sequence[str | Lora] = (),
+        refiner: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
@@ -100,16 +103,55 @@ class Pipeline(Closing):
         ``request``, they do so here, side by side, and requests like it are answered at once.
         ``loras``, each ``FILE.safetensors`` or ``FILE.safetensors=SCALE``, are put on the engines,
         as far as a backend's weights can be changed; `use_loras` takes others.
+        ``refiner`` is a second bundle, which goes on with every picture where this one stops
+        (`sd_runtime.refiner`).
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
         unknown backend, a LoRA of another model, and as `plan` does.
         """
         bundle = open_bundle(path)
+        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
+        second = None if refiner is None else open_bundle(refiner)
+        planned = None
+        if request is not None:
+            refining = None if second is None else second.manifest
+            planned = plan(request, bundle.manifest, refiner=refining)
+        other = None
+        if second is not None:
+            refining_plan = planned.refining if planned else None
+            other = cls._open(second, refining_plan, backend=backend, threads=threads)
+        try:
+            return cls._open(
+                bundle,
+                planned,
+                backend=backend,
+                threads=threads,
+                precision=precision,
+                loras=found,
+                refiner=other,
+            )
+        except BaseException:
+            if other is not None:
+                other.close()
+            raise
+
+    @classmethod
+    def _open(
+        cls,
+        bundle: Bundle,
+        planned: Plan | None,
+        *,
+        backend: str,
+        threads: int | None,
+        precision: Precision | None = None,
+        loras: Sequence[Lora] = (),
+        refiner: Self | None = None,
+    ) -> Self:
         present = bundle.manifest.components
         names = list(drawing_components(bundle.manifest))
         for component in names:
             if component not in present:
                 raise BundleError(
-                    f"the bundle {path} has no {component}",
+                    f"the bundle {bundle.path} has no {component}",
                     "Make it again: sd-export --model MODEL --output BUNDLE.",
                 )
         names += [name for name in ("safety_checker",) if name in present]
@@ -119,14 +161,13 @@ class Pipeline(Closing):
             for name in text_encoders(bundle.manifest)
         }
         batches: dict[str, set[int]] = {}
-        if request is not None:
-            batches = first_batches(plan(request, bundle.manifest), bundle.manifest.profile)
+        if planned is not None:
+            batches = first_batches(planned, bundle.manifest.profile)
             names += [
                 name
                 for name, rows in batches.items()
                 if rows and name.startswith((ENCODER, SHALLOW, CONTROLNET, CONTROL_EMBEDDING))
             ]
-        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
         engines = open_engines(
             bundle,
             names,
@@ -134,9 +175,17 @@ class Pipeline(Closing):
             threads=threads,
             precision=precision,
             batches=batches,
-            loras=found,
+            loras=loras,
         )
-        return cls(bundle, engines, tokenizers, backend=backend, threads=threads, loras=found)
+        return cls(
+            bundle,
+            engines,
+            tokenizers,
+            backend=backend,
+            threads=threads,
+            loras=loras,
+            refiner=refiner,
+        )
 
     def use_loras(self, loras: Sequence[str | Lora]) -> None:
         """Put these LoRAs on the engines in place of those that are there; none takes them off.
@@ -150,7 +199,7 @@ class Pipeline(Closing):
             for component, engine in self._engines.items():
                 if component in OWNERS:
                     changed[component] = opened.enter_context(
-                        self._open(
+                        self._open_engine(
                             component,
                             precision=engine.entry.precision,
                             prefer=engine.entry,
@@ -177,12 +226,13 @@ class Pipeline(Closing):
 
     def stream(self, request: Request) -> Generator[Step]:
         """The same, step by step: for progress, previews, and cancelling by ``close()``."""
-        planned = plan(request, self.bundle.manifest)
+        refiner = None if self.refiner is None else self.refiner.bundle.manifest
+        planned = plan(request, self.bundle.manifest, refiner=refiner)
         return self._stream(replace(planned, request=planned.request.seeded()))
 
     def _stream(self, plan: Plan) -> Generator[Step]:
         start, timings = clock(), Timings()
-        request, table = plan.request, plan.table
+        request, num_rows = plan.request, plan.num_rows
         images = request.images()
         size = self.profile.batch_size
         embeds = self._prompts.encode(
@@ -190,14 +240,16 @@ class Pipeline(Closing):
             prompt_weighting=request.prompt_weighting,
             timings=timings,
         )
-        num_steps = table.num_rows * -(-len(images) // size)
+        num_steps = num_rows * -(-len(images) // size)
         latents, pixels, flags = [], [], []
         for first in range(0, len(images), size):
             batch = images[first : first + size]
             for row in self._denoise(batch, plan, embeds, timings):
-                result = None
-                if row.index + 1 == table.num_rows:
-                    batch_pixels, batch_flags = self._decoder.draw(row.latents, timings=timings)
+                result, decoder = None, self._decoder
+                if self.refiner is not None and row.index >= plan.table.num_rows:
+                    decoder = self.refiner._decoder
+                if row.index + 1 == num_rows:
+                    batch_pixels, batch_flags = decoder.draw(row.latents, timings=timings)
                     latents.append(to_host(row.latents).copy())
                     pixels.append(batch_pixels)
                     flags += batch_flags
@@ -207,17 +259,17 @@ class Pipeline(Closing):
                             request=request,
                             pixels=np.concatenate(pixels),
                             latents=np.concatenate(latents),
-                            nsfw_content_detected=tuple(flags) if self._decoder.checks else None,
+                            nsfw_content_detected=tuple(flags) if decoder.checks else None,
                             recipes=tuple(self._recipe(image, plan) for image in images),
                             timings=timings,
                         )
                 yield Step(
-                    index=(first // size) * table.num_rows + row.index,
+                    index=(first // size) * num_rows + row.index,
                     num_steps=num_steps,
                     timestep=row.timestep,
                     first_image=first,
                     latents=row.latents,
-                    decode_preview=partial(self._decoder.preview, row),
+                    decode_preview=partial(decoder.preview, row),
                     result=result,
                 )
 
@@ -234,6 +286,41 @@ class Pipeline(Closing):
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
             start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)
+        rows = self._rows(start, noise, batch, plan, embeds, timings)
+        if plan.refining is None or self.refiner is None:
+            return rows
+        return self.refiner._refine(rows, noise, batch, plan.refining, timings)
+
+    def _refine(
+        self,
+        rows: Iterator[Row],
+        noise: Sequence[NoiseStream],
+        batch: Sequence[ImageRequest],
+        plan: Plan,
+        timings: Timings,
+    ) -> Iterator[Row]:
+        """The base model's ``rows``, then this refiner's, which go on with the last one's latents.
+
+        Random draws go on too, each picture's from its own stream.
+        """
+        for row in rows:
+            yield row
+        if not self.bundle.manifest.model.force_zeros_for_empty_prompt:
+            batch = [i._replace(negative_prompt=i.negative_prompt or "") for i in batch]
+        embeds = self._prompts.encode([plan.texts(image) for image in batch], timings=timings)
+        start = Start(row.latents)
+        for refined in self._rows(start, noise, batch, plan, embeds, timings):
+            yield replace(refined, index=row.index + 1 + refined.index)
+
+    def _rows(
+        self,
+        start: Start,
+        noise: Sequence[NoiseStream],
+        batch: Sequence[ImageRequest],
+        plan: Plan,
+        embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
+        timings: Timings,
+    ) -> Iterator[Row]:
         texts = [embeds[plan.texts(image)] for image in batch]
         prompts = [prompt for prompt, *_ in texts]
         negatives = [negative for _, *rest in texts for negative in rest]
@@ -263,14 +350,14 @@ class Pipeline(Closing):
         """One that not every request needs, on the UNet's backend where that is free to choose."""
         if component not in self._engines:
             unet = self._engines["unet"].entry
-            self._engines[component] = self._open(
+            self._engines[component] = self._open_engine(
                 component, prefer=unet, weights=fused_weights(self.bundle, component, self.loras)
             )
         return self._engines[component]
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry
-        return recipe_of(
+        recipe = recipe_of(
             image,
             plan,
             self.bundle.manifest,
@@ -279,6 +366,10 @@ class Pipeline(Closing):
             loras=self.loras,
             fingerprint=self.fingerprint,
         )
+        if self.refiner is None:
+            return recipe
+        model, fingerprint = self.refiner.bundle.manifest.model, self.refiner.fingerprint
+        return replace(recipe, refiner=model.source, refiner_fingerprint=fingerprint)
 
     @property
     def engines(self) -> dict[str, EngineEntry]:
@@ -301,8 +392,12 @@ class Pipeline(Closing):
         self._prompts.forget()
         self._images.forget()
         self._controls.forget()
+        if self.refiner is not None:
+            self.refiner.forget_prompts()
 
     def close(self) -> None:
-        """Free all engines; the pipeline is of no use after it."""
+        """Free all engines, the refiner's too; the pipeline is of no use after it."""
+        if self.refiner is not None:
+            self.refiner.close()
         for engine in self._engines.values():
             engine.close()

@@ -12,8 +12,9 @@ from sd_engines.errors import ConfigError
 from sd_engines.spec import STABLE_DIFFUSION_XL, TIME_IDS, TIMESTEP_COND
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.controlnet import Control, controls_of
+from sd_runtime.refiner import HIGH_NOISE_FRAC, check_refiner
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
-from sd_runtime.task import Task, task_of
+from sd_runtime.task import REFINING, Task, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Plan:
     ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
     an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``. To a UNet of Stable Diffusion XL
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
-    prompt.
+    prompt. ``refining`` is what a refiner does after it.
     """
 
     request: Request
@@ -46,20 +47,50 @@ class Plan:
     unet_inputs: Mapping[str, NDArray[np.float32]]
     negative_unet_inputs: Mapping[str, NDArray[np.float32]]
     controls: tuple[Control, ...] = ()
+    refining: Plan | None = None
 
     def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one."""
         return (image.prompt, image.negative_prompt) if self.guided_rows else (image.prompt,)
 
+    @property
+    def num_rows(self) -> int:
+        """UNet calls for one batch, those of a refiner among them."""
+        return self.table.num_rows + (self.refining.num_rows if self.refining else 0)
 
-def plan(request: Request, manifest: Manifest) -> Plan:
-    """Check ``request`` against a bundle.
+
+def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = None) -> Plan:
+    """Check ``request`` against a bundle, and against that of a ``refiner`` where one goes on.
 
     Raises `ConfigError` for a task, a size, a scheduler, a number of steps, a guidance, a
-    cache_interval or a control picture that cannot be done, `BundleError` where the bundle lacks
-    what the task needs.
+    cache_interval or a control picture that cannot be done, and for two bundles that do not go
+    together; `BundleError` where the bundle lacks what the task needs.
     """
     task = task_of(request, manifest)
+    if refiner is None:
+        if request.high_noise_frac is not None:
+            raise ConfigError(
+                f"high_noise_frac is {request.high_noise_frac:g} without a refiner",
+                "Give one: --refiner BUNDLE; or leave high_noise_frac out.",
+            )
+        return _plan(request, manifest, task)
+    check_refiner(request, manifest, refiner)
+    share = HIGH_NOISE_FRAC if request.high_noise_frac is None else float(request.high_noise_frac)
+    base = _plan(replace(request, high_noise_frac=share), manifest, task, denoising_end=share)
+    second = replace(request, num_inference_steps=base.num_inference_steps)
+    second = replace(second, guidance_scale=base.guidance_scale)
+    return replace(base, refining=_plan(second, refiner, REFINING, denoising_start=share))
+
+
+def _plan(
+    request: Request,
+    manifest: Manifest,
+    task: Task,
+    *,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
+) -> Plan:
+    """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
     request.check_profile(manifest.profile)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
@@ -99,6 +130,8 @@ def plan(request: Request, manifest: Manifest) -> Plan:
         num_inference_steps=steps,
         eta=request.eta,
         strength=strength,
+        denoising_start=denoising_start,
+        denoising_end=denoising_end,
     )
     widths = _unet_input_widths(manifest)
     width = widths.get(TIMESTEP_COND)

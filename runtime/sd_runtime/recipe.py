@@ -27,8 +27,8 @@ FORMAT_VERSION = 1
 INPUTS = ("image", "mask", "control_image")
 """Pictures that a recipe names by their digests and does not hold; options of `Request`."""
 GENERATOR = "sd-toolkit"
-_PROVENANCE = ("backend", "precision", "model", "revision")
-"""What a recipe says of a bundle beside its fingerprint."""
+_PROVENANCE = ("backend", "precision", "model", "revision", "refiner")
+"""What a recipe says of its bundles beside their fingerprints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class Recipe:
     the recipe does not hold; None, and so ``strength``, where it was made from noise alone. So are
     ``control_image`` those of what its ControlNets saw. ``loras`` were put on the bundle's engines,
     each its file's SHA-256 and its scale. ``vae`` is what took the place of the model's own; None
-    where nothing did.
+    where nothing did. ``refiner`` is the model that drew the rest after ``high_noise_frac``; None
+    where none did.
     """
 
     prompt: str
@@ -71,6 +72,9 @@ class Recipe:
     control_guidance_start: float | tuple[float, ...] = 0.0
     control_guidance_end: float | tuple[float, ...] = 1.0
     guess_mode: bool = False
+    refiner: str | None = None
+    refiner_fingerprint: str | None = None
+    high_noise_frac: float | None = None
 
     def request(
         self, *, image: object = None, mask: object = None, control_image: object = None
@@ -115,6 +119,7 @@ class Recipe:
             mask=mask,
             strength=strength,
             control_image=control_image,
+            high_noise_frac=self.high_noise_frac,
             **(controls if control_image is not None else {}),
         )
 
@@ -150,6 +155,9 @@ class Recipe:
         for index, (scale, start, end) in enumerate(self._controls()):
             words = f"Weight: {scale:g}, Guidance Start: {start:g}, Guidance End: {end:g}"
             values[f"ControlNet {index}"] = f'"{words}"'
+        if self.refiner is not None and self.high_noise_frac is not None:
+            values["Refiner"] = self.refiner.replace(",", " ")
+            values["Refiner switch at"] = f"{self.high_noise_frac:g}"
         if self.cache_interval != 1:
             values["Cache interval"] = self.cache_interval
         if self.prompt_weighting:
@@ -187,7 +195,7 @@ class Recipe:
             for name, value in values.items()
         }
         recipe = cls(**fields_of)
-        for name in ("revision", "image", "mask", "vae"):
+        for name in ("revision", "image", "mask", "vae", "refiner", "refiner_fingerprint"):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
         has_strength = isinstance(recipe.strength, int | float)
@@ -198,6 +206,9 @@ class Recipe:
             isinstance(digests, tuple) and digests and all(isinstance(d, str) for d in digests)
         ):
             raise _unreadable("control_image must be a list of text")
+        parts = (recipe.refiner, recipe.refiner_fingerprint, recipe.high_noise_frac)
+        if len({part is None for part in parts}) > 1:
+            raise _unreadable("refiner, refiner_fingerprint and high_noise_frac belong together")
         recipe._request_from(None, None, None, None)  # its inputs come later
         check_control_options(recipe)
         return recipe
@@ -235,6 +246,7 @@ def recipe_of(
         control_guidance_start=request.control_guidance_start,
         control_guidance_end=request.control_guidance_end,
         guess_mode=request.guess_mode,
+        high_noise_frac=request.high_noise_frac,
         height=profile.height,
         width=profile.width,
         backend=backend,

@@ -56,6 +56,9 @@ class Request:
     ``control_guidance_end``, shares of all steps: one number for all, or one for each. In
     ``guess_mode`` the deep layers count most, and only where the prompt is seen.
 
+    ``high_noise_frac``, between 0 and 1, is the share that a base model draws before its refiner
+    goes on, 0.8 by default.
+
     Raises `ConfigError` for values that no bundle can do.
     """
 
@@ -82,6 +85,7 @@ class Request:
     control_guidance_start: float | tuple[float, ...] = 0.0
     control_guidance_end: float | tuple[float, ...] = 1.0
     guess_mode: bool = False
+    high_noise_frac: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "seed"):
@@ -124,6 +128,7 @@ class Request:
                 "Let it start before it stops; a guidance_scale of 1 is none at all.",
             )
         self._check_weights()
+        self._check_refining()
         self._take_pictures()
         self._take_control()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
@@ -140,6 +145,15 @@ class Request:
         if self.prompt_weighting:
             for text in (*self.prompts, *self.negative_prompts):
                 weighted_parts(text or "")
+
+    def _check_refining(self) -> None:
+        if self.high_noise_frac is not None:
+            _check_real("high_noise_frac", self.high_noise_frac, 0.0, 1.0)
+            if self.high_noise_frac in (0, 1):
+                raise ConfigError(
+                    f"high_noise_frac is {self.high_noise_frac:g}, and leaves one model nothing",
+                    "Give a share between 0 and 1, such as 0.8; or leave the refiner out.",
+                )
 
     def _take_pictures(self) -> None:
         from sd_runtime.input_image import InputImage  # and so numpy: not for --help

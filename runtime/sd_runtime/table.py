@@ -8,7 +8,7 @@ The sample is kept in the variance-preserving scale, so the UNet's input is the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +69,16 @@ class SchedulerTable:
         """R, the number of UNet calls."""
         return len(self.timesteps)
 
+    def until(self, row: int) -> SchedulerTable:
+        """The rows before ``row``, for someone else to go on from."""
+        levels = ("alpha", "sigma", "noised_alpha", "noised_sigma")
+        cut = {
+            field.name: getattr(self, field.name)[: row + (field.name in levels)]
+            for field in fields(self)
+            if field.name != "init_noise_scale"
+        }
+        return replace(self, **cut)
+
 
 def compile_table(
     scheduler_config: Mapping[str, Any],
@@ -77,6 +87,8 @@ def compile_table(
     num_inference_steps: int,
     eta: float = 0.0,
     strength: float = 1.0,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
 ) -> SchedulerTable:
     """Compile a sampler to the rows that reproduce diffusers' scheduler.
 
@@ -86,6 +98,9 @@ def compile_table(
         num_inference_steps: 1 … num_train_timesteps.
         eta: 0 … 1, the noise of DDIM and TCD; the others have no such setting.
         strength: 0 … 1, the share of the steps that image-to-image runs, as its pipeline counts.
+        denoising_start: 0 … 1, the share of the trained timesteps that another has done before, as
+            the pipelines of Stable Diffusion XL count; it takes the place of strength.
+        denoising_end: 0 … 1, the share after which another goes on.
 
     Raises:
         ConfigError: a value out of range, an unknown name, or a sampler that is not linear.
@@ -108,13 +123,40 @@ def compile_table(
             f"strength {strength} of {num_inference_steps} steps leaves none to run",
             "Raise strength or num_inference_steps.",
         )
+    two_stage = config["_class_name"].startswith(("Heun", "KDPM2"))
+    if two_stage and (denoising_start is not None or denoising_end is not None):
+        raise ConfigError(
+            f"{name} calls the UNet twice a step, and two models cannot share a step",
+            "Choose another scheduler, such as euler or dpm++_2m; or leave the refiner out.",
+        )
     with np.errstate(all="ignore"):  # λ is ∞ without noise; every formula has its limit there
         rows = _rows(name, config, num_inference_steps, eta=eta, begin=begin)
+        if denoising_start is not None:
+            begin = sum(t >= _cutoff(config, denoising_start) for t in rows.timesteps)
+            if begin == len(rows.timesteps):
+                raise ConfigError(
+                    f"of {begin} steps none is left after {denoising_start:g} of them",
+                    "Raise num_inference_steps, or begin earlier.",
+                )
+            rows = _rows(name, config, num_inference_steps, eta=eta, begin=begin)
         table = _table(rows, str(config["prediction_type"]))
+    if denoising_end is not None:
+        table = table.until(int((table.timesteps >= _cutoff(config, denoising_end)).sum()))
+        if not table.num_rows:
+            raise ConfigError(
+                f"of {num_inference_steps} steps none is before {denoising_end:g} of them",
+                "Raise num_inference_steps, or end later.",
+            )
     columns = (table.pred_sample, table.coef_sample, table.coef_history, table.coef_noise)
     if not all(np.isfinite(column).all() for column in columns):
         raise _divides_by_zero(name)
     return table
+
+
+def _cutoff(config: Mapping[str, Any], share: float) -> int:
+    """The trained timestep that divides what two models do."""
+    num_train_timesteps = int(config["num_train_timesteps"])
+    return round(num_train_timesteps - share * num_train_timesteps)
 
 
 def _rows(name: str, config: Mapping[str, Any], num_steps: int, *, eta: float, begin: int) -> Rows:

@@ -43,6 +43,8 @@ class Task:
 
 TEXT_TO_IMAGE = Task("text-to-image", ("noise",))
 IMAGE_TO_IMAGE = Task("image-to-image", ("image", "noise"), mixes_image=True)
+REFINING = Task("refining", ())
+"""Goes on where another model stopped, whose latents it takes as they are."""
 
 
 def task_of(request: Request, manifest: Manifest) -> Task:

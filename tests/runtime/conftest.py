@@ -321,7 +321,7 @@ def refiner_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
     checkpoint = make_xl_checkpoint(
         folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,)
     )
-    with exported(checkpoint, batch_size=1) as model:
+    with exported(checkpoint, batch_size=2) as model:
         yield model
 
 

@@ -160,6 +160,7 @@ def test_two_runs_do_not_share_a_folder(
     [
         (["a cat", "--jobs", "jobs.jsonl", "-o", "out"], 2, "--jobs stands alone"),
         (["--jobs", "jobs.jsonl", "-o", "out", "--grid"], 2, "--jobs stands alone"),
+        (["--jobs", "jobs.jsonl", "-o", "out", "--refiner", "r"], 2, "--jobs stands alone"),
         (["--jobs", "missing.jsonl", "-o", "out"], 2, "cannot read missing.jsonl"),
         (["--jobs", "steps.jsonl", "-o", "out"], 2, "job 2"),
         (["--jobs", "jobs.jsonl", "-o", "jobs.jsonl"], 2, "Choose another --output"),

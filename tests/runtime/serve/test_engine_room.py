@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from sd_runtime.serve.ticket import Progress, Ticket
 
 WAIT_S = 60
-REQUEST = Request("a cat", seed=3, num_inference_steps=4, guidance_scale=7.5, scheduler="euler_a")
+REQUEST = Request(
+    "a cat",
+    negative_prompt="",
+    seed=3,
+    num_inference_steps=4,
+    guidance_scale=7.5,
+    scheduler="euler_a",
+)
 LONG = replace(REQUEST, num_inference_steps=900, scheduler="ddim")
 
 
