@@ -75,9 +75,17 @@ class Server:
         lines = self.ask("/metrics").body.decode().splitlines()
         return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0)
 
-    def log_lines(self) -> list[dict[str, Any]]:
-        """What it has logged so far, of ``--log-format json``."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+    def log_line(self, request_id: str) -> dict[str, Any]:
+        """What it logs of an answer, and may log after it was sent."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            for text in self.log.read_text().splitlines(keepends=True):
+                line = json.loads(text) if text.endswith("\n") else {}
+                if line.get("request_id") == request_id and "status" in line:
+                    answer: dict[str, Any] = line
+                    return answer
+            time.sleep(0.01)
+        raise AssertionError(f"no answer is logged of {request_id}")
 
 
 @contextmanager
