@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
 
 
-# all that Stable Diffusion v1 has; exports of XL prove the border of its second encoder
-@pytest.mark.parametrize("component", [c for c in COMPONENTS if c != "text_encoder_2"])
+# What the checkpoint has: exports of XL and with a tiny decoder prove the borders of these two.
+ELSEWHERE = ("text_encoder_2", "preview_decoder")
+
+
+@pytest.mark.parametrize("component", [c for c in COMPONENTS if c not in ELSEWHERE])
 def test_outputs_are_what_the_border_says(checkpoint: Path, component: str) -> None:
     found = find_checkpoint(str(checkpoint))
     model = load_model(found, MODEL_OF.get(component, component))
