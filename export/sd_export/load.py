@@ -125,8 +125,8 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         config = pipeline_scheduler_config(config, family=checkpoint.family)
         task = "ControlNet"
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
-    pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
     with _quiet():
+        pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
         for encoder in TEXT_ENCODERS if xl else TEXT_ENCODERS[:1]:
             present = encoder in checkpoint.text_encoders
             tokenizer = TOKENIZER_FOLDERS[encoder]
