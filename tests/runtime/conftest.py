@@ -17,6 +17,7 @@ import pytest
 from controlnets import make_controlnet
 from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
+from sd_runtime.scheduler_config import SCHEDULERS
 from tiny import make_checkpoint
 from tiny_xl import make_xl_checkpoint
 
@@ -119,12 +120,31 @@ class TinyModel:
         return pixels, latents[-1], getattr(output, "nsfw_content_detected", None)
 
     def assert_same(self, request: Request) -> None:
-        """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
+        """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2), same flags."""
         result = self.pipeline.generate(request)
-        pixels, latents, _ = self.expected(request)
+        with self._scheduled(request.scheduler):
+            pixels, latents, flags = self.expected(request)
+        assert result.pixels.dtype == np.uint8
+        assert result.pixels.shape == pixels.shape
         assert np.linalg.norm(result.latents - latents) <= 1e-4 * np.linalg.norm(latents)
         within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
         assert within.mean() >= 0.999
+        assert result.nsfw_content_detected == (None if flags is None else tuple(flags))
+
+    @contextmanager
+    def _scheduled(self, name: str | None) -> Iterator[None]:
+        """diffusers' pipeline with the scheduler ``name``, of the checkpoint's own config."""
+        import diffusers
+
+        own = self.oracle.scheduler
+        if name is not None:
+            sampler = SCHEDULERS[name]
+            kind = getattr(diffusers, sampler.class_name)
+            self.oracle.scheduler = kind.from_config({**own.config, **sampler.overrides})
+        try:
+            yield
+        finally:
+            self.oracle.scheduler = own
 
 
 def _for_task(oracle: DiffusionPipeline, kind: str, parts: dict[str, Any]) -> DiffusionPipeline:

@@ -19,7 +19,6 @@ from sd_runtime.cli import main
 from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
 from sd_runtime.recipe import Recipe, recipes_from_text
-from sd_runtime.scheduler_config import SCHEDULERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,24 +39,6 @@ def request_for(**options: Any) -> Request:
     return Request(options.pop("prompt", "a cat"), **{**pictures, **defaults, **options})
 
 
-def assert_same(model: TinyModel, request: Request) -> None:
-    """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
-    own = model.oracle.scheduler
-    if request.scheduler is not None:
-        sampler = SCHEDULERS[request.scheduler]
-        model.oracle.scheduler = getattr(diffusers, sampler.class_name).from_config(
-            {**own.config, **sampler.overrides}
-        )
-    try:
-        pixels, latents, _ = model.expected(request)
-    finally:
-        model.oracle.scheduler = own
-    result = model.pipeline.generate(request)
-    assert np.linalg.norm(result.latents - latents) <= 1e-4 * np.linalg.norm(latents)
-    within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
-    assert within.mean() >= 0.999
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -76,13 +57,13 @@ def assert_same(model: TinyModel, request: Request) -> None:
     ids=str,
 )
 def test_same_picture_as_diffusers(controlled_model: TinyModel, options: dict[str, Any]) -> None:
-    assert_same(controlled_model, request_for(**options))
+    controlled_model.assert_same(request_for(**options))
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.6}, {}, {"masked": True}], ids=str)
 def test_from_a_picture_too(controlled_model: TinyModel, options: dict[str, Any]) -> None:
     mask = picture(5).convert("L") if options.pop("masked", False) else None
-    assert_same(controlled_model, request_for(image=picture(4), mask=mask, **options))
+    controlled_model.assert_same(request_for(image=picture(4), mask=mask, **options))
 
 
 def test_one_of_two_is_the_same_as_one_alone(controlled_model: TinyModel) -> None:
@@ -126,7 +107,7 @@ def test_the_bundle_holds_and_proves_them(controlled_model: TinyModel) -> None:
 def test_without_a_control_picture_it_draws_as_the_checkpoint(controlled_model: TinyModel) -> None:
     plain = replace(request_for(), control_image=None)
     led = controlled_model.pipeline.generate(request_for())  # leaves residuals in the buffers
-    assert_same(controlled_model, plain)
+    controlled_model.assert_same(plain)
     result = controlled_model.pipeline.generate(plain)
     assert "controlnet" not in result.timings.spans
     assert (led.pixels != result.pixels).mean() > 0.1

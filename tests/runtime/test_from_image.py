@@ -6,7 +6,6 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import BundleError, ConfigError
 from sd_runtime import Pipeline, Request
 from sd_runtime.plan import plan
-from sd_runtime.scheduler_config import DEFAULTS, SCHEDULERS
+from sd_runtime.scheduler_config import DEFAULTS
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -43,24 +42,6 @@ def mask(model: TinyModel) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def assert_same(model: TinyModel, request: Request) -> None:
-    """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
-    own = model.oracle.scheduler
-    if request.scheduler is not None:
-        sampler = SCHEDULERS[request.scheduler]
-        model.oracle.scheduler = getattr(diffusers, sampler.class_name).from_config(
-            {**own.config, **sampler.overrides}
-        )
-    try:
-        pixels, latents, _ = model.expected(request)
-    finally:
-        model.oracle.scheduler = own
-    result = model.pipeline.generate(request)
-    assert np.linalg.norm(result.latents - latents) <= 1e-4 * np.linalg.norm(latents)
-    within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
-    assert within.mean() >= 0.999
-
-
 def request_for(model: TinyModel, *, masked: bool, **options: Any) -> Request:
     pictures = {"image": picture(model), "mask": mask(model) if masked else None}
     defaults = {"seed": 8, "num_inference_steps": STEPS, "guidance_scale": 3.0}
@@ -81,14 +62,14 @@ def request_for(model: TinyModel, *, masked: bool, **options: Any) -> Request:
 def test_every_strength(
     tiny_model: TinyModel, options: dict[str, Any], masked: bool, strength: float
 ) -> None:
-    assert_same(tiny_model, request_for(tiny_model, masked=masked, strength=strength, **options))
+    tiny_model.assert_same(request_for(tiny_model, masked=masked, strength=strength, **options))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_every_class_of_schedulers(tiny_model: TinyModel, name: str, masked: bool) -> None:
     request = request_for(tiny_model, masked=masked, scheduler=name, strength=0.7)
-    assert_same(tiny_model, request)
+    tiny_model.assert_same(request)
 
 
 def test_the_graph_of_an_inpainting_checkpoint_takes_the_mask_by_name(
@@ -110,8 +91,8 @@ def test_a_unet_that_is_fed_the_mask(
     inpainting_model: TinyModel, name: str, strength: float | None
 ) -> None:
     request = request_for(inpainting_model, masked=True, scheduler=name, strength=strength)
-    assert_same(inpainting_model, request)
-    assert_same(inpainting_model, replace(request, guidance_scale=1.0))
+    inpainting_model.assert_same(request)
+    inpainting_model.assert_same(replace(request, guidance_scale=1.0))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
@@ -119,7 +100,7 @@ def test_defaults_and_several_pictures(tiny_model: TinyModel, masked: bool) -> N
     request = request_for(
         tiny_model, masked=masked, prompt=("a cat", "a dog"), num_images_per_prompt=2
     )
-    assert_same(tiny_model, request)
+    tiny_model.assert_same(request)
     result = tiny_model.pipeline.generate(request)
     assert {recipe.strength for recipe in result.recipes} == {1.0 if masked else 0.8}
     alone = replace(request, prompt="a dog", seed=11, num_images_per_prompt=1)
@@ -129,13 +110,13 @@ def test_defaults_and_several_pictures(tiny_model: TinyModel, masked: bool) -> N
 
 def test_several_pictures_of_a_unet_that_is_fed_the_mask(inpainting_model: TinyModel) -> None:
     request = request_for(inpainting_model, masked=True, num_images_per_prompt=3, strength=0.5)
-    assert_same(inpainting_model, request)
+    inpainting_model.assert_same(request)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
 def test_a_unet_that_is_told_its_guidance(consistency_model: TinyModel, masked: bool) -> None:
     request = request_for(consistency_model, masked=masked, strength=0.7, guidance_scale=8.5)
-    assert_same(consistency_model, request)
+    consistency_model.assert_same(request)
 
 
 def test_what_the_mask_leaves_out_is_kept(tiny_model: TinyModel) -> None:

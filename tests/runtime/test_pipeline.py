@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,37 +23,13 @@ from sd_runtime.recipe import recipes_from_text
 from sd_runtime.table import SCHEDULERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from conftest import TinyModel
 
 MAX_SEED = 2**64 - 1
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
-
-@contextmanager
-def oracle_scheduler(model: TinyModel, kind: str, **options: Any) -> Iterator[None]:
-    """diffusers' pipeline with another scheduler, made from the checkpoint's own config."""
-    own = model.oracle.scheduler
-    model.oracle.scheduler = getattr(diffusers, kind).from_config({**own.config, **options})
-    try:
-        yield
-    finally:
-        model.oracle.scheduler = own
-
-
-def assert_same(model: TinyModel, request: Request) -> None:
-    """Pixels within 1/255 for ≥ 99.9 %, final latents within 1e-4 (relative L2)."""
-    result = model.pipeline.generate(request)
-    pixels, latents, flags = model.expected(request)
-    assert result.pixels.dtype == np.uint8
-    assert result.pixels.shape == pixels.shape
-    error = np.linalg.norm(result.latents - latents) / np.linalg.norm(latents)
-    assert error <= 1e-4
-    within = np.abs(result.pixels.astype(int) - pixels.astype(int)) <= 1
-    assert within.mean() >= 0.999
-    assert result.nsfw_content_detected == (None if flags is None else tuple(flags))
 
 
 @pytest.mark.parametrize(
@@ -82,25 +57,22 @@ def assert_same(model: TinyModel, request: Request) -> None:
     ids=itertools.count(),
 )
 def test_same_picture_as_diffusers(tiny_model: TinyModel, request_: Request) -> None:
-    assert_same(tiny_model, request_)
+    tiny_model.assert_same(request_)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_same_picture_with_every_scheduler(tiny_model: TinyModel, name: str) -> None:
-    sampler = SCHEDULERS[name]
     request = Request(
         ("a cat", "a dog"), negative_prompt="red", seed=8, scheduler=name, num_inference_steps=4
     )
-    with oracle_scheduler(tiny_model, sampler.class_name, **sampler.overrides):
-        assert_same(tiny_model, request)
+    tiny_model.assert_same(request)
 
 
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_same_picture_with_eta(tiny_model: TinyModel, name: str, eta: float) -> None:
     request = Request("a cat", seed=5, scheduler=name, eta=eta, num_inference_steps=3)
-    with oracle_scheduler(tiny_model, SCHEDULERS[name].class_name):
-        assert_same(tiny_model, request)
+    tiny_model.assert_same(request)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it corrects
@@ -122,7 +94,7 @@ def test_old_scheduler_configs_are_corrected_as_in_diffusers(
     seal(staging, path, replace(manifest, model=replace(manifest.model, scheduler=config)))
     with Pipeline.load(path, threads=1) as pipeline:
         model = replace(tiny_model, oracle=oracle, pipeline=pipeline)
-        assert_same(model, Request("a cat", seed=5, num_inference_steps=4))
+        model.assert_same(Request("a cat", seed=5, num_inference_steps=4))
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -130,7 +102,7 @@ def test_same_picture_in_another_shape(guarded_model: TinyModel, steps: int) -> 
     request = Request(
         ("a red cat", "a dog on white", "a horse"), seed=4, num_inference_steps=steps, eta=0.0
     )
-    assert_same(guarded_model, request)
+    guarded_model.assert_same(request)
 
 
 def test_the_safety_checker_reports_and_blackens(
@@ -216,7 +188,7 @@ def test_closing_the_stream_cancels(tiny_model: TinyModel) -> None:
     assert next(steps).index == 0
     steps.close()
     assert next(steps, None) is None
-    assert_same(tiny_model, Request("a cat", seed=2, num_inference_steps=2))
+    tiny_model.assert_same(Request("a cat", seed=2, num_inference_steps=2))
 
 
 def test_timings(tiny_model: TinyModel) -> None:
@@ -365,7 +337,7 @@ def test_bundles_that_do_not_open(tiny_model: TinyModel, tmp_path: Path) -> None
 def test_each_picture_may_have_a_seed_of_its_own(tiny_model: TinyModel) -> None:
     request = Request("a cat", seed=(11, 3), num_images_per_prompt=2, num_inference_steps=2)
     assert [image.seed for image in request.images()] == [11, 3]
-    assert_same(tiny_model, request)
+    tiny_model.assert_same(request)
     with pytest.raises(ConfigError, match="2 seeds for 3 pictures"):
         replace(request, num_images_per_prompt=3)
     with pytest.raises(ConfigError, match="seed is -1"):
