@@ -46,6 +46,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "add_engines",
+    "engine_entry",
     "engine_key",
     "hash_files",
     "open_bundle",
@@ -149,6 +150,42 @@ def engine_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def engine_entry(
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    backend: str,
+    *,
+    version: str,
+    target: str,
+    precision: Precision,
+    file: str,
+    built: FileEntry,
+    flags: Mapping[str, str],
+) -> EngineEntry:
+    """The entry of an engine that ``backend`` made of ``entry``: ``file``, which is ``built``."""
+    return EngineEntry(
+        component=component,
+        backend=backend,
+        version=version,
+        target=target,
+        precision=precision,
+        file=file,
+        sha256=built.sha256,
+        bytes=built.bytes,
+        flags=dict(flags),
+        key=engine_key(
+            (onnx.sha256 for onnx in entry.files.values()),
+            profile=profile,
+            precision=precision,
+            backend=backend,
+            version=version,
+            target=target,
+            flags=flags,
+        ),
+    )
+
+
 def portable_entry(
     component: str,
     entry: ComponentEntry,
@@ -163,27 +200,17 @@ def portable_entry(
 
     ``precision`` None: that of the graph.
     """
-    onnx = entry.files[entry.file]
-    precision = precision or entry.precision
-    return EngineEntry(
-        component=component,
-        backend=backend,
+    return engine_entry(
+        component,
+        entry,
+        profile,
+        backend,
         version=version,
         target=target,
-        precision=precision,
+        precision=precision or entry.precision,
         file=entry.file,
-        sha256=onnx.sha256,
-        bytes=onnx.bytes,
+        built=entry.files[entry.file],
         flags={},
-        key=engine_key(
-            (file.sha256 for file in entry.files.values()),
-            profile=profile,
-            precision=precision,
-            backend=backend,
-            version=version,
-            target=target,
-            flags={},
-        ),
     )
 
 

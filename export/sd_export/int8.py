@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.bundle import EngineEntry, engine_key, hash_files
+from sd_engines.bundle import EngineEntry, engine_entry, hash_files
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.memory import release
 
@@ -71,30 +71,21 @@ def int8_engine(
         release()
         built = hash_files(output_dir, [file])[file]
         result.bytes = built.bytes
-    flags = {
-        "calibration": calibration.digest,
-        "nncf": metadata.version("nncf"),
-        "rest": "bf16" if computes_in("bf16") else "fp32",
-    }
-    engine = EngineEntry(
-        component=component,
-        backend=openvino.BACKEND,
+    engine = engine_entry(
+        component,
+        entry,
+        profile,
+        openvino.BACKEND,
         version=version,
         target=openvino.TARGET,
         precision="int8",
         file=file,
-        sha256=built.sha256,
-        bytes=built.bytes,
-        flags=flags,
-        key=engine_key(
-            (onnx.sha256 for onnx in entry.files.values()),
-            profile=profile,
-            precision="int8",
-            backend=openvino.BACKEND,
-            version=version,
-            target=openvino.TARGET,
-            flags=flags,
-        ),
+        built=built,
+        flags={
+            "calibration": calibration.digest,
+            "nncf": metadata.version("nncf"),
+            "rest": "bf16" if computes_in("bf16") else "fp32",
+        },
     )
     return engine, proof
 

@@ -17,16 +17,15 @@ from sd_engines.backends.tensorrt_package import (
     package_log,
 )
 from sd_engines.border import shape_at
-from sd_engines.bundle import engine_key, hash_files
+from sd_engines.bundle import engine_entry, hash_files
 from sd_engines.errors import BackendError, ConfigError
-from sd_engines.manifest import EngineEntry
 from sd_engines.spec import BATCH
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.engine import Progress
-    from sd_engines.manifest import ComponentEntry
+    from sd_engines.manifest import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
 
 
@@ -106,27 +105,17 @@ def build(
         raise BackendError(
             f"{path}: {error}", "Make room on the disk, then run it again."
         ) from error
-    built = hash_files(output_dir, [file])[file]
-    flags = {"tf32": "off", "workspace_bytes": str(workspace_bytes or "all")}
-    return EngineEntry(
-        component=component,
-        backend=backend,
+    return engine_entry(
+        component,
+        entry,
+        profile,
+        backend,
         version=module.__version__,
         target=target,
         precision=entry.precision,
         file=file,
-        sha256=built.sha256,
-        bytes=built.bytes,
-        flags=flags,
-        key=engine_key(
-            (onnx.sha256 for onnx in entry.files.values()),
-            profile=profile,
-            precision=entry.precision,
-            backend=backend,
-            version=module.__version__,
-            target=target,
-            flags=flags,
-        ),
+        built=hash_files(output_dir, [file])[file],
+        flags={"tf32": "off", "workspace_bytes": str(workspace_bytes or "all")},
     )
 
 
