@@ -104,6 +104,11 @@ class Manifest:
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
 
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """One picture's latents: channels, height, width."""
+        return self.model.latent_channels, self.profile.latent_height, self.profile.latent_width
+
     def to_json(self) -> str:
         """The text of `bundle.json`; `BundleError` where it would not be read back."""
         try:

@@ -107,7 +107,9 @@ class Calibration:
         outputs: list[np.ndarray] = []
         with self._engine("unet") as unet:
             for index, prompt in enumerate((*self.prompts, _HELD_OUT)):
-                drawn = _draw(unet, planned, self.latents_shape, embeds, prompt, _SEED + index)
+                drawn = _draw(
+                    unet, planned, self.manifest.latents_shape, embeds, prompt, _SEED + index
+                )
                 for row, (seen, noise_pred) in enumerate(drawn):
                     if index == len(self.prompts):
                         held_out.append(seen)
@@ -121,12 +123,6 @@ class Calibration:
             reference={"noise_pred": np.concatenate(outputs)},
             reference_name=f"the bundle's ONNX, fp32, openvino {version}, along a picture",
         )
-
-    @property
-    def latents_shape(self) -> tuple[int, int, int]:
-        """One picture's latents: channels, height, width."""
-        profile = self.manifest.profile
-        return self.manifest.model.latent_channels, profile.latent_height, profile.latent_width
 
     def _embeds(self) -> dict[str, Array]:
         """All texts, encoded."""

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from sd_engines.choice import fastest_engine
 from sd_engines.engine import listed_engines, open_engine
-from sd_engines.spec import POOLED_PROMPT_EMBEDS, TEXT_ENCODERS, TIME_IDS
+from sd_engines.errors import BundleError
+from sd_engines.spec import (
+    CONTROL_EMBEDDING,
+    CONTROLNET,
+    POOLED_PROMPT_EMBEDS,
+    TEXT_ENCODERS,
+    TIME_IDS,
+)
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import ENCODER
 
@@ -20,6 +27,10 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision, Profile
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
+
+
+_ON_DEMAND = (ENCODER, "unet_shallow", CONTROLNET, CONTROL_EMBEDDING)
+"""How the names of components begin that not every request needs."""
 
 
 def text_encoders(manifest: Manifest) -> tuple[str, ...]:
@@ -36,6 +47,24 @@ def text_encoders(manifest: Manifest) -> tuple[str, ...]:
 def drawing_components(manifest: Manifest) -> tuple[str, ...]:
     """The components without which no picture is drawn; the bundle may lack them."""
     return (*text_encoders(manifest), "unet", "vae_decoder")
+
+
+def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[int]]) -> list[str]:
+    """What every picture is drawn with, and what only those of ``batches`` need.
+
+    `BundleError` where the bundle lacks what every picture needs.
+    """
+    present, needed = bundle.manifest.components, drawing_components(bundle.manifest)
+    for component in needed:
+        if component not in present:
+            raise BundleError(
+                f"the bundle {bundle.path} has no {component}",
+                "Make it again: sd-export --model MODEL --output BUNDLE.",
+            )
+    names = [*needed]
+    if "safety_checker" in present:
+        names.append("safety_checker")
+    return names + [name for name, rows in batches.items() if rows and name.startswith(_ON_DEMAND)]
 
 
 def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:

@@ -65,6 +65,11 @@ def find_lora(text: str, suffixes: Collection[str] = (".safetensors",)) -> Lora:
     return Lora(path, scale)
 
 
+def find_loras(loras: Sequence[str | Lora]) -> tuple[Lora, ...]:
+    """The same for several, some of which may be found already."""
+    return tuple(lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras)
+
+
 def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict[str, NDArray[Any]]:
     """The weights of ``component`` that ``loras`` change, by what its graph calls them.
 

@@ -12,16 +12,14 @@ import numpy as np
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
-from sd_engines.errors import BundleError
-from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET
 from sd_runtime.arrays import to_host
 from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.controlnet import ControlEncoder
 from sd_runtime.decoder import Decoder
 from sd_runtime.denoise import denoise
-from sd_runtime.engines import drawing_components, first_batches, open_engines, text_encoders
+from sd_runtime.engines import components_to_open, first_batches, open_engines, text_encoders
 from sd_runtime.image_encoder import ImageEncoder
-from sd_runtime.lora import OWNERS, Lora, find_lora, fused_weights
+from sd_runtime.lora import OWNERS, Lora, find_loras, fused_weights
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
@@ -109,7 +107,7 @@ class Pipeline(Closing):
         unknown backend, a LoRA of another model, and as `plan` does.
         """
         bundle = open_bundle(path)
-        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
+        found = find_loras(loras)
         second = None if refiner is None else open_bundle(refiner)
         planned = None
         if request is not None:
@@ -146,15 +144,6 @@ class Pipeline(Closing):
         loras: Sequence[Lora] = (),
         refiner: Self | None = None,
     ) -> Self:
-        present = bundle.manifest.components
-        names = list(drawing_components(bundle.manifest))
-        for component in names:
-            if component not in present:
-                raise BundleError(
-                    f"the bundle {bundle.path} has no {component}",
-                    "Make it again: sd-export --model MODEL --output BUNDLE.",
-                )
-        names += [name for name in ("safety_checker",) if name in present]
         max_tokens = bundle.manifest.model.max_prompt_tokens
         tokenizers = {
             name: Tokenizer.load(bundle.verified_path(TOKENIZER_OF[name]), max_tokens=max_tokens)
@@ -163,14 +152,9 @@ class Pipeline(Closing):
         batches: dict[str, set[int]] = {}
         if planned is not None:
             batches = first_batches(planned, bundle.manifest.profile)
-            names += [
-                name
-                for name, rows in batches.items()
-                if rows and name.startswith((ENCODER, SHALLOW, CONTROLNET, CONTROL_EMBEDDING))
-            ]
         engines = open_engines(
             bundle,
-            names,
+            components_to_open(bundle, batches),
             backend=backend,
             threads=threads,
             precision=precision,
@@ -193,7 +177,7 @@ class Pipeline(Closing):
         The engines that LoRAs change are opened anew, before the old ones are closed: where a LoRA
         is refused, everything stays as it is. Raises as `load`.
         """
-        found = [lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras]
+        found = find_loras(loras)
         with ExitStack() as opened:
             changed = {}
             for component, engine in self._engines.items():
@@ -211,7 +195,7 @@ class Pipeline(Closing):
             self._engines[component].close()
             self._engines[component] = engine
         self._prompts = self._prompt_encoder()
-        self.loras = tuple(found)
+        self.loras = found
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -384,8 +368,7 @@ class Pipeline(Closing):
     @property
     def latents_shape(self) -> tuple[int, int, int]:
         """One picture's latents: channels, height, width."""
-        channels = self.bundle.manifest.model.latent_channels
-        return channels, self.profile.latent_height, self.profile.latent_width
+        return self.bundle.manifest.latents_shape
 
     def forget_prompts(self) -> None:
         """Encode the next request's inputs anew, as a first request does: for measurements."""
