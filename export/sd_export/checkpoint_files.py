@@ -40,7 +40,7 @@ def additions(checkpoint: Checkpoint) -> dict[str, Any]:
     vae = checkpoint.vae
     return {
         "loras": [
-            {"file": lora.path.name, "sha256": file_hash(lora.path), "scale": lora.scale}
+            {"file": lora.path.name, "sha256": lora.sha256, "scale": lora.scale}
             for lora in checkpoint.loras
         ],
         "embeddings": [

@@ -172,14 +172,6 @@ def nsfw_content_detected(
     return np.asarray(found, dtype=bool)
 
 
-def reference_versions() -> dict[str, str]:
-    """Versions of the libraries whose models are the reference."""
-    import diffusers
-    import transformers
-
-    return {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-
-
 def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
     if component == "unet":
         from diffusers import UNet2DConditionModel

@@ -96,11 +96,6 @@ class Checkpoint:
         return self.single_file and component in WEIGHT_STEMS
 
     @property
-    def has_safety_checker(self) -> bool:
-        """Whether pictures are to be checked as the checkpoint's pipeline does."""
-        return "safety_checker" in self.weights
-
-    @property
     def latent_channels(self) -> int:
         """Channels of the latents; a UNet that is fed more of them is for inpainting."""
         return int(self.configs["vae"].get("latent_channels", 4))
