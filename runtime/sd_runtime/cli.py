@@ -196,6 +196,7 @@ def run(
             ray=ray,
             workers=workers,
             backend=backend,
+            precision=precision,
             threads=threads,
             loras=tuple(map(find_lora, loras)),
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from sd_engines.spec import Precision
     from sd_runtime.lora import Lora
     from sd_runtime.picture_job import Drawn, PictureBatch, PictureJob
 
@@ -45,6 +46,7 @@ class FolderJob:
     ray: bool
     workers: int | None
     backend: str | None
+    precision: Precision | None
     threads: int | None
     loras: tuple[Lora, ...]
 
@@ -92,6 +94,7 @@ def _drawn_here(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Dra
     with Pipeline.load(
         job.bundle,
         backend=job.backend or "auto",
+        precision=job.precision,
         threads=job.threads,
         request=request_of(batches[0]),
         loras=job.loras,
@@ -107,6 +110,7 @@ def _drawn_by_ray(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[D
         bundle=job.bundle.resolve(),
         folder=job.folder.resolve(),
         backend=job.backend or "auto",
+        precision=job.precision,
         threads=job.threads,
         loras=tuple(replace(lora, path=lora.path.resolve()) for lora in job.loras),
         workers=job.workers,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from sd_engines.spec import Precision
     from sd_runtime.lora import Lora
     from sd_runtime.picture_job import PictureBatch
 
@@ -42,6 +43,7 @@ class RayJob:
     bundle: Path
     folder: Path
     backend: str
+    precision: Precision | None
     threads: int | None
     loras: tuple[Lora, ...]
     workers: int | None
@@ -103,6 +105,7 @@ class Worker:
             self._pipeline = Pipeline.load(
                 self._job.bundle,
                 backend=self._job.backend,
+                precision=self._job.precision,
                 threads=self._job.threads,
                 loras=self._job.loras,
             )

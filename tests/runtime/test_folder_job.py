@@ -56,6 +56,14 @@ def run(bundle: Path, *arguments: str) -> int:
     return main([str(bundle), "--jobs", "jobs.jsonl", "--output", "out", *FAST, *arguments])
 
 
+def test_precision_is_asked_of_the_bundle(
+    tiny_model: TinyModel, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_model.bundle, "--precision", "bf16") == 3
+    assert "bf16" in capsys.readouterr().err
+    assert not any((folder / "out").glob("*.png"))
+
+
 def test_jobs_become_named_pictures(
     tiny_model: TinyModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
