@@ -36,8 +36,8 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,bench,dev]"
 	@touch $@
 
-gpu: $(VENV)/.stamp ## the tests that need an NVIDIA GPU
-	$(BIN)/pytest -m gpu
+gpu: $(VENV)/.stamp ## all that only an NVIDIA GPU can tell, into build/gpu: see benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(BUILD)/gpu
 
 clean:
 	rm -rf $(BUILD) $(VENV)

@@ -1,10 +1,11 @@
-"""Worker of `sd-bench peers`: diffusers' own pipeline on the CPU, eager or by torch.compile."""
+"""Worker of `sd-bench peers`: diffusers' own pipeline, eager or by torch.compile."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from protocol import Drawing, Job, serve
 
 
 class Diffusers:
-    """`StableDiffusionPipeline` as diffusers' guides to speed set it up for a CPU."""
+    """`StableDiffusionPipeline` as diffusers' guides to speed set it up for a CPU or a GPU."""
 
     packages = ("diffusers", "torch", "transformers", "accelerate", "numpy")
 
-    def __init__(self, *, compiled: bool) -> None:
+    def __init__(self, *, compiled: bool, device: str) -> None:
         self._compiled = compiled
+        self._device = device
         self._pipeline: Any = None
 
     def prepare(self, job: Job, folder: Path) -> None:
@@ -33,29 +35,32 @@ class Diffusers:
             # Both are read when torch is imported. Freezing folds the weights' layouts into the
             # code, which PyTorch's guide to inductor on CPUs recommends for inference.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = job.prepared
-            os.environ["TORCHINDUCTOR_FREEZING"] = "1"
+            os.environ["TORCHINDUCTOR_FREEZING"] = "1" if self._device == "cpu" else "0"
         import diffusers
         import torch
 
         torch.set_num_threads(job.threads)
         torch.set_grad_enabled(False)  # freezing asks for it; the pipeline does it by itself
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job.precision]
         without_checker = {"safety_checker": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             job.model,
-            torch_dtype=dtype,
+            torch_dtype=dtype(job),
             local_files_only=True,
             **({} if job.safety_checker else without_checker),
         )
+        pipeline.to(self._device)
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.scheduler = scheduler(job)
         pipeline.set_progress_bar_config(disable=True)
         settings = {"memory_format": "channels_last", "attention": "scaled_dot_product_attention"}
         if self._compiled:
-            pipeline.unet = torch.compile(pipeline.unet, fullgraph=True, dynamic=False)
-            pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True, dynamic=False)
-            settings |= {"torch.compile": "UNet and VAE decoder, fullgraph", "freezing": "on"}
+            mode = "default" if self._device == "cpu" else "max-autotune"
+            compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+            pipeline.unet = compiled(pipeline.unet)
+            pipeline.vae.decode = compiled(pipeline.vae.decode)
+            settings["torch.compile"] = f"UNet and VAE decoder, fullgraph, {mode}"
+            settings["freezing"] = os.environ["TORCHINDUCTOR_FREEZING"]
         self._pipeline = pipeline
         return settings
 
@@ -70,6 +75,13 @@ def scheduler(job: Job) -> Any:
 
     config = json.loads(Path(job.scheduler).read_text("utf-8"))
     return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def dtype(job: Job) -> Any:
+    """The job's precision in the word of torch."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[job.precision]
 
 
 def draw(pipeline: Any, job: Job, *, with_latents: bool) -> Drawing:
@@ -92,13 +104,14 @@ def draw(pipeline: Any, job: Job, *, with_latents: bool) -> Drawing:
         width=job.width,
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
-        latents=noise.to(torch.bfloat16 if job.precision == "bf16" else torch.float32),
+        latents=noise.to(device=pipeline.device, dtype=dtype(job)),
         generator=generator,
         callback_on_step_end=keep if with_latents else None,
     ).images[0]
-    latents = kept[0].to(torch.float32).numpy() if kept else None
+    latents = kept[0].to("cpu", torch.float32).numpy() if kept else None
     return Drawing(np.asarray(image.convert("RGB")), latents)
 
 
 if __name__ == "__main__":
-    serve(Diffusers(compiled="--compile" in sys.argv))
+    device = "cuda" if "--cuda" in sys.argv else "cpu"
+    serve(Diffusers(compiled="--compile" in sys.argv, device=device))

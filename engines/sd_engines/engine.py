@@ -197,7 +197,7 @@ def open_engine(
 def listed_engines(
     bundle: Bundle, component: str, *, backend: str = "auto", precision: Precision | None = None
 ) -> list[EngineEntry]:
-    """The engines of ``component`` to choose from, in the order of `BACKENDS`.
+    """The engines of ``component`` to choose from, in the order of `BACKENDS`, GPUs before the CPU.
 
     With ``precision`` None those in int8 are left out where there are others: nobody gets it who
     did not ask for it, or make a bundle of nothing else. `ConfigError` for an unknown precision.
@@ -214,7 +214,7 @@ def listed_engines(
     ]
     if precision is None:
         entries = [entry for entry in entries if entry.precision != "int8"] or entries
-    return sorted(entries, key=lambda entry: BACKENDS.index(entry.backend))
+    return sorted(entries, key=lambda e: (BACKENDS.index(e.backend), e.target == "cpu"))
 
 
 def _build_options(backend: str, precision: Precision | None) -> str:

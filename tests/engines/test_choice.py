@@ -151,6 +151,14 @@ def test_int8_is_taken_by_whom_asks_for_it_or_has_nothing_else(
     assert not cache.exists()
 
 
+def test_of_one_backend_the_gpu_comes_first(tiny_bundle: Bundle) -> None:
+    on_cpu = portable(tiny_bundle, "onnxruntime", "fp32")
+    on_gpu = replace(on_cpu, target="cuda")
+    rival = portable(tiny_bundle, "openvino", "fp32")
+    found = listed_engines(with_engines(tiny_bundle, on_cpu, rival, on_gpu), "unet")
+    assert found == [rival, on_gpu, on_cpu]
+
+
 def test_a_single_engine_is_not_measured(tiny_bundle: Bundle, cache: Path) -> None:
     single = with_engines(tiny_bundle, portable(tiny_bundle, "onnxruntime", "fp32"))
     assert backend_of(single) == "onnxruntime"

@@ -51,11 +51,13 @@ def peers(
 ) -> None:
     """Draw the same picture by a bundle and by other programs, side by side.
 
-    The default scheduler is one that all have; --threads bounds every one of them.
+    Those that draw on the GPU where there is one, else those on the CPU. The default scheduler is
+    one that all have; --threads bounds every one of them.
     """
     import logging
     from tempfile import TemporaryDirectory
 
+    from sd_bench.environment import environment as fingerprint
     from sd_bench.measurement import Settings
     from sd_bench.peers.contest import Turns, measure_peers
     from sd_bench.peers.peer import default_cache, find_peers, set_up
@@ -74,7 +76,7 @@ def peers(
         comparison = measure_peers(
             bundle.absolute(),
             Settings(**given(settings)),
-            peers=find_peers(names),
+            peers=find_peers(names, gpu="gpu" in fingerprint()),
             model=model,
             turns=Turns(cold_starts, rounds, captions),
             cache=cache,

@@ -19,7 +19,7 @@ from sd_bench.environment import environment
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, judge
 from sd_bench.peers.contestant import enlist
-from sd_bench.peers.peer import OURS, REFERENCE, how_to_install, missing
+from sd_bench.peers.peer import OURS, REFERENCE, REFERENCE_CUDA, how_to_install, missing
 from sd_bench.peers.worker import WorkerError
 from sd_bench.quality import held_out_captions
 from sd_engines.bundle import open_bundle
@@ -118,7 +118,9 @@ def measure_peers(
                     _answer_captions(each, workers[each.peer.name], questions)
     check_unchanged(original, key, bundle)
     rows = [each.row for each in contestants]
-    judge(rows, _pictures(rows, folder), reference=REFERENCE)
+    names = [row.name for row in rows]
+    reference = REFERENCE_CUDA if REFERENCE_CUDA in names else REFERENCE
+    judge(rows, _pictures(rows, folder), reference=reference)
     return Comparison(
         bundle=str(bundle_path),
         fingerprint=fingerprint(bundle.manifest),
@@ -127,7 +129,7 @@ def measure_peers(
         threads=threads,
         environment=environment(),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        reference=REFERENCE,
+        reference=reference,
         rows=rows,
     )
 

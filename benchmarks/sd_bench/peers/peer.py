@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from sd_engines.errors import ConfigError, SdError, nearest
 
@@ -27,6 +27,7 @@ class Peer:
     """The script, and in ``arguments`` what it is called with."""
     arguments: tuple[str, ...] = ()
     precision: str = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
     environment: str | None = None
     modules: tuple[str, ...] = ()
     """What must be importable for the peer to count as installed."""
@@ -40,19 +41,24 @@ OURS: Final = Peer(
     name="sd-toolkit", worker=WORKERS / "sd_toolkit.py", prepared="sd-toolkit", precision="bundle's"
 )
 REFERENCE: Final = "diffusers-fp32"
-"""Whose picture is the right one."""
+REFERENCE_CUDA: Final = "diffusers-cuda-fp32"
+"""Whose picture is the right one, where no GPU takes part and where one does."""
 
 
-def _diffusers(name: str, precision: str, *arguments: str) -> Peer:
+def _diffusers(
+    name: str, precision: str, *arguments: str, device: Literal["cpu", "cuda"] = "cpu"
+) -> Peer:
+    arguments = (*arguments, "--cuda") if device == "cuda" else arguments
     return Peer(
         name=name,
         worker=WORKERS / "diffusers_pipeline.py",
         arguments=arguments,
         precision=precision,
+        device=device,
         environment="diffusers",
         modules=("diffusers", "transformers", "accelerate"),
         prepared=name,
-        prepared_by_size=bool(arguments),
+        prepared_by_size="--compile" in arguments,
     )
 
 
@@ -89,6 +95,19 @@ PEERS: Final = (
         modules=("stable_diffusion_cpp",),
         prepared="stable-diffusion-cpp",
     ),
+    _diffusers(REFERENCE_CUDA, "fp32", device="cuda"),
+    _diffusers("diffusers-cuda-fp16", "fp16", device="cuda"),
+    _diffusers("diffusers-compile-cuda-fp16", "fp16", "--compile", device="cuda"),
+    Peer(
+        name="optimum-onnxruntime-cuda-fp16",
+        worker=WORKERS / "optimum_onnxruntime.py",
+        arguments=("--cuda",),
+        precision="fp16",
+        device="cuda",
+        environment="optimum-cuda",
+        modules=("optimum.onnxruntime",),
+        prepared="optimum-cuda-fp16",
+    ),
 )
 """Every peer that can be measured, in the order of the table."""
 ENVIRONMENTS: Final = tuple(dict.fromkeys(p.environment for p in PEERS if p.environment))
@@ -100,10 +119,14 @@ def default_cache() -> Path:
     return Path(base) / "sd-toolkit" / "peers"
 
 
-def find_peers(names: Iterable[str]) -> list[Peer]:
-    """The peers of these names, all where there is none; `ConfigError` for an unknown one."""
+def find_peers(names: Iterable[str], *, gpu: bool = False) -> list[Peer]:
+    """The peers of these names; `ConfigError` for an unknown one.
+
+    Where none is named, all that draw on the ``gpu``, or on the CPU.
+    """
     known = {peer.name: peer for peer in PEERS}
-    wanted = list(dict.fromkeys(names)) or list(known)
+    device = "cuda" if gpu else "cpu"
+    wanted = list(dict.fromkeys(names)) or [p.name for p in PEERS if p.device == device]
     for name in wanted:
         if name not in known:
             raise ConfigError(f"unknown peer {name!r}", nearest(name, known))

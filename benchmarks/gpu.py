@@ -1,0 +1,223 @@
+"""All that only a GPU can tell, in one command: ``python benchmarks/gpu.py FOLDER`` (``make gpu``).
+
+Makes a checkpoint of Stable Diffusion v1-4's size with random weights, builds every engine that
+this machine can, and asks of each whether it is right and how long it takes, beside diffusers and
+ONNX Runtime on the same card. FOLDER gets ``gpu.json`` with every figure, the log of each step, and
+traces. What fails is a result, in its own words, and what does not need it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from sd_bench.environment import environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ROOT / "benchmarks/shapes/checkpoint"
+ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime:cuda")
+TAIL_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command, and the steps that must have succeeded before it.
+
+    ``result`` is the JSON file that it writes, where it writes one.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    result: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a step. ``exit_code`` None: not run, since what it needs had failed."""
+
+    name: str
+    command: str
+    exit_code: int | None
+    seconds: float = 0.0
+    said: str = ""
+    result: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked. ``engines`` are backends, ``BACKEND:TARGET`` where one is to be named."""
+
+    folder: Path
+    checkpoint: Path | None
+    engines: Sequence[str]
+    precision: str
+    peers: Sequence[str]
+    num_inference_steps: int
+    rounds: int
+    captions: int
+
+    def steps(self) -> list[Step]:
+        """Everything to be run, in order."""
+        found = [Step(name="tests", command=_python("-m", "pytest", "-m", "gpu", "-q"))]
+        model, needs = self.checkpoint, ()
+        if model is None:
+            model = self.folder / "checkpoint"
+            script = str(ROOT / "benchmarks/make_checkpoint.py")
+            command = _python(script, str(model), "--no-safety-checker")
+            found.append(Step(name="checkpoint", command=command))
+            needs = ("checkpoint",)
+        found += self._bundle("full", model, needs=needs)
+        found += self._bundle("shapes", SHAPES)
+        for engine in self.engines:
+            found += self._engine(engine)
+        return [*found, self._peers()]
+
+    def _bundle(self, name: str, model: Path, *, needs: tuple[str, ...] = ()) -> Iterator[Step]:
+        """Export ``model`` for ONNX Runtime on the CPU, then add each engine by itself."""
+        bundle = str(self.folder / f"{name}.bundle")
+        options = ("--output", bundle, "--precision", self.precision, "--backend", "onnxruntime")
+        command = _program("sd-export", "--quiet", "--model", str(model), *options)
+        yield Step(name=f"{name} export", command=command, needs=needs)
+        for engine in self.engines:
+            backend, _, target = engine.partition(":")
+            options = ("--backend", backend, *(("--target", target) if target else ()))
+            yield Step(
+                name=f"{name} build {engine}",
+                command=_program("sd-export", "build", "--quiet", bundle, *options),
+                needs=(f"{name} export",),
+            )
+
+    def _engine(self, engine: str) -> Iterator[Step]:
+        """Its latency by stage, its score, and how it bears clients for a while."""
+        backend = engine.partition(":")[0]
+        full, shapes = (str(self.folder / f"{name}.bundle") for name in ("full", "shapes"))
+        output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
+        options = ("--backend", backend, "--output", str(output), "--trace", str(trace))
+        options = (*options, "--num-inference-steps", str(self.num_inference_steps))
+        yield Step(
+            name=f"latency {engine}",
+            command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
+            needs=(f"full build {engine}",),
+            result=output,
+        )
+        options = ("--backend", backend, "--captions", str(self.captions))
+        yield Step(
+            name=f"quality {engine}",
+            command=_program("sd-bench", "quality", shapes, *options),
+            needs=(f"shapes build {engine}",),
+        )
+        options = ("--backend", backend, "--clients", "8", "--seconds", "10")
+        yield Step(
+            name=f"serve {engine}",
+            command=_program("sd-bench", "serve", shapes, *options),
+            needs=(f"shapes build {engine}",),
+        )
+
+    def _peers(self) -> Step:
+        output = self.folder / "peers.json"
+        options = tuple(word for peer in self.peers for word in ("--peer", peer))
+        options += ("--num-inference-steps", str(self.num_inference_steps))
+        options += ("--rounds", str(self.rounds), "--cold-starts", "1", "--output", str(output))
+        bundle = str(self.folder / "full.bundle")
+        command = _program("sd-bench", "peers", bundle, *options)
+        return Step(name="peers", command=command, needs=("full export",), result=output)
+
+
+def run(todo: Sequence[Step], folder: Path) -> list[Outcome]:
+    """Run ``todo`` one after the other, each with a log in ``folder``; tells of each as it ends."""
+    outcomes: list[Outcome] = []
+    for step in todo:
+        failed = [o.name for o in outcomes if o.name in step.needs and o.exit_code != 0]
+        outcome = _skipped(step, failed) if failed else _run(step, folder)
+        outcomes.append(outcome)
+        state = {None: "not run", 0: "done"}.get(outcome.exit_code, f"exit {outcome.exit_code}")
+        print(f"{outcome.name:32} {state:9} {outcome.seconds:7.1f} s", flush=True)
+        print("".join(f"    {line}\n" for line in outcome.said.splitlines()), end="")
+    return outcomes
+
+
+def _run(step: Step, folder: Path) -> Outcome:
+    log = folder / f"{step.name.replace(' ', '-').replace(':', '-')}.log"
+    start = perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        ended = subprocess.run(  # noqa: S603 - our own commands
+            step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    seconds = perf_counter() - start
+    result = None
+    if step.result is not None and not ended.returncode:
+        result = json.loads(step.result.read_text("utf-8"))
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    return Outcome(
+        name=step.name,
+        command=" ".join(step.command),
+        exit_code=ended.returncode,
+        seconds=round(seconds, 2),
+        said="\n".join(lines[-TAIL_LINES:]),
+        result=result,
+    )
+
+
+def _skipped(step: Step, failed: Sequence[str]) -> Outcome:
+    said = f"needs {', '.join(failed)}"
+    return Outcome(name=step.name, command=" ".join(step.command), exit_code=None, said=said)
+
+
+def _python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
+
+
+def _program(name: str, *arguments: str) -> tuple[str, ...]:
+    """One of our commands, as installed beside this Python."""
+    return (str(Path(sys.executable).parent / name), *arguments)
+
+
+def main() -> int:
+    """Read the command line, run everything; 1 where anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="In place of a random one of full size.")
+    parser.add_argument("--engine", action="append", help=f"BACKEND or BACKEND:TARGET. {ENGINES}")
+    parser.add_argument("--peer", action="append", default=[], help="As of sd-bench peers.")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--num-inference-steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--captions", type=int, default=200)
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(
+        folder=folder,
+        checkpoint=arguments.checkpoint and arguments.checkpoint.absolute(),
+        engines=arguments.engine or ENGINES,
+        precision=arguments.precision,
+        peers=arguments.peer,
+        num_inference_steps=arguments.num_inference_steps,
+        rounds=arguments.rounds,
+        captions=arguments.captions,
+    )
+    outcomes = run(plan.steps(), folder)
+    report = {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "steps": [asdict(outcome) for outcome in outcomes],
+    }
+    path = folder / "gpu.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    print(f"Written: {path}")
+    return int(any(outcome.exit_code != 0 for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

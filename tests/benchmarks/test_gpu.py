@@ -1,0 +1,92 @@
+"""`make gpu` without a GPU: what it plans, and that one step's failure is told and outlived."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+
+from sd_bench.cli import cli
+from sd_export.cli import export_command
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    """The script, which is no part of a package."""
+    spec = spec_from_file_location("gpu_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan(gpu: ModuleType, folder: Path, **changes: Any) -> Any:
+    given = {
+        **{"folder": folder, "checkpoint": None, "engines": gpu.ENGINES, "precision": "fp16"},
+        **{"peers": (), "num_inference_steps": 50, "rounds": 5, "captions": 200},
+    }
+    return gpu.Plan(**given | changes)
+
+
+def test_every_step_needs_only_what_comes_before(gpu: ModuleType, tmp_path: Path) -> None:
+    steps = plan(gpu, tmp_path).steps()
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    for index, step in enumerate(steps):
+        assert set(step.needs) <= set(names[:index])
+    for engine in gpu.ENGINES:
+        asked = {name.split()[0] for name in names if name.endswith(engine)}
+        assert asked == {"full", "shapes", "latency", "quality", "serve"}
+
+
+def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: Path) -> None:
+    """A wrong option would only be found on the machine that is rare."""
+    groups = {"sd-bench": cli, "sd-export": export_command}
+    parsed = []
+    for step in plan(gpu, tmp_path, peers=("diffusers-cuda-fp16",)).steps():
+        program, *arguments = step.command
+        group = groups.get(Path(program).name)
+        if group is not None:
+            context = click.Context(group)
+            command = group.get_command(context, arguments[0])
+            words = arguments if command is None else arguments[1:]
+            (command or group).make_context(step.name, words)
+            parsed.append(step.name)
+    assert len(parsed) == 2 + 5 * len(gpu.ENGINES) + 1
+
+
+def test_a_failure_is_told_and_what_does_not_need_it_goes_on(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(name: str, code: str, **more: Any) -> Any:
+        return gpu.Step(name=name, command=(sys.executable, "-c", code), **more)
+
+    written = tmp_path / "figure.json"
+    outcomes = gpu.run(
+        [
+            python("broken", "raise SystemExit('no such card')"),
+            python("after", "print('never')", needs=("broken",)),
+            python("last", f"open({str(written)!r}, 'w').write('[42]')", result=written),
+        ],
+        tmp_path,
+    )
+    assert [(o.exit_code, o.said, o.result) for o in outcomes] == [
+        (1, "no such card", None),
+        (None, "needs broken", None),
+        (0, "", [42]),
+    ]
+    assert "no such card" in (tmp_path / "broken.log").read_text()
+    assert "not run" in capsys.readouterr().out
+    json.dumps([o.result for o in outcomes])
