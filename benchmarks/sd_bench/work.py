@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sd_engines.border import import_package
 from sd_engines.errors import BundleError
-from sd_engines.spec import BATCH
+from sd_engines.spec import BATCH, PICTURES
 from sd_runtime.plan import plan
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ def request_work(
     size, left = pipeline.profile.batch_size, request.num_images
     batches = [min(size, left - first) for first in range(0, left, size)]
     planned = plan(request, pipeline.bundle.manifest)
-    rows = {"text_encoder": [1], "vae_decoder": batches, "safety_checker": batches}
+    whole = [(n, n) for n in batches]
+    rows = {"text_encoder": [(1, 1)], "vae_decoder": whole, "safety_checker": whole}
     for name in ("unet", "unet_shallow"):
         rows[name] = [
-            n * (2 if row in planned.guided_rows else 1)
+            (n * (2 if row in planned.guided_rows else 1), n)
             for n in batches
             for row in range(planned.table.num_rows)
             if (name == "unet_shallow") == (row in planned.shallow_rows)
@@ -62,10 +63,14 @@ def request_work(
             continue
         path = pipeline.bundle.path / components[name].file
         counted = {
-            n: count_work(path, dimensions={BATCH: n}, precision=engine.precision)
-            for n in set(rows[name])
+            (batch, pictures): count_work(
+                path,
+                dimensions={BATCH: batch, PICTURES: pictures},
+                precision=engine.precision,
+            )
+            for batch, pictures in set(rows[name])
         }
-        calls = [counted[n] for n in rows[name]]
+        calls = [counted[call] for call in rows[name]]
         work[name] = {
             "flops": sum(call.flops for call in calls) / len(calls),
             "bytes": sum(call.bytes for call in calls) / len(calls),

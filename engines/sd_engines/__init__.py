@@ -6,7 +6,7 @@
 
     bundle = open_bundle("bundle")
     with open_engine(bundle, "unet") as unet:
-        binding = unet.bind(batch=2)          # fixed buffers, kept per batch
+        binding = unet.bind(batch=2, pictures=1)  # fixed buffers, kept; 2 rows share a sample
         binding.inputs["sample"][...] = ...   # written in place
         binding.run()                         # allocates nothing
         binding.outputs["noise_pred"]         # read in place

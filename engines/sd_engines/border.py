@@ -6,15 +6,18 @@ Checks happen here, at the border; `Binding.run` has none.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sd_engines.errors import BackendError, BundleError, ConfigError, nearest
-from sd_engines.spec import BATCH
+from sd_engines.spec import BATCH, PICTURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from sd_engines.spec import TensorSpec
+
+Rows: TypeAlias = tuple[int, int]
+"""How many rows, and of how many pictures."""
 
 
 def import_package(module: str, *, extra: str) -> Any:
@@ -33,8 +36,13 @@ def closed_error() -> BackendError:
     return BackendError("the engine is closed", "Open it again: open_engine(bundle, component).")
 
 
-def check_batch(batch: int, max_batch: int) -> None:
-    """``batch`` must be within the profile; `ConfigError` otherwise."""
+def check_batch(batch: int, max_batch: int, *, pictures: int | None = None) -> None:
+    """``batch`` must be within the profile, and of as many rows a picture; else `ConfigError`."""
+    if pictures is not None and (pictures < 1 or batch % pictures):
+        raise ConfigError(
+            f"{batch} rows are not shared by {pictures} pictures",
+            "Give as many rows for each picture.",
+        )
     if not 1 <= batch <= max_batch:
         raise ConfigError(
             f"batch {batch} is outside 1 to {max_batch}, what the bundle's profile holds",
@@ -42,41 +50,53 @@ def check_batch(batch: int, max_batch: int) -> None:
         )
 
 
-def shape_at(spec: TensorSpec, batch: int) -> tuple[int, ...]:
-    """The shape of ``spec`` for ``batch`` rows."""
-    return tuple(batch if size == BATCH else int(size) for size in spec.shape)
+def shape_at(spec: TensorSpec, batch: int, pictures: int | None = None) -> tuple[int, ...]:
+    """The shape of ``spec`` for ``batch`` rows of so many ``pictures``, None: one row each."""
+    sizes = {BATCH: batch, PICTURES: pictures or batch}
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
 
 
 def check_arrays(
     inputs: Mapping[str, TensorSpec], arrays: Mapping[str, Any], max_batch: int
-) -> int:
-    """Names, dtypes and shapes of ``arrays`` must be those of ``inputs``; returns the batch.
+) -> Rows:
+    """Names, dtypes and shapes of ``arrays`` must be those of ``inputs``; rows and pictures.
 
     `ConfigError` names the array that is wrong.
     """
     for name in arrays:
         if name not in inputs:
             raise ConfigError(f"the engine has no input {name!r}", nearest(name, inputs))
-    batch: int | None = None
     for name, spec in inputs.items():
         if name not in arrays:
             raise ConfigError(f"input {name!r} is missing", f"Inputs: {', '.join(inputs)}.")
         array = arrays[name]
-        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", None)
+        dtype = getattr(array, "dtype", None)
         if dtype != spec.dtype:
             raise ConfigError(
                 f"input {name!r} is {dtype or type(array).__name__}, not {spec.dtype}",
                 f"Convert it: array.astype({spec.dtype!r}).",
             )
-        if batch is None and shape and spec.shape and spec.shape[0] == BATCH:
-            batch = shape[0]
-            check_batch(batch, max_batch)
-        if shape != shape_at(spec, batch or 0):
+    pictures = _rows(inputs, arrays, PICTURES)
+    batch = _rows(inputs, arrays, BATCH)
+    if batch is None:
+        batch = 1 if pictures is None else pictures
+    check_batch(batch, max_batch, pictures=pictures)
+    for name, spec in inputs.items():
+        if arrays[name].shape != shape_at(spec, batch, pictures):
             raise ConfigError(
-                f"input {name!r} has shape {shape}, not {spec.shape}",
-                f"All inputs share axis 0 ({BATCH!r}); the other axes are fixed by the profile.",
+                f"input {name!r} has shape {arrays[name].shape}, not {spec.shape}",
+                "Axis 0 is the same wherever it has the same name; the others are fixed by the "
+                "profile.",
             )
-    return batch or 1
+    return batch, batch if pictures is None else pictures
+
+
+def _rows(inputs: Mapping[str, TensorSpec], arrays: Mapping[str, Any], axis: str) -> int | None:
+    """The length of ``axis`` in the first array that has it; None where none has."""
+    for name, spec in inputs.items():
+        if spec.shape and spec.shape[0] == axis and arrays[name].shape:
+            return int(arrays[name].shape[0])
+    return None
 
 
 def check_graph(

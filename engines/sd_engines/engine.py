@@ -61,8 +61,11 @@ class Engine(Protocol):
     def entry(self) -> EngineEntry:
         """What the manifest says of it: backend, version, target, precision, key."""
 
-    def bind(self, batch: int) -> Binding:
-        """Buffers for ``batch`` rows (1 … `Profile.max_batch`), kept and reused per batch."""
+    def bind(self, batch: int, *, pictures: int | None = None) -> Binding:
+        """Buffers for ``batch`` rows (1 … `Profile.max_batch`), kept and reused.
+
+        ``pictures`` is how many of them share what has an axis `PICTURES`; None: none do.
+        """
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once on named arrays; the results are the caller's own copies."""

@@ -17,7 +17,7 @@ from sd_engines.node import (
     unique_object,
     wrong,
 )
-from sd_engines.spec import BATCH, Defaults, ModelSpec, Precision, Profile, TensorSpec
+from sd_engines.spec import BATCH, PICTURES, Defaults, ModelSpec, Precision, Profile, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -173,7 +173,8 @@ def _tensor(node: Node) -> TensorSpec:
         shape=tuple(node.array("shape")),
     )
     for axis, size in enumerate(spec.shape):
-        if not (type(size) is int and 0 < size < 2**31) and not (axis == 0 and size == BATCH):
+        symbolic = axis == 0 and size in (BATCH, PICTURES)
+        if not (type(size) is int and 0 < size < 2**31) and not symbolic:
             raise wrong(f"{node.where}.shape", f"axis {axis} is {size!r}")
     node.end()
     return spec

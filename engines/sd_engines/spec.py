@@ -12,7 +12,10 @@ Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 """What an engine computes in. int8: 8-bit weights and activations in products and convolutions,
 the rest in more; a graph of a component is never in it."""
 BATCH = "batch"
-"""The one symbolic axis of every graph; all other axes are fixed by the profile."""
+"""The symbolic axis of every graph, its rows; all other axes but `PICTURES` are fixed."""
+PICTURES = "pictures"
+"""The axis of what several rows share: guidance makes two rows of each picture's sample. Row i is
+of picture i modulo their number."""
 STABLE_DIFFUSION_XL = "stable-diffusion-xl"
 """A family's name, for where diffusers' pipelines of it do things otherwise."""
 TIMESTEP_COND = "timestep_cond"
@@ -34,8 +37,8 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 class TensorSpec:
     """Name, numpy dtype name and shape of a graph's input or output.
 
-    Axis 0 is `BATCH` wherever it counts pictures or prompts; its upper bound is
-    `Profile.max_batch` of the component. All other axes are integers.
+    Axis 0 is `BATCH` wherever it counts rows; its upper bound is `Profile.max_batch` of the
+    component. It is `PICTURES`, which divides that, where rows share it. Others are integers.
     """
 
     name: str

@@ -169,7 +169,7 @@ def _draw(
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Draw one picture; on each step what the UNet was given by name, and its noise_pred."""
     guided = bool(plan.guided_rows)
-    binding = unet.bind(2 if guided else 1)  # the one that the loop writes to
+    binding = unet.bind(2 if guided else 1, pictures=1)  # the one that the loop writes to
     noise = [NoiseStream(seed)]
     for _ in denoise(
         unet,

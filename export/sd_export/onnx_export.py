@@ -1,4 +1,4 @@
-"""Traces a torch module into an ONNX graph with one symbolic axis, and writes it to disk."""
+"""Traces a torch module into an ONNX graph, and writes it to disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH
 from sd_export.onnx_passes import tidy
+from sd_export.shared_rows import share_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,12 +44,13 @@ def trace(
 ) -> ir.Model:
     """``module`` as an ONNX graph whose border is ``inputs`` and ``outputs``, by name and order.
 
-    Axis 0 is symbolic, all else fixed. The graph shares the module's weights until it is saved.
+    Axis 0 is symbolic, all else fixed; what rows of `PICTURES` share is computed once. The graph
+    shares the module's weights until it is saved.
     Raises `ExportError` where torch cannot trace it or the border comes out differently.
     """
     arguments = tuple(
         torch.zeros(
-            [_TRACED_BATCH if size == BATCH else int(size) for size in spec.shape],
+            [_TRACED_BATCH if isinstance(size, str) else size for size in spec.shape],
             dtype=getattr(torch, spec.dtype),
         )
         for spec in inputs
@@ -75,7 +77,7 @@ def trace(
             stage="trace",
         ) from error
     assert program is not None  # noqa: S101  (None only where a path was given)
-    model = tidy(program.model)
+    model = share_rows(tidy(program.model), inputs)
     _check_border(model, component=component, inputs=inputs, outputs=outputs)
     return model
 

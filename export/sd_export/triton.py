@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, open_bundle
 from sd_engines.errors import BundleError, ConfigError, ExportError, nearest
-from sd_engines.spec import BATCH, STABLE_DIFFUSION_XL
+from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.engines import drawing_components
 from sd_runtime.pipeline import TOKENIZER_OF
 from sd_runtime.task import TEXT_TO_IMAGE, tasks_of
@@ -106,6 +106,7 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
     version = model / "1"
     version.mkdir(parents=True)
     entry = bundle.manifest.components[engine.component]
+    # Inputs of one request may differ in their first axis, which Triton's own batching forbids.
     file_name = FILE_NAMES[engine.backend]
     source = bundle.verified_engine(engine)
     shutil.copyfile(source, version / file_name)
@@ -116,7 +117,7 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
         f'name: "{model.name}"',
         f'backend: "{engine.backend}"',
         f'default_model_filename: "{file_name}"',
-        f"max_batch_size: {bundle.manifest.profile.max_batch(engine.component, entry.inputs)}",
+        "max_batch_size: 0",
         *(_graph_tensor("input", spec) for spec in entry.inputs),
         *(_graph_tensor("output", spec) for spec in entry.outputs),
     ]
@@ -146,13 +147,8 @@ def _write_loop(model: Path, bundle: Bundle, backend: str) -> None:
 
 
 def _graph_tensor(kind: str, spec: TensorSpec) -> str:
-    batch, *shape = spec.shape
-    if batch != BATCH:
-        raise ValueError(f"{spec.name} has no batch axis")  # no component of `GRAPHS` is so
-    type_ = _TYPES[spec.dtype]
-    if not shape:
-        return _tensor(kind, spec.name, type_, "1", "reshape: { shape: [] }")
-    return _tensor(kind, spec.name, type_, ", ".join(map(str, shape)))
+    dims = ", ".join("-1" if isinstance(size, str) else str(size) for size in spec.shape)
+    return _tensor(kind, spec.name, _TYPES[spec.dtype], dims)
 
 
 def _tensor(kind: str, name: str, type_: str, dims: str, more: str = "") -> str:

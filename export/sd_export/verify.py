@@ -15,12 +15,12 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
-from sd_engines.spec import TIME_IDS
+from sd_engines.spec import BATCH, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -43,7 +43,10 @@ _TIMESTEPS = (981.0, 21.0)
 
 @dataclass(frozen=True)
 class Proof:
-    """Inputs of a component, what the reference gives for them, and what the reference is."""
+    """Inputs of a component, what the reference gives for them, and what the reference is.
+
+    Where rows share `PICTURES`, those of one picture lie side by side.
+    """
 
     inputs: Arrays
     reference: Arrays
@@ -56,9 +59,11 @@ def probe_inputs(
     """Fixed inputs for a component: rows that differ, of the size it meets in use."""
     rng = np.random.default_rng(_SEED)
     rows = 4 if component == "safety_checker" else min(2, profile.max_batch(component, inputs))
+    shared = any(PICTURES in spec.shape for spec in inputs)
     arrays: dict[str, np.ndarray] = {}
     for spec in inputs:
-        shape = [rows, *(int(size) for size in spec.shape[1:])]
+        first = 2 * rows if shared and BATCH in spec.shape else rows
+        shape = [first, *(int(size) for size in spec.shape[1:])]
         if spec.name == "input_ids":
             ids = rng.integers(0, vocab_size - 2, shape)
             ids[:, 0] = vocab_size - 2
@@ -100,13 +105,20 @@ def reference_outputs(
 
     if component == "safety_checker":
         return {outputs[0].name: nsfw_content_detected(checkpoint, model, inputs["images"])}
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    parts: list[list[np.ndarray]] = [[] for _ in outputs]
+    rows = max(map(len, inputs.values()))
     with torch.inference_mode():
-        if component == "unet_shallow":
-            results: Any = shallow_reference(model, **tensors)
-        else:
-            results = module(*tensors.values())
-    arrays = [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
+        for call in _calls(inputs, rows):
+            most = max(map(len, call.values()))
+            tensors = {n: torch.from_numpy(a.repeat(most // len(a), 0)) for n, a in call.items()}
+            if component == "unet_shallow":
+                results: Any = shallow_reference(model, **tensors)
+            else:
+                results = module(*tensors.values())
+            results = results if isinstance(results, tuple) else (results,)
+            for part, result in zip(parts, results, strict=True):
+                part.append(result.numpy())
+    arrays = [np.concatenate(part) for part in parts]
     for spec, array in zip(outputs, arrays, strict=True):
         if not np.isfinite(array).all():
             raise ExportError(
@@ -162,14 +174,26 @@ def run_engine(
 ) -> dict[str, np.ndarray]:
     """The engine at ``path`` on all rows of ``inputs``, in batches that the profile allows."""
     batch = profile.max_batch(engine.component, component.inputs)
-    rows = len(next(iter(inputs.values())))
-    parts = []
     with load_engine(path, component=component, engine=engine, max_batch=batch) as opened:
-        for first in range(0, rows, batch):
-            results = opened(**{n: a[first : first + batch] for n, a in inputs.items()})
-            parts.append({name: _on_host(array) for name, array in results.items()})
+        parts = [
+            {name: _on_host(array) for name, array in opened(**call).items()}
+            for call in _calls(inputs, batch)
+        ]
     release()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _calls(inputs: Arrays, max_batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """Parts of ``inputs``: so many rows, or those of one picture where rows share any of them."""
+    lengths = [len(array) for array in inputs.values()]
+    rows, pictures = max(lengths), min(lengths)
+    calls = pictures if pictures < rows else -(-rows // max_batch)
+    for call in range(calls):
+        part = {}
+        for name, array in inputs.items():
+            size = len(array) // pictures if pictures < rows else max_batch
+            part[name] = array[call * size : (call + 1) * size]
+        yield part
 
 
 def certified(

@@ -17,6 +17,7 @@ from sd_engines.spec import (
     CONTROL_EMBEDDING,
     CONTROLNET,
     MID_RESIDUAL,
+    PICTURES,
     POOLED_PROMPT_EMBEDS,
     RESIDUAL,
     TEXT_ENCODERS,
@@ -218,6 +219,16 @@ def vae_scaling_factor(checkpoint: Checkpoint) -> float:
     return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
 
 
+def rows_share(checkpoint: Checkpoint) -> bool:
+    """Whether all that the UNet sees but the prompt is the same for a picture's rows.
+
+    Stable Diffusion XL tells its timestep's embedding of the prompt, and so every layer but the
+    first; a model that was distilled with its guidance has one row a picture.
+    """
+    unet = checkpoint.configs["unet"]
+    return not (is_xl(checkpoint.configs) or unet.get("time_cond_proj_dim"))
+
+
 def borders(
     component: str, *, checkpoint: Checkpoint, profile: Profile, feature_cache: bool = False
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -237,13 +248,14 @@ def borders(
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
         return (ids,), (prompt_embeds, pooled) if component != "text_encoder" else (prompt_embeds,)
-    control_embeds = TensorSpec("control_embeds", "float32", features_shape)
     if component.startswith(CONTROL_EMBEDDING):
-        return (replace(images, name="control_image"),), (control_embeds,)
+        embeds = TensorSpec("control_embeds", "float32", features_shape)
+        return (replace(images, name="control_image"),), (embeds,)
     residuals = residual_specs(unet, profile=profile) if checkpoint.controlnets else ()
     if component in ("unet", "unet_shallow", *checkpoint.controlnets):
-        sample = TensorSpec("sample", "float32", latent_shape)
-        timestep = TensorSpec("timestep", "float32", (BATCH,))
+        axis = PICTURES if rows_share(checkpoint) else BATCH
+        sample = TensorSpec("sample", "float32", (axis, *latent_shape[1:]))
+        timestep = TensorSpec("timestep", "float32", (axis,))
         tokens, width = tokens * checkpoint.max_prompt_chunks, int(unet["cross_attention_dim"])
         embeds = TensorSpec("encoder_hidden_states", "float32", (BATCH, tokens, width))
         noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
@@ -254,11 +266,12 @@ def borders(
         inputs = [sample, timestep, embeds]
         if component in checkpoint.controlnets:
             scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))
+            control_embeds = TensorSpec("control_embeds", "float32", (axis, *features_shape[1:]))
             return (*inputs, control_embeds, scales), residuals
         if checkpoint.is_for_inpainting:
             inputs += [
-                TensorSpec("mask", "float32", (BATCH, 1, *latent_size)),
-                TensorSpec("masked_image_latents", "float32", latent_shape),
+                TensorSpec("mask", "float32", (axis, 1, *latent_size)),
+                TensorSpec("masked_image_latents", "float32", (axis, *latent_shape[1:])),
             ]
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))

@@ -136,7 +136,7 @@ def denoise(
         sample_in, noise_pred = binding.inputs["sample"], binding.outputs["noise_pred"]
         before = sample_in[:n]
         before[...] = state
-        if guided:
+        if len(sample_in) > n:  # rows that do not share it
             sample_in[n:] = state
         binding.inputs["timestep"][...] = timestep
         ready = clock()
@@ -189,7 +189,7 @@ def _bound(
     A half's inputs are repeated until all n have one. A shallow UNet whose layers do not look at
     the prompt has no place for the embeddings.
     """
-    binding = unet.bind(n * len(halves))
+    binding = unet.bind(n * len(halves), pictures=n)
     for number, half in enumerate(halves):
         for name, rows in half.items():
             if name == "encoder_hidden_states" and name not in binding.inputs:

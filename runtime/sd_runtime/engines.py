@@ -21,6 +21,7 @@ from sd_runtime.task import ENCODER
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
@@ -49,7 +50,7 @@ def drawing_components(manifest: Manifest) -> tuple[str, ...]:
     return (*text_encoders(manifest), "unet", "vae_decoder")
 
 
-def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[int]]) -> list[str]:
+def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[Rows]]) -> list[str]:
     """What every picture is drawn with, and what only those of ``batches`` need.
 
     `BundleError` where the bundle lacks what every picture needs.
@@ -67,28 +68,33 @@ def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[int]]) -
     return names + [name for name, rows in batches.items() if rows and name.startswith(_ON_DEMAND)]
 
 
-def first_batches(plan: Plan, profile: Profile) -> dict[str, set[int]]:
-    """By component: how many rows its engine answers at once for the first pictures of ``plan``."""
+def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
+    """By component: how many rows its engine answers at once for the first pictures of ``plan``.
+
+    And of how many pictures they are.
+    """
     pictures = min(plan.request.num_images, profile.batch_size)
     samples = {
-        row: pictures * (2 if row in plan.guided_rows else 1) for row in range(plan.table.num_rows)
+        row: (pictures * (2 if row in plan.guided_rows else 1), pictures)
+        for row in range(plan.table.num_rows)
     }
     encoders = TEXT_ENCODERS if TIME_IDS in plan.unet_inputs else TEXT_ENCODERS[:1]
-    encoder = {} if plan.request.image is None else {ENCODER: {1}}  # one at a time: `ImageEncoder`
+    one = (1, 1)
+    encoder = {} if plan.request.image is None else {ENCODER: {one}}  # so: `ImageEncoder`
     controls = {
         control.component: {samples[row] for row in control.rows} for control in plan.controls
     }
-    embeddings = {control.embedding: {1} for control in plan.controls}  # so: `ControlEncoder`
+    embeddings = {control.embedding: {one} for control in plan.controls}  # so: `ControlEncoder`
     return (
         encoder
         | controls
         | embeddings
         | {
-            **{name: {1} for name in encoders},  # each text on its own row: `PromptEncoder`
+            **{name: {one} for name in encoders},  # each text on its own row: `PromptEncoder`
             "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
             "unet_shallow": {samples[row] for row in plan.shallow_rows},
-            "vae_decoder": {pictures},
-            "safety_checker": {pictures},
+            "vae_decoder": {(pictures, pictures)},
+            "safety_checker": {(pictures, pictures)},
         }
     )
 
@@ -100,7 +106,7 @@ def open_engines(
     backend: str,
     threads: int | None,
     precision: Precision | None = None,
-    batches: Mapping[str, Collection[int]],
+    batches: Mapping[str, Collection[Rows]],
     loras: Sequence[Lora] = (),
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
@@ -129,8 +135,8 @@ def open_engines(
             weights=fused_weights(bundle, component, loras),
         )
         try:
-            for batch in batches.get(component, ()):
-                engine.bind(batch)
+            for rows, pictures in batches.get(component, ()):
+                engine.bind(rows, pictures=pictures)
         except BaseException:
             engine.close()
             raise

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
+    from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.manifest import EngineEntry
@@ -149,7 +150,7 @@ class Pipeline(Closing):
             name: Tokenizer.load(bundle.verified_path(TOKENIZER_OF[name]), max_tokens=max_tokens)
             for name in text_encoders(bundle.manifest)
         }
-        batches: dict[str, set[int]] = {}
+        batches: dict[str, set[Rows]] = {}
         if planned is not None:
             batches = first_batches(planned, bundle.manifest.profile)
         engines = open_engines(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.border import shape_at
 from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
 from sd_engines.errors import BackendError, SdError
 from sd_engines.files import read_manifest
-from sd_engines.spec import BATCH
 from sd_runtime.pipeline import TOKENIZER_OF, Pipeline
 from sd_runtime.recipe import text_from_recipes
 from sd_runtime.request import Request
@@ -25,6 +25,7 @@ from sd_runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from sd_engines.border import Rows
     from sd_engines.engine import Array
     from sd_engines.manifest import EngineEntry
     from sd_engines.spec import TensorSpec
@@ -106,17 +107,19 @@ class GraphEngine(Closing):
         self.entry = entry
         self.inputs = {spec.name: spec for spec in inputs}
         self.outputs = {spec.name: spec for spec in outputs}
-        self._bindings: dict[int, GraphBinding] = {}
+        self._bindings: dict[Rows, GraphBinding] = {}
 
-    def bind(self, batch: int) -> GraphBinding:
-        """Buffers on the host for ``batch`` rows, kept and reused."""
-        if batch not in self._bindings:
-            self._bindings[batch] = GraphBinding(self, batch)
-        return self._bindings[batch]
+    def bind(self, batch: int, *, pictures: int | None = None) -> GraphBinding:
+        """Buffers on the host for ``batch`` rows of ``pictures``, kept and reused."""
+        rows = (batch, pictures or batch)
+        if rows not in self._bindings:
+            self._bindings[rows] = GraphBinding(self, rows)
+        return self._bindings[rows]
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once; the results are copies."""
-        binding = self.bind(len(next(iter(arrays.values()))))
+        lengths = [len(array) for array in arrays.values()]
+        binding = self.bind(max(lengths), pictures=min(lengths))
         for name, array in arrays.items():
             binding.inputs[name][...] = array
         binding.run()
@@ -130,10 +133,12 @@ class GraphEngine(Closing):
 class GraphBinding:
     """Fixed buffers of one batch; `run` copies them to Triton and back."""
 
-    def __init__(self, engine: GraphEngine, batch: int) -> None:
+    def __init__(self, engine: GraphEngine, rows: Rows) -> None:
         self._engine = engine
-        self.inputs = {name: _buffer(spec, batch) for name, spec in engine.inputs.items()}
-        self.outputs = {name: _buffer(spec, batch) for name, spec in engine.outputs.items()}
+        self.inputs, self.outputs = (
+            {name: np.zeros(shape_at(spec, *rows), spec.dtype) for name, spec in specs.items()}
+            for specs in (engine.inputs, engine.outputs)
+        )
 
     def run(self) -> None:
         """Ask Triton; `BackendError` where it answers with an error."""
@@ -142,7 +147,7 @@ class GraphBinding:
         request = pb_utils.InferenceRequest(
             model_name=self._engine.model_name,
             requested_output_names=list(self.outputs),
-            inputs=[pb_utils.Tensor(n, at_least_2d(array)) for n, array in self.inputs.items()],
+            inputs=[pb_utils.Tensor(name, array) for name, array in self.inputs.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
         )
         response = request.exec()
@@ -153,14 +158,4 @@ class GraphBinding:
             )
         for name, buffer in self.outputs.items():
             tensor = pb_utils.get_output_tensor_by_name(response, name)
-            buffer[...] = tensor.as_numpy().reshape(buffer.shape)
-
-
-def at_least_2d(array: Array) -> Array:
-    """One number a row as a row of one: Triton's configurations have no shape of nothing."""
-    return array[:, None] if array.ndim == 1 else array
-
-
-def _buffer(spec: TensorSpec, batch: int) -> Array:
-    shape = [batch if axis == BATCH else axis for axis in spec.shape]
-    return np.zeros(shape, spec.dtype)
+            buffer[...] = tensor.as_numpy()

@@ -72,11 +72,12 @@ def stored_weights(name: str) -> int:
 def test_components_of_a_bundle(name: str, shapes_bundle: Path) -> None:
     call, border_bytes = component(name)
     path = shapes_bundle / name / "model.onnx"
-    work = count_work(path, dimensions={"batch": BATCH})
+    rows = {"batch": BATCH, "pictures": BATCH}
+    work = count_work(path, dimensions=rows)
     assert work.flops == torch_flops(call)
     # The graph also holds its shapes, and the text encoder its causal mask.
     assert work.bytes == pytest.approx(4 * stored_weights(name) + border_bytes, rel=5e-3)
-    half = count_work(path, dimensions={"batch": BATCH}, precision="bf16")
+    half = count_work(path, dimensions=rows, precision="bf16")
     assert half.flops == work.flops
     assert work.bytes - half.bytes == pytest.approx((work.bytes - border_bytes) / 2, rel=5e-3)
 
@@ -95,7 +96,10 @@ def test_whole_and_shallow_calls_are_counted_apart(cached_bundle: Path) -> None:
         work = request_work(pipeline, request, pipeline.generate(request).timings)
     for name in ("unet", "unet_shallow"):  # batches of two and of one; guided, then not
         path = cached_bundle / name / "model.onnx"
-        flops = [count_work(path, dimensions={"batch": n}).flops for n in (4, 2, 2, 1)]
+        flops = [
+            count_work(path, dimensions={"batch": rows, "pictures": pictures}).flops
+            for rows, pictures in ((4, 2), (2, 1), (2, 2), (1, 1))
+        ]
         assert work[name]["calls"] == 4
         assert work[name]["flops"] == sum(flops) / 4
 

@@ -97,7 +97,8 @@ def test_the_bundle_holds_and_proves_them(controlled_model: TinyModel) -> None:
         "down_block_additional_residual_1",
         "mid_block_additional_residual",
     ]
-    assert net.inputs[3:4] == manifest.components["control_embedding_1"].outputs
+    (embeds,) = manifest.components["control_embedding_1"].outputs
+    assert net.inputs[3] == replace(embeds, shape=("pictures", *embeds.shape[1:]))
     assert manifest.profile.max_batch("controlnet_1", net.inputs) == 4
     proven = {entry.component: entry.figure for entry in manifest.certificate}
     assert proven.keys() == {*manifest.components, "end_to_end"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from conftest import TinyModel
     from sd_engines import Bundle
+    from sd_engines.border import Rows
     from sd_engines.engine import Binding
 
 
@@ -60,7 +61,7 @@ def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
     request = Request("a red circle", num_inference_steps=4, seed=1, **options)  # type: ignore[arg-type]
     planned = plan(request, manifest)
     expected = first_batches(planned, manifest.profile)
-    asked: dict[str, set[int]] = {}
+    asked: dict[str, set[Rows]] = {}
     with Pipeline.load(guarded_model.bundle, backend="onnxruntime", request=request) as pipeline:
         for name, engine in pipeline._engines.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
@@ -75,7 +76,7 @@ def test_the_first_batches_of_a_shallow_unet(
     request = Request(  # the first row alone is guided where guidance stops at a quarter
         "a cat", num_inference_steps=4, scheduler="ddim", cache_interval=2, **guidance
     )
-    asked: dict[str, set[int]] = {}
+    asked: dict[str, set[Rows]] = {}
     with Pipeline.load(cached_bundle, backend="onnxruntime", request=request) as pipeline:
         expected = first_batches(plan(request, pipeline.bundle.manifest), pipeline.profile)
         for name, engine in pipeline._engines.items():
@@ -86,14 +87,19 @@ def test_the_first_batches_of_a_shallow_unet(
 
 
 def test_given_batches_are_bound_before_a_request(tiny_bundle: Bundle) -> None:
-    batches = {"unet": {1, 2}}
+    batches = {"unet": {(1, 1), (2, 1)}}
     opened = open_engines(tiny_bundle, ["unet"], backend="openvino", threads=1, batches=batches)
     with opened["unet"] as unet:
-        assert unet._compiled.keys() == {1, 2}  # type: ignore[attr-defined]
+        assert unet._compiled.keys() == {(1, 1), (2, 1)}  # type: ignore[attr-defined]
 
 
 def _noted(
-    asked: dict[str, set[int]], name: str, bind: Callable[[int], Binding], batch: int
+    asked: dict[str, set[Rows]],
+    name: str,
+    bind: Callable[..., Binding],
+    batch: int,
+    *,
+    pictures: int | None = None,
 ) -> Binding:
-    asked.setdefault(name, set()).add(batch)
-    return bind(batch)
+    asked.setdefault(name, set()).add((batch, pictures or batch))
+    return bind(batch, pictures=pictures)

@@ -77,8 +77,8 @@ def test_the_graph_of_an_inpainting_checkpoint_takes_the_mask_by_name(
 ) -> None:
     manifest = open_bundle(inpainting_model.bundle).manifest
     inputs = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}
-    assert inputs["sample"] == inputs["masked_image_latents"] == ("batch", 4, 12, 12)
-    assert inputs["mask"] == ("batch", 1, 12, 12)
+    assert inputs["sample"] == inputs["masked_image_latents"] == ("pictures", 4, 12, 12)
+    assert inputs["mask"] == ("pictures", 1, 12, 12)
     assert manifest.model.latent_channels == 4
     proven = {entry.component: entry.figure for entry in manifest.certificate}
     assert proven.keys() == {*manifest.components, "end_to_end"}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from sd_engines.border import Rows
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
@@ -191,29 +192,29 @@ class OnnxRuntimeEngine(Closing):
         self._stream = stream  # must outlive the session
         self._weights = weights  # as well
         self._xp = np if engine.target == "cpu" else import_package("cupy", extra="cuda")
-        self._bindings: dict[int, OnnxRuntimeBinding] = {}
+        self._bindings: dict[Rows, OnnxRuntimeBinding] = {}
 
-    def bind(self, batch: int) -> OnnxRuntimeBinding:
-        """Buffers for ``batch`` rows, zeroed; the same ones for the same ``batch``."""
+    def bind(self, batch: int, *, pictures: int | None = None) -> OnnxRuntimeBinding:
+        """Buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
         if self._session is None:
             raise closed_error()
-        check_batch(batch, self._max_batch)
-        if batch not in self._bindings:
-            self._bindings[batch] = self._new_binding(batch)
-        return self._bindings[batch]
+        check_batch(batch, self._max_batch, pictures=pictures)
+        rows = (batch, pictures or batch)
+        if rows not in self._bindings:
+            self._bindings[rows] = self._new_binding(rows)
+        return self._bindings[rows]
 
-    def _new_binding(self, batch: int) -> OnnxRuntimeBinding:
+    def _new_binding(self, rows: Rows) -> OnnxRuntimeBinding:
         xp = self._xp
-        inputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.inputs.items()}
-        outputs = {n: xp.zeros(shape_at(s, batch), s.dtype) for n, s in self.outputs.items()}
+        inputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.inputs.items()}
+        outputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.outputs.items()}
         return OnnxRuntimeBinding(self._session, inputs, outputs, self.entry.target)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once, on buffers of its own: any number of threads may call at a time."""
         if self._session is None:
             raise closed_error()
-        batch = check_arrays(self.inputs, arrays, self._max_batch)
-        binding = self._new_binding(batch)
+        binding = self._new_binding(check_arrays(self.inputs, arrays, self._max_batch))
         for name, array in arrays.items():
             binding.inputs[name][...] = self._xp.asarray(array)
         binding.run()

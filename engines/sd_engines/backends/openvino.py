@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from sd_engines.border import Rows
     from sd_engines.engine import Array, Progress
     from sd_engines.manifest import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
@@ -166,47 +167,47 @@ class OpenVinoEngine(Closing):
         self._mapped = mapped  # must outlive the model and all compiled from it
         self._max_batch = max_batch
         self._threads = threads
-        self._compiled: dict[int, Any] = {}
-        self._bindings: dict[int, OpenVinoBinding] = {}
-        self._calls: dict[int, OpenVinoBinding] = {}
+        self._compiled: dict[Rows, Any] = {}
+        self._bindings: dict[Rows, OpenVinoBinding] = {}
+        self._calls: dict[Rows, OpenVinoBinding] = {}
         self._lock = Lock()
 
-    def bind(self, batch: int) -> OpenVinoBinding:
-        """Buffers for ``batch`` rows, zeroed; the same ones for the same ``batch``."""
-        check_batch(batch, self._max_batch)
+    def bind(self, batch: int, *, pictures: int | None = None) -> OpenVinoBinding:
+        """Buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
+        check_batch(batch, self._max_batch, pictures=pictures)
         with self._lock:
-            return self._binding(batch, self._bindings)
+            return self._binding((batch, pictures or batch), self._bindings)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once, on buffers that `bind` does not hand out; callers on other threads wait."""
-        batch = check_arrays(self.inputs, arrays, self._max_batch)
+        rows = check_arrays(self.inputs, arrays, self._max_batch)
         with self._lock:
-            binding = self._binding(batch, self._calls)
+            binding = self._binding(rows, self._calls)
             for name, array in arrays.items():
                 binding.inputs[name][...] = array
             binding.run()
             return {name: array.copy() for name, array in binding.outputs.items()}
 
-    def _binding(self, batch: int, kept: dict[int, OpenVinoBinding]) -> OpenVinoBinding:
+    def _binding(self, rows: Rows, kept: dict[Rows, OpenVinoBinding]) -> OpenVinoBinding:
         if self._model is None:
             raise closed_error()
-        if batch not in kept:
-            if batch not in self._compiled:
-                self._compiled[batch] = self._compile(batch)
+        if rows not in kept:
+            if rows not in self._compiled:
+                self._compiled[rows] = self._compile(rows)
             inputs, outputs = (
-                {name: np.zeros(shape_at(spec, batch), spec.dtype) for name, spec in specs.items()}
+                {name: np.zeros(shape_at(spec, *rows), spec.dtype) for name, spec in specs.items()}
                 for specs in (self.inputs, self.outputs)
             )
-            kept[batch] = OpenVinoBinding(self._compiled[batch], self._mapped, inputs, outputs)
-        return kept[batch]
+            kept[rows] = OpenVinoBinding(self._compiled[rows], self._mapped, inputs, outputs)
+        return kept[rows]
 
-    def _compile(self, batch: int) -> Any:
+    def _compile(self, rows: Rows) -> Any:
         model = self._model.clone()
         hint = precision_hint(self.entry)
         try:
             model.reshape(
                 {
-                    port: shape_at(self.inputs[_name(port, self.inputs)], batch)
+                    port: shape_at(self.inputs[_name(port, self.inputs)], *rows)
                     for port in model.inputs
                 }
             )

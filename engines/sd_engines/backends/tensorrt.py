@@ -34,6 +34,7 @@ from sd_engines.errors import EngineMismatchError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sd_engines.border import Rows
     from sd_engines.engine import Array
     from sd_engines.manifest import ComponentEntry, EngineEntry
 
@@ -120,43 +121,43 @@ class TensorRtEngine(Closing):
         self._plan = plan
         self._xp = xp
         self._max_batch = max_batch
-        self._bindings: dict[int, TensorRtBinding] = {}
-        self._calls: dict[int, TensorRtBinding] = {}
+        self._bindings: dict[Rows, TensorRtBinding] = {}
+        self._calls: dict[Rows, TensorRtBinding] = {}
         self._lock = Lock()
 
-    def bind(self, batch: int) -> TensorRtBinding:
-        """Device buffers for ``batch`` rows, zeroed; the same ones for the same ``batch``."""
-        check_batch(batch, self._max_batch)
+    def bind(self, batch: int, *, pictures: int | None = None) -> TensorRtBinding:
+        """Device buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
+        check_batch(batch, self._max_batch, pictures=pictures)
         with self._lock:
-            return self._binding(batch, self._bindings)
+            return self._binding((batch, pictures or batch), self._bindings)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once on numpy or CuPy arrays, on CuPy's current stream; returns CuPy arrays.
 
         Threads that call share one stream.
         """
-        batch = check_arrays(self.inputs, arrays, self._max_batch)
+        rows = check_arrays(self.inputs, arrays, self._max_batch)
         with self._lock:
-            binding = self._binding(batch, self._calls)
+            binding = self._binding(rows, self._calls)
             for name, array in arrays.items():
                 binding.inputs[name][...] = self._xp.asarray(array)
             binding.run()
             return {name: array.copy() for name, array in binding.outputs.items()}
 
-    def _binding(self, batch: int, kept: dict[int, TensorRtBinding]) -> TensorRtBinding:
+    def _binding(self, rows: Rows, kept: dict[Rows, TensorRtBinding]) -> TensorRtBinding:
         if self._plan is None:
             raise closed_error()
-        if batch not in kept:
+        if rows not in kept:
             inputs, outputs = (
-                {n: self._xp.zeros(shape_at(s, batch), s.dtype) for n, s in specs.items()}
+                {n: self._xp.zeros(shape_at(s, *rows), s.dtype) for n, s in specs.items()}
                 for specs in (self.inputs, self.outputs)
             )
             log = package_log(self._module)
             context = self._plan.create_execution_context()
             if context is None:
                 raise failure("no memory for the engine's activations", log)
-            kept[batch] = TensorRtBinding(context, inputs, outputs, self._xp, log)
-        return kept[batch]
+            kept[rows] = TensorRtBinding(context, inputs, outputs, self._xp, log)
+        return kept[rows]
 
     def close(self) -> None:
         """Free the plan, its contexts and buffers; twice is allowed."""

@@ -19,7 +19,6 @@ from sd_engines.backends.tensorrt_package import (
 from sd_engines.border import shape_at
 from sd_engines.bundle import engine_entry, hash_files
 from sd_engines.errors import BackendError, ConfigError
-from sd_engines.spec import BATCH
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,9 +46,10 @@ def build(
 
     ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
     ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
-    largest, tuned for the largest. ``timing_cache`` is read and written back, so that TensorRT's
-    next build measures less. `ConfigError` for a precision the graph has not or a target the
-    package does not know; `BackendError` with the parser's or builder's own words where it fails.
+    largest, tuned for it and for guidance. ``timing_cache`` is read and written back, so that
+    TensorRT's next build measures less. `ConfigError` for a precision the graph has not or a target
+    the package does not know; `BackendError` with the parser's or builder's own words where it
+    fails.
     """
     module = package(backend)
     if precision not in (None, entry.precision):
@@ -76,9 +76,9 @@ def build(
     shapes = builder.create_optimization_profile()
     max_batch = profile.max_batch(component, entry.inputs)
     for spec in entry.inputs:
-        if BATCH in spec.shape:
-            largest = shape_at(spec, max_batch)
-            shapes.set_shape(spec.name, shape_at(spec, 1), largest, largest)
+        if isinstance(spec.shape[0], str):
+            usual = shape_at(spec, max_batch, profile.batch_size)
+            shapes.set_shape(spec.name, shape_at(spec, 1), usual, shape_at(spec, max_batch))
     if config.add_optimization_profile(shapes) < 0:
         raise failure(f"{backend} refuses the profile of {component}", log)
     timings = None

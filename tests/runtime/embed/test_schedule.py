@@ -32,7 +32,7 @@ SHAPE = (1, 4, 8, 8)
 class LinearModel:
     """noise_pred = 0.5 · sample + t for the negative half, 0.75 · sample − t for the other."""
 
-    def bind(self, batch: int) -> Any:
+    def bind(self, batch: int, *, pictures: int) -> Any:
         shape = (batch, *SHAPE[1:])
         inputs = {
             "sample": np.zeros(shape, np.float32),
