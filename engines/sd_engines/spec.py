@@ -29,6 +29,8 @@ RESIDUAL, MID_RESIDUAL = "down_block_additional_residual_", "mid_block_additiona
 POOLED_PROMPT_EMBEDS = "pooled_prompt_embeds"
 TIME_IDS = "time_ids"
 """Inputs of a UNet of Stable Diffusion XL: the prompt as one vector, and sizes in pixels."""
+DEPTH = "depth"
+"""Output of an LDM3D's ``vae_decoder``: the channels in which it paints depth."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 

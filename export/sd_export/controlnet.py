@@ -69,6 +69,11 @@ def with_controlnets(
             "--controlnet with a UNet that is made for inpainting",
             "Export the plain checkpoint with the ControlNet: its bundle inpaints too.",
         )
+    if checkpoint.depth_channels:
+        raise ConfigError(
+            "--controlnet with an LDM3D, which draws from text alone",
+            "Leave --controlnet out, or export a checkpoint that paints no depth.",
+        )
     found = [find_controlnet(source) for source in sources]
     for controlnet in found:
         check_controlnet(controlnet, checkpoint.configs)

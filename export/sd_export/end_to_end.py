@@ -135,18 +135,24 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
     if request.mask is not None:
         inputs["mask_image"] = request.mask.image
     pipeline = load_pipeline(checkpoint)
+    last: dict[str, torch.Tensor] = {}
+
+    def keep(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> Any:
+        last.update(tensors)
+        return tensors
+
     with torch.inference_mode():
-        latents = pipeline(
+        output = pipeline(
             request.prompt,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(_SEED),
-            output_type="latent",
+            output_type="np",
+            callback_on_step_end=keep,
             **inputs,
-        ).images
-        images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    pixels = pipeline.image_processor.postprocess(images, output_type="np")
-    return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
+        )
+    pixels = output.rgb if checkpoint.depth_channels else output.images
+    return {"latents": last["latents"].numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
 
 
 def _verify(

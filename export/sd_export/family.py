@@ -20,10 +20,12 @@ LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 """What diffusers' LatentConsistencyModelPipeline draws with where it is not told."""
 XL = Defaults(guidance_scale=5.0, strength=0.3, inpainting_strength=0.9999)
 """What diffusers' StableDiffusionXLPipeline and its kin draw with where they are not told."""
+LDM3D_PIPELINE = "StableDiffusionLDM3DPipeline"
 _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
     "StableDiffusionInpaintPipeline": Defaults(),
+    LDM3D_PIPELINE: Defaults(num_inference_steps=49, guidance_scale=5.0),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
     "LatentConsistencyModelImg2ImgPipeline": LATENT_CONSISTENCY,
     "StableDiffusionXLPipeline": XL,
@@ -32,8 +34,8 @@ _PIPELINES = {
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting and the "
-    "refiner among them, and latent consistency models of the same shape; ControlNets beside one "
-    "of v1 or v2, by --controlnet."
+    "refiner among them, and latent consistency models and LDM3D of the same shape; ControlNets "
+    "beside one of v1 or v2, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -66,6 +68,8 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
     (r"((en|de)coder\.)?(down|up)_blocks\.|text_model\.", "one model of a folder, not the whole"),
 )
 _REFINER_TIME_IDS = 5
+_LDM3D_CHANNELS = (4, 6)
+"""A picture's three, and those of its depth: one, or a picture of it."""
 _BY_CHANNELS = {
     5: "depth to image",
     7: "an upscaler",
@@ -100,8 +104,13 @@ def check_names(names: Iterable[str]) -> None:
             raise _error(f"this is {what}")
 
 
-def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """`ExportError` that says what has the layout of Stable Diffusion but is another model."""
+def check_configs(
+    configs: Mapping[str, Mapping[str, Any]], *, pipeline: str = "StableDiffusionPipeline"
+) -> None:
+    """`ExportError` that says what has the layout of Stable Diffusion but is another model.
+
+    ``pipeline`` is the class that model_index.json names.
+    """
     unet, vae = configs["unet"], configs["vae"]
     text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
     problem = None
@@ -136,6 +145,8 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
         )
     elif vae.get("shift_factor") or vae.get("latents_mean"):
         problem = "its VAE shifts its latents"
+    elif painted_channels(configs) not in (_LDM3D_CHANNELS if pipeline == LDM3D_PIPELINE else (3,)):
+        problem = f"its VAE paints {painted_channels(configs)} channels for {pipeline}"
     if problem is not None:
         raise _error(f"not a Stable Diffusion model that can be exported: {problem}")
 
@@ -170,6 +181,11 @@ def num_time_ids(configs: Mapping[str, Mapping[str, Any]]) -> float:
     if not (isinstance(pooled, int) and isinstance(width, int) and isinstance(step, int) and step):
         return 0
     return (width - pooled) / step
+
+
+def painted_channels(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Channels of what the VAE makes of latents: a picture's three, and more of an LDM3D."""
+    return int(configs["vae"].get("out_channels", 3))
 
 
 def is_refiner(configs: Mapping[str, Mapping[str, Any]]) -> bool:

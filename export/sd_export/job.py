@@ -126,7 +126,7 @@ class Job:
     def run(self) -> Manifest:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
         from sd_export.controlnet import control_components
-        from sd_export.wrappers import COMPONENTS, model_of
+        from sd_export.wrappers import components_of
 
         files = write_small_files(self.checkpoint, self.work.bundle)
         manifest = Manifest(
@@ -138,11 +138,8 @@ class Job:
             files=files,
             versions=self.versions,
         )
-        for component in (*COMPONENTS, *control_components(self.checkpoint)):
-            if model_of(component) not in self.checkpoint.weights:
-                continue
-            if component == "unet_shallow" and not self.feature_cache:
-                continue
+        own = components_of(self.checkpoint, feature_cache=self.feature_cache)
+        for component in (*own, *control_components(self.checkpoint)):
             self._check_unchanged()
             components = {**manifest.components, component: self._graph(component)}
             manifest = replace(manifest, components=components)

@@ -106,9 +106,9 @@ def max_prompt_tokens(checkpoint: Checkpoint) -> int:
 def load_pipeline(checkpoint: Checkpoint) -> Any:
     """The unmodified pipeline of diffusers for the checkpoint, without its checker or watermark.
 
-    The one for inpainting where the UNet is, for image-to-image where it is a refiner's, the one
-    of ControlNets where there are any, else the one for text, which draws latent consistency models
-    as well, and with any scheduler, as their own does not.
+    The one for inpainting where the UNet is, for image-to-image where it is a refiner's, LDM3D's
+    where the VAE paints depth, the one of ControlNets where there are any, else the one for text,
+    which draws latent consistency models as well, and with any scheduler, as their own does not.
     """
     import diffusers
 
@@ -121,8 +121,12 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         if task:
             options["requires_aesthetics_score"] = checkpoint.is_refiner
     config = dict(checkpoint.configs["scheduler"])
-    if checkpoint.controlnets:  # its pipeline takes a scheduler's config as it is
+    if checkpoint.depth_channels:
+        task = "LDM3D"
+        options["image_encoder"] = None
+    if checkpoint.controlnets or checkpoint.depth_channels:  # they take it as it is
         config = pipeline_scheduler_config(config, family=checkpoint.family)
+    if checkpoint.controlnets:
         task = "ControlNet"
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
     with _quiet():

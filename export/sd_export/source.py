@@ -23,6 +23,7 @@ from sd_export.family import (
     is_refiner,
     is_xl,
     lone_model,
+    painted_channels,
     pipeline_defaults,
     text_encoders,
 )
@@ -104,6 +105,11 @@ class Checkpoint:
     def is_for_inpainting(self) -> bool:
         """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
         return int(self.configs["unet"].get("in_channels", 4)) != self.latent_channels
+
+    @property
+    def depth_channels(self) -> int:
+        """Channels in which the VAE paints depth beside the picture: 0 but of an LDM3D."""
+        return painted_channels(self.configs) - 3
 
     @property
     def is_refiner(self) -> bool:
@@ -236,7 +242,7 @@ def read_folder(
     if wants_checker:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         configs["feature_extractor"] = read_json(processor, component="feature_extractor")
-    check_configs(configs)
+    check_configs(configs, pipeline=str(index.get("_class_name")))
     tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
     for tokenizer in tokenizers.values():
         if not (tokenizer / "tokenizer.json").is_file() and not (

@@ -105,6 +105,7 @@ def _difference(config: Mapping[str, Any], own: Mapping[str, Any]) -> str | None
     for words, key, default in (
         ("channels of latents", "latent_channels", 4),
         ("as its scaling factor", "scaling_factor", 0.18215),
+        ("channels of pictures", "out_channels", 3),
     ):
         found, wanted = config.get(key, default), own.get(key, default)
         if found != wanted:

@@ -16,6 +16,7 @@ from sd_engines.spec import (
     BATCH,
     CONTROL_EMBEDDING,
     CONTROLNET,
+    DEPTH,
     MID_RESIDUAL,
     PICTURES,
     POOLED_PROMPT_EMBEDS,
@@ -139,17 +140,22 @@ class Unet(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latents [batch, c, h, w], scaled → images [batch, H, W, 3] in [0, 1]."""
+    """latents [batch, c, h, w], scaled → images [batch, H, W, 3] in [0, 1].
 
-    def __init__(self, vae: nn.Module, *, scaling_factor: float) -> None:
+    With ``gives_depth`` also depth [batch, H, W, k] in [0, 1]: the channels after those of colour.
+    """
+
+    def __init__(self, vae: nn.Module, *, scaling_factor: float, gives_depth: bool = False) -> None:
         super().__init__()
         self.vae: Any = vae
         self.scaling_factor = scaling_factor
+        self.gives_depth = gives_depth
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Decode."""
         images: torch.Tensor = self.vae.decode(latents / self.scaling_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (images[..., :3], images[..., 3:]) if self.gives_depth else images
 
 
 class VaeEncoder(nn.Module):
@@ -164,6 +170,19 @@ class VaeEncoder(nn.Module):
         """Encode."""
         posterior = self.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1, return_dict=False)[0]
         return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
+
+
+def components_of(checkpoint: Checkpoint, *, feature_cache: bool) -> tuple[str, ...]:
+    """The components that a bundle of ``checkpoint`` has, its ControlNets' aside, in their order.
+
+    No encoder of an LDM3D, which would take depth as well: nothing begins with a picture there.
+    """
+    unwanted = {"vae_encoder": checkpoint.depth_channels > 0, "unet_shallow": not feature_cache}
+    return tuple(
+        component
+        for component in COMPONENTS
+        if model_of(component) in checkpoint.weights and not unwanted.get(component, False)
+    )
 
 
 def model_of(component: str) -> str:
@@ -201,7 +220,8 @@ def wrap(
     elif component == "preview_decoder":
         wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
     elif component == "vae_decoder":
-        wrapper = VaeDecoder(model, scaling_factor=scaling_factor)
+        gives_depth = checkpoint.depth_channels > 0
+        wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)
     elif component == "vae_encoder":
         wrapper = VaeEncoder(model, scaling_factor=scaling_factor)
     else:
@@ -281,6 +301,9 @@ def borders(
             inputs += [pooled, TensorSpec(TIME_IDS, "float32", ids_shape)]
         inputs += residuals
         return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
+    if component == "vae_decoder" and checkpoint.depth_channels:
+        depth_shape = (BATCH, profile.height, profile.width, checkpoint.depth_channels)
+        return (latents,), (images, TensorSpec(DEPTH, "float32", depth_shape))
     if component in ("vae_decoder", "preview_decoder"):
         return (latents,), (images,)
     if component == "vae_encoder":

@@ -1,17 +1,19 @@
-"""Latents to pictures: the VAE's decoder, and the safety checker's word on what it made."""
+"""Latents to pictures and depth maps: the VAE's decoder, and the safety checker's word on them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sd_engines.errors import BackendError
+from sd_engines.spec import DEPTH
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.denoise import predicted_original_sample
+from sd_runtime.task import gives_depth
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -27,6 +29,17 @@ PRECISION_HINT = (
 _PREVIEWERS = ("preview_decoder", "vae_decoder")
 
 
+class Decoded(NamedTuple):
+    """Pictures uint8 [n, H, W, 3], and depth maps uint16 [n, H, W] where the VAE paints them.
+
+    ``flags`` are the safety checker's word on each; empty without one.
+    """
+
+    pixels: NDArray[np.uint8]
+    depth: NDArray[np.uint16] | None
+    flags: list[bool]
+
+
 class Decoder:
     """Draws with the ``vae_decoder`` of a bundle, and checks with its ``safety_checker`` if any.
 
@@ -38,44 +51,62 @@ class Decoder:
         self._engine = engine
         self._prediction_type = manifest.model.prediction_type
         self._previewer = next(name for name in _PREVIEWERS if name in manifest.components)
+        self._gives_depth = gives_depth(manifest)
         self.checks = "safety_checker" in manifest.components
 
-    def draw(self, latents: Array, *, timings: Timings) -> tuple[NDArray[np.uint8], list[bool]]:
-        """Pictures uint8 [n, H, W, 3] and the safety checker's word on each.
+    def draw(self, latents: Array, *, timings: Timings) -> Decoded:
+        """What the latents show; black and of no depth where the safety checker flags it.
 
-        `BackendError` where they are no pictures.
+        `BackendError` where that is no picture.
         """
         with timings.measure("vae_decoder"):
-            images = self._decode(latents)
+            outputs = self._decode(latents)
+            images = to_host(outputs["images"])
         # Checked only now: on a GPU, looking at the latents earlier would wait for them twice.
         _check_finite("the UNet", to_host(latents))
         _check_finite("the VAE decoder", images)
         pixels = _pixels_from(images)
+        depth = depth_from_channels(to_host(outputs[DEPTH])) if self._gives_depth else None
         if (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
             raise BackendError(
                 "the VAE decoder returned a picture of one single colour", PRECISION_HINT
             )
         if not self.checks:
-            return pixels, []
+            return Decoded(pixels, depth, [])
         with timings.measure("safety_checker"):
             checker = self._engine("safety_checker").bind(len(pixels))
             copy_into(checker.inputs["images"], pixels.astype(np.float32) / 255)
             checker.run()
             flags = to_host(checker.outputs["nsfw_content_detected"])
         pixels[flags] = 0
-        return pixels, flags.tolist()
+        if depth is not None:
+            depth[flags] = 0
+        return Decoded(pixels, depth, flags.tolist())
 
     def preview(self, row: Row) -> NDArray[np.uint8]:
         """What the pictures would be at ``row``, uint8 [n, H, W, 3]."""
         latents = predicted_original_sample(row, self._prediction_type)
-        return _pixels_from(self._decode(latents, by=self._previewer))
+        return _pixels_from(to_host(self._decode(latents, by=self._previewer)["images"]))
 
-    def _decode(self, latents: Array, *, by: str = "vae_decoder") -> NDArray[np.float32]:
-        """float32 [n, H, W, 3], 0 … 1, in the decoder's own buffer."""
+    def _decode(self, latents: Array, *, by: str = "vae_decoder") -> Mapping[str, Array]:
+        """What the decoder gives, in its own buffers."""
         decoder = self._engine(by).bind(len(latents))
         copy_into(decoder.inputs["latents"], latents)
         decoder.run()
-        return to_host(decoder.outputs["images"])
+        return decoder.outputs
+
+
+def depth_from_channels(channels: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Depth maps uint16 [n, H, W] from what an LDM3D paints, float32 [n, H, W, 1 or 3] in 0 … 1.
+
+    One channel is the depth; three are a picture of it, whose green is the high byte and blue the
+    low (Stan et al. 2023, arXiv:2305.10853). Rounded as diffusers'
+    VaeImageProcessorLDM3D rounds: to the nearest byte, but one channel down.
+    """
+    if channels.shape[-1] == 1:
+        return (channels[..., 0] * 65535).astype(np.uint16)
+    painted = _pixels_from(channels).astype(np.uint16)
+    return painted[..., 1] * np.uint16(256) + painted[..., 2]
 
 
 def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -104,6 +104,11 @@ def numbered_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{index:0{width}}{path.suffix}") for index in range(count)]
 
 
+def depth_path(path: Path) -> Path:
+    """Where the depth map of the picture ``path`` lies: circle.png has circle.depth.png."""
+    return path.with_suffix(".depth.png")
+
+
 def output_paths(template: str, seeds: Sequence[int]) -> list[Path]:
     """One path per picture: ``{index}`` and ``{seed}`` filled in, or numbered without them.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+Kind = TypeVar("Kind", np.uint8, np.uint16)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64 * 10**6
 JSON_CHUNK = "sd-toolkit"
@@ -46,9 +47,13 @@ def format_of(path: Path) -> str:
 
 
 def encode_image(
-    pixels: NDArray[np.uint8], format_: str, *, parameters: str = "", recipe: str = ""
+    pixels: NDArray[np.uint8 | np.uint16],
+    format_: str,
+    *,
+    parameters: str = "",
+    recipe: str = "",
 ) -> bytes:
-    """The bytes of a picture file of ``pixels`` uint8 [H, W, 3].
+    """The bytes of a picture file of ``pixels`` uint8 [H, W, 3], or in PNG uint16 [H, W] (grey).
 
     ``parameters`` is text for people, ``recipe`` is ASCII JSON. Raises `ConfigError` where a JPEG
     cannot hold them (64 KiB each).
@@ -141,11 +146,11 @@ def read_parameters(data: bytes) -> str:
     return text if isinstance(text, str) else ""
 
 
-def grid_of(images: Sequence[NDArray[np.uint8]], *, columns: int) -> NDArray[np.uint8]:
+def grid_of(images: Sequence[NDArray[Kind]], *, columns: int) -> NDArray[Kind]:
     """One picture of many of one size, row by row; the last row is filled up with white."""
-    height, width, channels = images[0].shape
+    (height, width, *channels), kind = images[0].shape, images[0].dtype
     rows = -(-len(images) // columns)
-    grid = np.full((rows, height, columns, width, channels), 255, dtype=np.uint8)
+    grid = np.full((rows, height, columns, width, *channels), np.iinfo(kind).max, dtype=kind)
     for index, image in enumerate(images):
         grid[index // columns, :, index % columns] = image
-    return grid.reshape(rows * height, columns * width, channels)
+    return grid.reshape(rows * height, columns * width, *channels)

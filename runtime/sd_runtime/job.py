@@ -16,7 +16,7 @@ import numpy as np
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
-from sd_runtime.files import check_writable, output_paths, write_files
+from sd_runtime.files import check_writable, depth_path, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
 from sd_runtime.input_image import InputImage
 from sd_runtime.pipeline import Pipeline
@@ -29,6 +29,7 @@ from sd_runtime.prompts import (
 )
 from sd_runtime.recipe import INPUTS, fingerprint, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
+from sd_runtime.task import gives_depth
 from sd_runtime.timing import Timings, clock
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     for path in paths:
         format_of(path)
         check_writable(path)
+        if gives_depth(manifest):
+            check_writable(depth_path(path))
     if job.save_latents:
         check_writable(job.save_latents)
     plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
@@ -250,7 +253,10 @@ def _inputs_of(
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:
-    write_files({path: result.encode(i, format_of(path)) for i, path in enumerate(paths)})
+    contents: dict[Path, bytes] = {}
+    for index, path in enumerate(paths):
+        contents |= result.files(index, path)
+    write_files(contents)
     if echo:
         click.echo("\n".join(map(str, paths)))
 
@@ -262,16 +268,18 @@ def _note_first_picture(timings: Timings, start: float) -> None:
 
 def _write_grid(results: list[Result], path: Path, *, columns: int, timings: Timings) -> None:
     recipes = [recipe for result in results for recipe in result.recipes]
+    format_, recipe = format_of(path), text_from_recipes(recipes, columns=columns)
+    contents = {}
+    depths = [depth for r in results if r.depth is not None for depth in r.depth]
+    if depths:
+        depth = grid_of(depths, columns=columns)
+        contents[depth_path(path)] = encode_image(depth, "PNG", recipe=recipe)
     pixels = grid_of([image for result in results for image in result.pixels], columns=columns)
-    format_ = format_of(path)
     with timings.measure(format_.lower()):
-        data = encode_image(
-            pixels,
-            format_,
-            parameters=recipes[0].parameters(),
-            recipe=text_from_recipes(recipes, columns=columns),
+        contents[path] = encode_image(
+            pixels, format_, parameters=recipes[0].parameters(), recipe=recipe
         )
-    write_files({path: data})
+    write_files(contents)
 
 
 def _write_latents(results: list[Result], path: Path) -> None:
@@ -289,6 +297,7 @@ def _report(
     total_ms: float,
 ) -> dict[str, Any]:
     recipes = [recipe for result in results for recipe in result.recipes]
+    has_depth = results[0].depth is not None
     stages = timings.to_json()
     return {
         "bundle": str(job.bundle),
@@ -297,6 +306,7 @@ def _report(
         "images": [
             {
                 "file": str(path),
+                "depth_file": str(depth_path(path)) if has_depth else None,
                 "prompt": recipe.prompt,
                 "negative_prompt": recipe.negative_prompt,
                 "seed": recipe.seed,

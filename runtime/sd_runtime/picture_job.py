@@ -125,6 +125,6 @@ def draw_batch(pipeline: Pipeline, batch: PictureBatch, folder: Path) -> list[Dr
     if result is None:
         raise AssertionError("the last step holds the result")
     for index, job in enumerate(batch):
-        write_files({folder / job.name: result.encode(index, "PNG")})
+        write_files(result.files(index, folder / job.name))
     flags = result.nsfw_content_detected or [None] * len(batch)
     return [Drawn(job.name, flag) for job, flag in zip(batch, flags, strict=True)]

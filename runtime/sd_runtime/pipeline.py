@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -226,7 +227,7 @@ class Pipeline(Closing):
             timings=timings,
         )
         num_steps = num_rows * -(-len(images) // size)
-        latents, pixels, flags = [], [], []
+        latents, decoded = [], []
         for first in range(0, len(images), size):
             batch = images[first : first + size]
             for row in self._denoise(batch, plan, embeds, timings):
@@ -234,19 +235,21 @@ class Pipeline(Closing):
                 if self.refiner is not None and row.index >= plan.table.num_rows:
                     decoder = self.refiner._decoder
                 if row.index + 1 == num_rows:
-                    batch_pixels, batch_flags = decoder.draw(row.latents, timings=timings)
+                    decoded.append(decoder.draw(row.latents, timings=timings))
                     latents.append(to_host(row.latents).copy())
-                    pixels.append(batch_pixels)
-                    flags += batch_flags
                     if first + len(batch) == len(images):
                         timings.add("total", start, clock())
+                        pixels, depths, flags = zip(*decoded, strict=True)
                         result = Result(
                             request=request,
                             pixels=np.concatenate(pixels),
                             latents=np.concatenate(latents),
-                            nsfw_content_detected=tuple(flags) if decoder.checks else None,
+                            nsfw_content_detected=(
+                                tuple(chain.from_iterable(flags)) if decoder.checks else None
+                            ),
                             recipes=tuple(self._recipe(image, plan) for image in images),
                             timings=timings,
+                            depth=None if depths[0] is None else np.concatenate(depths),
                         )
                 yield Step(
                     index=(first // size) * num_rows + row.index,

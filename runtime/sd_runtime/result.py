@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd_runtime.files import numbered_paths, write_files
+from sd_runtime.files import depth_path, numbered_paths, write_files
 from sd_runtime.image import encode_image, format_of
 from sd_runtime.recipe import text_from_recipes
 
@@ -29,7 +29,8 @@ class Result:
 
     ``pixels`` uint8 [n, H, W, 3]; ``latents`` float32 [n, c, h, w], as the decoder got them;
     ``nsfw_content_detected`` is one bool per picture, None without a safety checker; what it
-    finds is painted black. ``request`` is the one that ran, its seed filled in.
+    finds is painted black. ``request`` is the one that ran, its seed filled in. ``depth`` uint16
+    [n, H, W] are the depth maps that an LDM3D paints; None of all others.
     """
 
     request: Request
@@ -38,6 +39,7 @@ class Result:
     nsfw_content_detected: tuple[bool, ...] | None
     recipes: tuple[Recipe, ...]
     timings: Timings
+    depth: NDArray[np.uint16] | None = None
 
     @property
     def images(self) -> list[Image]:
@@ -57,16 +59,36 @@ class Result:
                 recipe=text_from_recipes([recipe], columns=1),
             )
 
+    def encode_depth(self, index: int) -> bytes:
+        """Depth map ``index`` as the bytes of a PNG of 16 bits of grey, with the same recipe.
+
+        `ValueError` where there is none.
+        """
+        if self.depth is None:
+            raise ValueError("the result has no depth maps")
+        recipe = text_from_recipes([self.recipes[index]], columns=1)
+        with self.timings.measure("png"):
+            return encode_image(self.depth[index], "PNG", recipe=recipe)
+
+    def files(self, index: int, path: Path) -> dict[Path, bytes]:
+        """What is to be written where picture ``index`` goes to ``path``.
+
+        Its depth map first, where there is one, so that whoever sees a picture has all of it.
+        """
+        depth = {} if self.depth is None else {depth_path(path): self.encode_depth(index)}
+        return {**depth, path: self.encode(index, format_of(path))}
+
     def save(self, path: str | Path) -> list[Path]:
         """Write all pictures with their recipes; several get ``-0``, ``-1``, … before the suffix.
 
-        All are written or none. Raises `ConfigError` for an unknown suffix, `SdError` where the
-        disk refuses.
+        Depth maps go beside them (`depth_path`). All are written or none; returns the pictures'
+        paths. Raises `ConfigError` for an unknown suffix, `SdError` where the disk refuses.
         """
-        path = Path(path)
-        format_ = format_of(path)
-        paths = numbered_paths(path, len(self.pixels))
-        write_files({file: self.encode(index, format_) for index, file in enumerate(paths)})
+        paths = numbered_paths(Path(path), len(self.pixels))
+        contents: dict[Path, bytes] = {}
+        for index, file in enumerate(paths):
+            contents |= self.files(index, file)
+        write_files(contents)
         return paths
 
 

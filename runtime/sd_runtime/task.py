@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from sd_engines.errors import BundleError, ConfigError
+from sd_engines.spec import DEPTH
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ REFINING = Task("refining", ())
 def task_of(request: Request, manifest: Manifest) -> Task:
     """The task that ``request`` is, of a bundle.
 
-    Raises `ConfigError` where the bundle's UNet is for another, `BundleError` where it has no VAE
-    encoder.
+    Raises `ConfigError` where the bundle is for another, `BundleError` where it has no VAE encoder.
     """
     feeds_mask = takes_mask(manifest)
     if manifest.model.requires_aesthetics_score and request.image is None:
@@ -66,6 +66,11 @@ def task_of(request: Request, manifest: Manifest) -> Task:
         )
     if request.image is None:
         return TEXT_TO_IMAGE
+    if gives_depth(manifest):
+        raise ConfigError(
+            "the bundle is of LDM3D, which draws from text alone",
+            "Leave the picture out; or draw with the bundle of another checkpoint.",
+        )
     if ENCODER not in manifest.components:
         raise BundleError(
             "the bundle has no vae_encoder, so it cannot start from a picture",
@@ -87,6 +92,12 @@ def takes_mask(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an inpainting checkpoint's."""
     unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
     return unet is not None and {spec.name for spec in unet.inputs}.issuperset(MASK_INPUTS)
+
+
+def gives_depth(manifest: Manifest) -> bool:
+    """Whether the bundle is an LDM3D's, which draws how far things are beside the picture."""
+    decoder = manifest.components.get("vae_decoder")  # as above
+    return decoder is not None and any(spec.name == DEPTH for spec in decoder.outputs)
 
 
 def tasks_of(manifest: Manifest) -> tuple[str, ...]:

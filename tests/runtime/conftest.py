@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from controlnets import make_controlnet
+from ldm3d import make_ldm3d_checkpoint
 from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
@@ -97,7 +98,7 @@ class TinyModel:
                 inputs[name] = list(values * (len(pictures) // len(values)))
             parts["controlnet"] = list(self.controlnets)
             kind = f"ControlNet{kind}"
-        if request.control_image is not None or request.mask is not None:
+        if kind != "Img2Img":  # which draws in its picture's size
             profile = self.pipeline.profile
             inputs |= {"height": profile.height, "width": profile.width}
         if kind:
@@ -191,6 +192,8 @@ def exported(
     batch_size: int,
     safety_checker: bool = False,
     controlnets: Sequence[dict[str, Any]] = (),
+    height: int | None = None,
+    width: int | None = None,
 ) -> Iterator[TinyModel]:
     """Export ``checkpoint`` to a folder beside it and open that; frees its engines at the end."""
     from diffusers import ControlNetModel, DiffusionPipeline
@@ -213,7 +216,14 @@ def exported(
             for seed, config in enumerate(controlnets)
         ]
         nets = tuple(ControlNetModel.from_pretrained(path) for path in made)
-        export(checkpoint, bundle, batch_size=batch_size, controlnets=list(map(str, made)))
+        export(
+            checkpoint,
+            bundle,
+            batch_size=batch_size,
+            controlnets=list(map(str, made)),
+            height=height,
+            width=width,
+        )
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield TinyModel(checkpoint, bundle, pipeline, oracle, nets)
 
@@ -342,6 +352,30 @@ def refiner_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
         folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,)
     )
     with exported(checkpoint, batch_size=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session", params=[4, 6])
+def ldm3d_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TinyModel]:
+    """As Intel/ldm3d-4c and Intel/ldm3d: 16×16 pictures, two at a time; the first is checked.
+
+    With this seed some of what the tests draw is flagged, and some is not.
+    """
+    folder = tmp_path_factory.mktemp("ldm3d") / "checkpoint"
+    checker = request.param == 4
+    make_ldm3d_checkpoint(folder, channels=request.param, safety_checker=checker, seed=1, **SMALL)
+    with exported(folder, batch_size=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """16×40 pictures, two at a time, of an XL checkpoint, which is told so; its own are square."""
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    make_xl_checkpoint(folder, block_out_channels=(16,))
+    with exported(folder, batch_size=2, height=16, width=40) as model:
         yield model
 
 

@@ -39,7 +39,7 @@ def split_result(result: Result, requests: Sequence[Request]) -> Iterator[Result
     for request in requests:
         own = slice(first, first + request.num_images)
         first = own.stop
-        flags = result.nsfw_content_detected
+        flags, depth = result.nsfw_content_detected, result.depth
         timings = Timings()
         timings.merge(result.timings)
         yield Result(
@@ -49,4 +49,5 @@ def split_result(result: Result, requests: Sequence[Request]) -> Iterator[Result
             nsfw_content_detected=None if flags is None else flags[own],
             recipes=result.recipes[own],
             timings=timings,
+            depth=None if depth is None else depth[own],
         )
