@@ -25,6 +25,7 @@ _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
     "StableDiffusionInpaintPipeline": Defaults(),
+    "StableDiffusionPipelineSafe": Defaults(),
     LDM3D_PIPELINE: Defaults(num_inference_steps=49, guidance_scale=5.0),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
     "LatentConsistencyModelImg2ImgPipeline": LATENT_CONSISTENCY,

@@ -112,6 +112,14 @@ _FILE = click.Path(path_type=Path)
     help="Share of the steps it ends after; the others take half the work. [default: 1]",
 )
 @click.option(
+    "--safety-guidance",
+    metavar="weak|medium|strong|max",
+    help="Lead pictures from text away from what is not safe: 3 UNet rows a step. [default: off]",
+)
+@click.option(
+    "--safety-concept", metavar="TEXT", help="What that leads away from. [default: the paper's]"
+)
+@click.option(
     "--cache-interval",
     type=int,
     help="Run the whole UNet every N steps only: sooner, not the same picture. [default: 1]",

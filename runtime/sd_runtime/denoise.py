@@ -16,6 +16,7 @@ import numpy as np
 
 from sd_runtime.arrays import copy_into
 from sd_runtime.controlnet import Residuals
+from sd_runtime.guidance import SafetyGuidance, guide
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
 from sd_runtime.timing import clock
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from sd_engines.engine import Array, Binding, Engine
     from sd_runtime.controlnet import ControlNet
+    from sd_runtime.guidance import Safety
     from sd_runtime.noise import NoiseStream
     from sd_runtime.table import SchedulerTable
     from sd_runtime.timing import Timings
@@ -76,6 +78,7 @@ def denoise(
     unet_shallow: Engine | None = None,
     shallow_rows: Container[int] = (),
     controlnets: Sequence[ControlNet] = (),
+    safety: Safety | None = None,
 ) -> Iterator[Row]:
     """Run ``table`` on ``latents`` float32 [n, c, h, w]; yields after every row.
 
@@ -87,7 +90,8 @@ def denoise(
     diffusers. ``unet_inputs`` go to the UNet by name on every row, in both halves: [n, …], or
     [1, …] for all pictures; ``negative_unet_inputs`` take their place in the negative half. Where
     ``known`` is given, its part of the latents is put back after every row, with the noise of the
-    next. What ``controlnets`` say on a row goes into the UNet. Closing the generator cancels.
+    next. What ``controlnets`` say on a row goes into the UNet. Pictures whose rows are all guided
+    can be led away from what ``safety`` names. Closing the generator cancels.
     """
     n = len(latents)
     engines = {"unet": unet} | ({"unet_shallow": unet_shallow} if unet_shallow else {})
@@ -108,6 +112,11 @@ def denoise(
         for (component, guided), binding in bindings.items()
         if component == "unet"
     }
+    away = None
+    if safety is not None:
+        beside_concept = _bound(unet, n, [{**positive, **safety.unet_inputs}])
+        Residuals(beside_concept, ())
+        away = SafetyGuidance(safety.config, beside_concept)
     kept_features = {
         guided: binding.inputs["deep_features"]
         for (component, guided), binding in bindings.items()
@@ -148,11 +157,11 @@ def denoise(
         binding.run()
         if component == "unet" and guided in kept_features:
             copy_into(kept_features[guided], binding.outputs["deep_features"])
+        if away is not None:
+            away.run(before, timestep)
         done = clock()
         if guided:
-            np.subtract(noise_pred[n:], noise_pred[:n], out=model_output)
-            model_output *= guidance_scale
-            model_output += noise_pred[:n]
+            guide(noise_pred, guidance_scale, out=model_output, row=row, safety=away)
         else:
             model_output[...] = noise_pred
         newest = history[row % depth]

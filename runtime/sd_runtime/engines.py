@@ -91,7 +91,8 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
         | embeddings
         | {
             **{name: {one} for name in encoders},  # each text on its own row: `PromptEncoder`
-            "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows},
+            "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows}
+            | ({(pictures, pictures)} if plan.safety else set()),
             "unet_shallow": {samples[row] for row in plan.shallow_rows},
             "vae_decoder": {(pictures, pictures)},
             "safety_checker": {(pictures, pictures)},

@@ -19,6 +19,7 @@ from sd_runtime.controlnet import ControlEncoder
 from sd_runtime.decoder import Decoder
 from sd_runtime.denoise import denoise
 from sd_runtime.engines import components_to_open, first_batches, open_engines, text_encoders
+from sd_runtime.guidance import Safety
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_loras, fused_weights
 from sd_runtime.noise import NoiseStream
@@ -310,8 +311,11 @@ class Pipeline(Closing):
         timings: Timings,
     ) -> Iterator[Row]:
         texts = [embeds[plan.texts(image)] for image in batch]
-        prompts = [prompt for prompt, *_ in texts]
-        negatives = [negative for _, *rest in texts for negative in rest]
+        prompts, negatives, concepts = (*zip(*texts, strict=True), (), ())[:3]
+        safety = None
+        if plan.safety is not None:
+            beside = {"encoder_hidden_states": [text.prompt_embeds for text in concepts]}
+            safety = Safety(plan.safety, {**beside, **pooled_inputs(concepts)})
         return denoise(
             self._engines["unet"],
             start.latents,
@@ -328,6 +332,7 @@ class Pipeline(Closing):
             unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
             controlnets=self._controls.encode(plan.controls, timings=timings),
+            safety=safety,
         )
 
     def _prompt_encoder(self) -> PromptEncoder:

@@ -13,6 +13,7 @@ from sd_engines.spec import STABLE_DIFFUSION_XL, TIME_IDS, TIMESTEP_COND
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.refiner import HIGH_NOISE_FRAC, check_refiner
+from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
 from sd_runtime.task import REFINING, Task, task_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_runtime.request import ImageRequest, Request
+    from sd_runtime.safety_options import SafetyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Plan:
     ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
     an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``. To a UNet of Stable Diffusion XL
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
-    prompt. ``refining`` is what a refiner does after it.
+    prompt. ``safety`` is there where the request has safety guidance. ``refining`` is what a
+    refiner does after it.
     """
 
     request: Request
@@ -47,11 +50,18 @@ class Plan:
     unet_inputs: Mapping[str, NDArray[np.float32]]
     negative_unet_inputs: Mapping[str, NDArray[np.float32]]
     controls: tuple[Control, ...] = ()
+    safety: SafetyConfig | None = None
     refining: Plan | None = None
 
     def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
-        """What the UNet reads for a picture: its prompt, and with guidance the negative one."""
-        return (image.prompt, image.negative_prompt) if self.guided_rows else (image.prompt,)
+        """What the UNet reads for a picture: its prompt, and with guidance the negative one.
+
+        Last what it is to be led away from, if anything.
+        """
+        if not self.guided_rows:
+            return (image.prompt,)
+        concept = () if self.safety is None else (self.request.safety_concept,)
+        return (image.prompt, image.negative_prompt, *concept)
 
     @property
     def num_rows(self) -> int:
@@ -63,8 +73,8 @@ def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = Non
     """Check ``request`` against a bundle, and against that of a ``refiner`` where one goes on.
 
     Raises `ConfigError` for a task, a size, a scheduler, a number of steps, a guidance, a
-    cache_interval or a control picture that cannot be done, and for two bundles that do not go
-    together; `BundleError` where the bundle lacks what the task needs.
+    cache_interval or a control picture that cannot be done, for options that do not go together,
+    and two bundles that do not; `BundleError` where the bundle lacks what the task needs.
     """
     task = task_of(request, manifest)
     if refiner is None:
@@ -121,6 +131,10 @@ def _plan(
         guidance_scale=scale,
         strength=None if request.image is None else strength,
     )
+    safety = None
+    if request.safety_guidance is not None:
+        safety = SAFETY_STRENGTHS[request.safety_guidance]
+        request = replace(request, safety_concept=request.safety_concept or SAFETY_CONCEPT)
     config = pipeline_scheduler_config(model.scheduler, family=model.family)
     if request.mask is not None and model.family != STABLE_DIFFUSION_XL:
         config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
@@ -143,6 +157,9 @@ def _plan(
         is_refiner = model.requires_aesthetics_score
         ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
         unet_inputs[TIME_IDS], negative_unet_inputs[TIME_IDS] = ids[None], negative_ids[None]
+    guided_rows = request.guided_rows(table.num_rows) if width is None else range(0)
+    if safety is not None:
+        check_safety_guidance(request, is_guided=bool(guided_rows))
     return Plan(
         request=request,
         task=task,
@@ -150,11 +167,12 @@ def _plan(
         guidance_scale=float(scale),
         scheduler=scheduler_name(request.scheduler or config.get("_class_name", "PNDMScheduler")),
         table=table,
-        guided_rows=request.guided_rows(table.num_rows) if width is None else range(0),
+        guided_rows=guided_rows,
         shallow_rows=request.shallow_rows(table.num_rows),
         unet_inputs=unet_inputs,
         negative_unet_inputs=negative_unet_inputs,
         controls=controls_of(request, manifest, table.num_rows),
+        safety=safety,
     )
 
 

@@ -41,7 +41,7 @@ class Recipe:
     ``control_image`` those of what its ControlNets saw. ``loras`` were put on the bundle's engines,
     each its file's SHA-256 and its scale. ``vae`` is what took the place of the model's own; None
     where nothing did. ``refiner`` is the model that drew the rest after ``high_noise_frac``; None
-    where none did.
+    where none did. ``safety_guidance`` and ``safety_concept`` are both None without it.
     """
 
     prompt: str
@@ -62,6 +62,8 @@ class Recipe:
     guidance_stop: float = 1.0
     cache_interval: int = 1
     prompt_weighting: bool = False
+    safety_guidance: str | None = None
+    safety_concept: str | None = None
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -111,6 +113,8 @@ class Recipe:
             guidance_stop=self.guidance_stop,
             cache_interval=self.cache_interval,
             prompt_weighting=self.prompt_weighting,
+            safety_guidance=self.safety_guidance,
+            safety_concept=self.safety_concept,
             scheduler=self.scheduler,
             eta=self.eta,
             height=self.height,
@@ -148,6 +152,8 @@ class Recipe:
             values["VAE"] = self.vae.replace(",", " ")
         if (self.guidance_start, self.guidance_stop) != (0, 1):
             values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
+        if self.safety_guidance is not None:
+            values["Safety guidance"] = self.safety_guidance
         if self.strength is not None:
             values["Denoising strength"] = f"{self.strength:g}"
         if self.loras:
@@ -236,6 +242,8 @@ def recipe_of(
         guidance_stop=float(request.guidance_stop),
         cache_interval=request.cache_interval,
         prompt_weighting=request.prompt_weighting,
+        safety_guidance=request.safety_guidance,
+        safety_concept=request.safety_concept,
         scheduler=plan.scheduler,
         eta=float(request.eta),
         image=None if request.image is None else request.image.sha256,

@@ -40,6 +40,11 @@ def check_refiner(request: Request, base: Manifest, refiner: Manifest) -> None:
         raise ConfigError(
             "a base model and its refiner cache no features", "Leave cache_interval out."
         )
+    if request.safety_guidance is not None:
+        raise ConfigError(
+            "safety guidance holds for every step, and a refiner's are another model's",
+            "Leave safety_guidance out, or the refiner.",
+        )
     ours, theirs = base.profile, refiner.profile
     if (ours.height, ours.width, ours.vae_scale_factor, base.model.latent_channels) != (
         theirs.height,

@@ -14,6 +14,7 @@ from sd_runtime.control_options import (
     control_pictures,
 )
 from sd_runtime.prompt_weighting import weighted_parts
+from sd_runtime.safety_options import check_safety_options
 
 if TYPE_CHECKING:
     from sd_engines.spec import Defaults, Profile
@@ -56,6 +57,9 @@ class Request:
     ``control_guidance_end``, shares of all steps: one number for all, or one for each. In
     ``guess_mode`` the deep layers count most, and only where the prompt is seen.
 
+    ``safety_guidance``, "weak" to "max", leads pictures from text away from ``safety_concept``, of
+    which None is `SAFETY_CONCEPT`.
+
     ``high_noise_frac``, between 0 and 1, is the share that a base model draws before its refiner
     goes on, 0.8 by default.
 
@@ -73,6 +77,8 @@ class Request:
     guidance_stop: float = 1.0
     cache_interval: int = 1
     prompt_weighting: bool = False
+    safety_guidance: str | None = None
+    safety_concept: str | None = None
     scheduler: str | None = None
     eta: float = 0.0
     height: int | None = None
@@ -128,6 +134,8 @@ class Request:
                 "Let it start before it stops; a guidance_scale of 1 is none at all.",
             )
         self._check_weights()
+        check_safety_options(self)
+        _check_texts("safety_concept", self.safety_concept or "")
         self._check_refining()
         self._take_pictures()
         self._take_control()
