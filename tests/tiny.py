@@ -116,13 +116,15 @@ def make_checkpoint(
     scheduler_options: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
     inpainting: bool = False,
+    in_channels: int | None = None,
 ) -> Path:
     """Save a random checkpoint in the diffusers layout under ``folder`` and return ``folder``.
 
     ``text_model_prefix`` writes the text encoder's keys as older transformers did; ``tokenizer``
     picks the tokenizer's form. ``v2`` makes what Stable Diffusion 2 made otherwise, with heads of
     ``attention_heads`` channels; ``time_cond_proj_dim`` a latent consistency model; ``inpainting``
-    gives the UNet nine channels. The same arguments give the same weights.
+    gives the UNet nine channels, ``in_channels`` another number. The same arguments give the same
+    weights.
     """
     import diffusers
     from safetensors.torch import load_file, save_file
@@ -155,7 +157,7 @@ def make_checkpoint(
         deep = len(block_out_channels) - 1
         unet = diffusers.UNet2DConditionModel(
             sample_size=sample_size,
-            in_channels=9 if inpainting else 4,
+            in_channels=in_channels or (9 if inpainting else 4),
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
             down_block_types=("CrossAttnDownBlock2D",) * deep + ("DownBlock2D",),

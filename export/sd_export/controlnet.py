@@ -74,6 +74,12 @@ def with_controlnets(
             "--controlnet with an LDM3D, which draws from text alone",
             "Leave --controlnet out, or export a checkpoint that paints no depth.",
         )
+    if checkpoint.is_for_depth:
+        raise ConfigError(
+            "--controlnet with a UNet that is made for depth to image",
+            "Export a plain checkpoint with a ControlNet that sees depth, such as "
+            "lllyasviel/sd-controlnet-depth.",
+        )
     found = [find_controlnet(source) for source in sources]
     for controlnet in found:
         check_controlnet(controlnet, checkpoint.configs)

@@ -103,8 +103,9 @@ def prove_end_to_end(
 
 
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
-    """The pictures that ControlNets, an inpainting checkpoint or a refiner are to draw from."""
-    if not (checkpoint.controlnets or checkpoint.is_for_inpainting or checkpoint.is_refiner):
+    """The pictures that are drawn from, where it is not from text alone."""
+    begins = checkpoint.is_for_inpainting or checkpoint.is_for_depth or checkpoint.is_refiner
+    if not (checkpoint.controlnets or begins):
         return {}
     import numpy as np
 
@@ -123,7 +124,7 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
     import numpy as np
     import torch
 
-    from sd_export.load import load_pipeline
+    from sd_export.load import load_pipeline, quiet
 
     inputs: dict[str, Any] = {}
     if request.control_image:
@@ -141,7 +142,7 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
         last.update(tensors)
         return tensors
 
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet():
         output = pipeline(
             request.prompt,
             num_inference_steps=request.num_inference_steps,
@@ -200,11 +201,12 @@ def _what_draws(manifest: Manifest, checkpoint: Checkpoint, *, encodes: bool) ->
     """``manifest`` with what draws a picture and no more: the rest has been proven by itself."""
     from sd_export.controlnet import control_components
     from sd_runtime.engines import drawing_components
-    from sd_runtime.task import ENCODER
+    from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER
 
     names = (*drawing_components(manifest), *control_components(checkpoint))
     if encodes:
-        names = (*names, ENCODER)
+        seers = (ENCODER, DEPTH_ESTIMATOR)
+        names = (*names, *(name for name in seers if name in manifest.components))
     components = {name: manifest.components[name] for name in names}
     engines = tuple(engine for engine in manifest.engines if engine.component in components)
     return replace(manifest, components=components, engines=engines)

@@ -145,7 +145,7 @@ def export(
                 check_quantizable(
                     "fp32",
                     for_xl=is_xl(checkpoint.configs),
-                    for_inpainting=checkpoint.is_for_inpainting,
+                    from_text=not (checkpoint.is_for_inpainting or checkpoint.is_for_depth),
                     feature_cache=feature_cache,
                 )
             if feature_cache:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
 from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, Defaults
+from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
     "StableDiffusionInpaintPipeline": Defaults(),
+    "StableDiffusionDepth2ImgPipeline": Defaults(),
     "StableDiffusionPipelineSafe": Defaults(),
     LDM3D_PIPELINE: Defaults(num_inference_steps=49, guidance_scale=5.0),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
@@ -34,9 +36,9 @@ _PIPELINES = {
     "StableDiffusionXLInpaintPipeline": replace(XL, guidance_scale=7.5),
 }
 _HINT = (
-    "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting and the "
-    "refiner among them, and latent consistency models and LDM3D of the same shape; ControlNets "
-    "beside one of v1 or v2, by --controlnet."
+    "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
+    "and (as a folder) depth to image among them, and latent consistency models and LDM3D of the "
+    "same shape; ControlNets beside one of v1 or v2, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -46,7 +48,6 @@ _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("AnimateDiff", "AnimateDiff"),
     ("VideoDiffusion|TextToVideo", "a video model"),
     ("Upscale", "an upscaler"),
-    ("Depth2Img", "Stable Diffusion 2 depth to image"),
     ("UnCLIP", "Stable unCLIP"),
     ("ImageVariation", "Stable Diffusion image variations"),
     ("InstructPix2Pix", "InstructPix2Pix"),
@@ -62,7 +63,7 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
     (r"(model\.diffusion_model\.)?joint_blocks\.", "a Stable Diffusion 3 checkpoint"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux checkpoint"),
     (r"clip_(txt|text)_mapper\.", "a Stable Cascade checkpoint"),
-    (r"depth_model\.", "a Stable Diffusion 2 depth-to-image checkpoint"),
+    (r"depth_model\.", "a Stable Diffusion 2 depth-to-image checkpoint in one file"),
     (r"noise_augmentor\.|embedder\.model\.visual\.", "a Stable unCLIP checkpoint"),
     (r"low_scale_model\.", "an upscaler"),
     (r"model\.diffusion_model\.label_emb\.weight", "an upscaler"),
@@ -72,12 +73,11 @@ _REFINER_TIME_IDS = 5
 _LDM3D_CHANNELS = (4, 6)
 """A picture's three, and those of its depth: one, or a picture of it."""
 _BY_CHANNELS = {
-    5: "depth to image",
     7: "an upscaler",
     8: "InstructPix2Pix",
 }
-"""What a UNet is for that sees more than four channels of latents, and not the nine of inpainting:
-latents, mask and masked latents."""
+"""What a UNet is for that sees more than four channels of latents, and neither the nine of
+inpainting (latents, mask and masked latents) nor the five of depth to image."""
 
 
 def pipeline_defaults(class_name: str, *, source: str) -> Defaults:
@@ -132,11 +132,17 @@ def check_configs(
         problem = "its UNet takes class labels (an upscaler)"
     elif unet.get("in_channels", 4) not in (
         channels := vae.get("latent_channels", 4),
+        channels + 1,
         2 * channels + 1,
     ):
         seen = unet.get("in_channels")
         kind = _BY_CHANNELS.get(int(seen or 0), "another task")
         problem = f"its UNet takes {seen} channels for {channels} of latents ({kind})"
+    elif (unet.get("in_channels", 4) == channels + 1) != (DEPTH_ESTIMATOR in configs):
+        lacks = "UNet sees no depth" if DEPTH_ESTIMATOR in configs else "depth estimator is missing"
+        problem = f"it is for depth to image, and its {lacks}"
+    elif (kind := configs.get(DEPTH_ESTIMATOR, {}).get("model_type", "dpt")) != "dpt":
+        problem = f"its depth estimator is of the kind {kind}, not dpt"
     elif not isinstance(unet.get("cross_attention_dim"), int):
         problem = "its UNet has several widths of cross attention"
     elif unet["cross_attention_dim"] != text_width:

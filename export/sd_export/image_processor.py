@@ -96,21 +96,21 @@ def clip_image_processor(
         processor,
         size=(height, width),
         resized=_resized(height, width, processor["size"]),
-        cropped=_height_width(processor["crop_size"]),
+        cropped=height_width(processor["crop_size"]),
     )
 
 
 def _resized(height: int, width: int, size: int | Mapping[str, int]) -> tuple[int, int]:
     """The size before the crop, as transformers computes it: the shortest edge, the aspect kept."""
     if not isinstance(size, int) and "height" in size:
-        return _height_width(size)
+        return height_width(size)
     edge = size if isinstance(size, int) else size["shortest_edge"]
     if height <= width:
         return edge, int(edge * width / height)
     return int(edge * height / width), edge
 
 
-def _height_width(size: int | Mapping[str, int]) -> tuple[int, int]:
+def height_width(size: int | Mapping[str, int]) -> tuple[int, int]:
     """A size in a processor's config: one number for both sides, or two by their names."""
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 

@@ -26,6 +26,7 @@ from sd_export.single_file import single_file_names
 from sd_export.source import TOKENIZER_FOLDERS
 from sd_export.weights import Place, Weights
 from sd_runtime.plan import pipeline_scheduler_config
+from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _TEXT_PREFIX = re.compile(r"^text_model\.")
 _VISION_PREFIX = re.compile(r"^vision_model\.vision_model\.")
 _POSITION_IDS = re.compile(r"(^|\.)position_ids$")
+_NO_WEIGHTS = re.compile(r"(^|\.)num_batches_tracked$")  # how long a batch norm was trained
 # diffusers < 0.16 named the attention of the VAE's middle so
 _OLD_ATTENTION = {
     "query": "to_q",
@@ -51,14 +53,14 @@ _OLD_ATTENTION_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|valu
 
 
 def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
-    """A text encoder, the ``unet``, ``vae``, ``safety_checker`` or a ControlNet in float32.
+    """A text encoder, the ``unet``, ``vae``, a ControlNet or a model of pictures in float32.
 
     The checkpoint's LoRAs are fused into it, and its embeddings are in it. Raises `ExportError` for
     weights that are missing, of another shape, not finite or unreadable.
     """
     config = dict(checkpoint.configs[component])
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             module = _build(component, config)
     except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         raise _error(
@@ -73,7 +75,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
         names = {_todays_name(name, component): place for name, place in names.items()}
         _assign(module, component, weights, names)
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # `position_ids` is all that is computed and not stored
+        if _NO_WEIGHTS.search(name):
+            buffer.data = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        elif buffer.is_meta:  # `position_ids` is all that is computed and not stored
             parent, _, leaf = name.rpartition(".")
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
@@ -106,30 +110,39 @@ def max_prompt_tokens(checkpoint: Checkpoint) -> int:
 def load_pipeline(checkpoint: Checkpoint) -> Any:
     """The unmodified pipeline of diffusers for the checkpoint, without its checker or watermark.
 
-    The one for inpainting where the UNet is, for image-to-image where it is a refiner's, LDM3D's
-    where the VAE paints depth, the one of ControlNets where there are any, else the one for text,
-    which draws latent consistency models as well, and with any scheduler, as their own does not.
+    The one for what the UNet is for, for image-to-image where it is a refiner's, LDM3D's where the
+    VAE paints depth, the one of ControlNets where there are any, else the one for text, which draws
+    latent consistency models as well, and with any scheduler, as their own does not.
     """
     import diffusers
 
     xl = is_xl(checkpoint.configs)
-    task = "Inpaint" if checkpoint.is_for_inpainting else "Img2Img" if checkpoint.is_refiner else ""
+    tasks = {
+        "ControlNet": bool(checkpoint.controlnets),
+        "Inpaint": checkpoint.is_for_inpainting,
+        "Depth2Img": checkpoint.is_for_depth,
+        "Img2Img": checkpoint.is_refiner,
+        "LDM3D": checkpoint.depth_channels > 0,
+    }
+    task = next((name for name, is_it in tasks.items() if is_it), "")
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    processor = None
     if xl:
         zeros = checkpoint.force_zeros_for_empty_prompt
         options = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros}
         if task:
             options["requires_aesthetics_score"] = checkpoint.is_refiner
     config = dict(checkpoint.configs["scheduler"])
-    if checkpoint.depth_channels:
-        task = "LDM3D"
+    if task == "LDM3D":
         options["image_encoder"] = None
-    if checkpoint.controlnets or checkpoint.depth_channels:  # they take it as it is
+    if task in ("ControlNet", "Depth2Img", "LDM3D"):  # they take a scheduler's config as it is
         config = pipeline_scheduler_config(config, family=checkpoint.family)
+    if checkpoint.is_for_depth:
+        processor = _image_processor(checkpoint.configs["feature_extractor"])
+        options = {DEPTH_ESTIMATOR: load_model(checkpoint, DEPTH_ESTIMATOR)}
     if checkpoint.controlnets:
-        task = "ControlNet"
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
-    with _quiet():
+    with quiet():
         pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
         for encoder in TEXT_ENCODERS if xl else TEXT_ENCODERS[:1]:
             present = encoder in checkpoint.text_encoders
@@ -141,7 +154,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
             vae=load_model(checkpoint, "vae"),
             unet=load_model(checkpoint, "unet"),
             scheduler=scheduler_class.from_config(config),
-            feature_extractor=None,
+            feature_extractor=processor,
             **options,
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -157,7 +170,7 @@ def use_scheduler(pipeline: Any, class_name: str, config: Mapping[str, Any]) -> 
     import diffusers
 
     scheduler_class = getattr(diffusers, class_name)
-    with _quiet():
+    with quiet():
         pipeline.scheduler = scheduler_class.from_config({**config, "clip_sample": False})
 
 
@@ -168,12 +181,50 @@ def nsfw_content_detected(
     import numpy as np
     from diffusers.image_processor import VaeImageProcessor
 
-    with _quiet():
+    with quiet():
         processor = _image_processor(checkpoint.configs["feature_extractor"])
         pictures = VaeImageProcessor.numpy_to_pil(images)
         pixels = processor(pictures, return_tensors="pt").pixel_values
         _, found = checker(clip_input=pixels, images=[image.copy() for image in images])
     return np.asarray(found, dtype=bool)
+
+
+def depth_mask(
+    checkpoint: Checkpoint,
+    estimator: torch.nn.Module,
+    images: np.ndarray,
+    *,
+    vae_scale_factor: int,
+) -> np.ndarray:
+    """What diffusers' pipeline estimates of ``images``, float32 [n, H, W, 3] in [0, 1].
+
+    float32 [n, 1, h, w]; `ExportError` where the estimator cannot look at pictures of their size.
+    """
+    import diffusers
+
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")  # not for this part of it
+    with quiet():
+        pipeline = diffusers.StableDiffusionDepth2ImgPipeline(
+            **dict.fromkeys(names),
+            depth_estimator=estimator,
+            feature_extractor=_image_processor(checkpoint.configs["feature_extractor"]),
+        )
+        pipeline.vae_scale_factor = vae_scale_factor
+        pictures = pipeline.image_processor.numpy_to_pil(images)
+        try:
+            mask = pipeline.prepare_depth_map(
+                pictures, None, len(pictures), False, torch.float32, torch.device("cpu")
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            height, width = images.shape[1:3]
+            raise _error(
+                DEPTH_ESTIMATOR,
+                f"it cannot look at pictures of {height}×{width} (height × width): {error}",
+                "Its config and its feature_extractor are of different models, or it takes square "
+                "pictures alone: try --height and --width of the same number.",
+            ) from error
+    found: np.ndarray = mask.numpy()
+    return found
 
 
 def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
@@ -205,6 +256,10 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
 
         controlnet: torch.nn.Module = ControlNetModel.from_config(config)
         return controlnet
+    if component == DEPTH_ESTIMATOR:
+        from transformers import DPTConfig, DPTForDepthEstimation
+
+        return DPTForDepthEstimation(DPTConfig.from_dict(config))
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
@@ -216,9 +271,10 @@ def _assign(
     module: torch.nn.Module, component: str, weights: Weights, stored: Mapping[str, Place]
 ) -> None:
     """Give ``module`` its weights; ``stored`` maps today's names to their places."""
-    wanted = module.state_dict()
+    wanted = {n: like for n, like in module.state_dict().items() if not _NO_WEIGHTS.search(n)}
     missing = [name for name in wanted if name not in stored]
-    unknown = [name for name in stored if name not in wanted and not _POSITION_IDS.search(name)]
+    unused = re.compile(f"{_POSITION_IDS.pattern}|{_NO_WEIGHTS.pattern}")
+    unknown = [name for name in stored if name not in wanted and not unused.search(name)]
     if missing or unknown:
         problem = f"{len(missing)} weights are missing" if missing else ""
         if unknown:
@@ -282,7 +338,7 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
 
     length = max_prompt_tokens(checkpoint)
     try:
-        with _quiet():
+        with quiet():
             if checkpoint.single_file:
                 vocabulary, merges = clip_vocabulary()
                 open_clip = checkpoint.configs[text_encoder].get("hidden_act") == "gelu"
@@ -310,21 +366,26 @@ def _real(folder: Path) -> str:
 
 
 def _image_processor(config: Mapping[str, Any]) -> Any:
-    from transformers import CLIPImageProcessorPil
+    """The one of the config's kind that works with Pillow; a kind's name changed over the years."""
+    from transformers import CLIPImageProcessorPil, DPTImageProcessorPil
 
-    return CLIPImageProcessorPil(**{k: v for k, v in config.items() if not k.endswith("_type")})
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    processor: Any = DPTImageProcessorPil if kind.startswith("DPT") else CLIPImageProcessorPil
+    return processor(**{k: v for k, v in config.items() if not k.endswith("_type")})
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' advice to developers out of the user's terminal."""
     names = ("diffusers", "transformers")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():  # of old scheduler configs, which it then corrects
+        with warnings.catch_warnings():
+            # of old scheduler configs, which it then corrects, and of what it then leaves out
             warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+            warnings.filterwarnings("ignore", "In CPU autocast", category=UserWarning)
             yield
     finally:
         for name, level in levels.items():

@@ -1,7 +1,7 @@
 """Rewrites of ONNX graphs: what tracing leaves behind, and half precision.
 
-torch's exporter has already folded constants. Fusions are left to the backends, which make their
-own from the whole Attention and GroupNormalization operators of opset 23.
+torch's exporter has already folded small constants. Fusions are left to the backends, which make
+their own from the whole Attention and GroupNormalization operators of opset 23.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +24,7 @@ TRANSPOSED = ".T"
 """How the name of a weight ends that lies [in, out], not [out, in] as in its checkpoint."""
 # inputs that ONNX wants in float32 whatever the operator computes in
 _ALWAYS_FLOAT = {"Resize": (1, 2)}
+_NO_LIMIT = 2**40  # bytes
 # timesteps reach 1000, and half precision has no digits left after the point there
 _ANGLES = ("Sin", "Cos")
 
@@ -30,6 +32,8 @@ _ANGLES = ("Sin", "Cos")
 def tidy(model: ir.Model) -> ir.Model:
     """Drop what tracing leaves: traces of source lines, dead nodes, constants stored twice."""
     _name_weights(model.graph)
+    if any(node.op_type == "BatchNormalization" for node in model.graph):
+        _fold_weights(model)
     for rewrite in (
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
@@ -39,6 +43,15 @@ def tidy(model: ir.Model) -> ir.Model:
         rewrite(model)
     model.graph.name = "graph"
     return model
+
+
+def _fold_weights(model: ir.Model) -> None:
+    """Compute what follows from weights alone, however large, where the exporter left it.
+
+    A BiT's convolutions normalise their own weights as if they were a batch: on every run, and in
+    a way that TensorRT does not know.
+    """
+    fold_constants(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
 
 
 def _name_weights(graph: ir.Graph) -> None:

@@ -2,7 +2,8 @@
 
 fp16 is for the UNet, where nearly all the time goes: the VAE overflows in it (its known black
 pictures) and the text encoder's mask does too. bf16 reaches as far as fp32, so OpenVINO, which
-converts as it compiles, takes it for them as well. A safety checker answers yes or no: fp32.
+converts as it compiles, takes it for them as well. A safety checker answers yes or no, and a depth
+estimator looks once: fp32.
 int8 is for the UNet in OpenVINO, beside the graph that it was made of; all else is fp32 then.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
 from sd_engines.spec import CONTROLNET, TIME_IDS, Precision
+from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import ComponentEntry
 
 _COARSENESS = ("fp32", "fp16", "bf16", "int8")
+_EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 _HALVED = ("unet", "unet_shallow")
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
@@ -70,7 +73,7 @@ def check_request(
 
 
 def check_quantizable(
-    graph: Precision, *, for_xl: bool, for_inpainting: bool, feature_cache: bool
+    graph: Precision, *, for_xl: bool, from_text: bool, feature_cache: bool
 ) -> None:
     """`ConfigError` for a UNet of which no int8 engine can be made and measured."""
     if graph != "fp32":
@@ -83,9 +86,9 @@ def check_quantizable(
             "int8 is for UNets of Stable Diffusion v1 and v2, and this one is of XL",
             "Take --precision bf16 or fp32.",
         )
-    if for_inpainting:
+    if not from_text:
         raise ConfigError(
-            "int8 is calibrated by drawing from text alone, and this UNet also takes a mask",
+            "int8 is calibrated by drawing from text alone, and this UNet also takes a picture",
             "Take --precision bf16 or fp32.",
         )
     if feature_cache:
@@ -128,12 +131,12 @@ def engine_precision(
         check_quantizable(
             entry.precision,
             for_xl=any(spec.name == TIME_IDS for spec in entry.inputs),
-            for_inpainting=any(spec.name == "mask" for spec in entry.inputs),
+            from_text=not any(spec.name in CHANNEL_INPUTS[1:] for spec in entry.inputs),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
         )
         return "int8"
     if backend == "openvino":
-        return "bf16" if precision == "bf16" and component != "safety_checker" else "fp32"
+        return "bf16" if precision == "bf16" and component not in _EXACT else "fp32"
     if not is_halved(component):
         return "fp32"
     wanted = precision or "fp16"

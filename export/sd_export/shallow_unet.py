@@ -33,7 +33,7 @@ def reads_text(unet_config: Mapping[str, Any]) -> bool:
     elif unet_config.get("time_cond_proj_dim"):
         problem = "a UNet that is told its guidance draws in too few steps for feature caching"
     elif unet_config.get("in_channels", 4) != unet_config.get("out_channels", 4):
-        problem = "a UNet that is fed a mask is not cut for feature caching"
+        problem = "a UNet that sees more than latents is not cut for feature caching"
     if problem is not None:
         raise ExportError(
             problem,

@@ -42,8 +42,11 @@ WEIGHT_STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "safety_checker": "model",
+    "depth_estimator": "model",
 }
 """Models of a checkpoint folder, and the stem of their safetensors file."""
+_SEERS = ("safety_checker", "depth_estimator")
+"""Models of pictures, which the checkpoint's feature_extractor prepares for them."""
 CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -61,11 +64,11 @@ class Checkpoint:
     """Where a checkpoint's parts lie, and their configs in diffusers' words.
 
     ``configs`` has ``text_encoder``, ``text_encoder_2`` or both, ``unet``, ``vae``, ``scheduler``,
-    and ``safety_checker`` with ``feature_extractor`` where the checkpoint has them. ``weights``
-    maps a model to its files, ``tokenizers`` a text encoder to its tokenizer's folder.
-    ``single_file`` means the original layout: all models share one file, and the tokenizers are
-    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
-    is ``force_zeros_for_empty_prompt``.
+    and ``safety_checker`` or ``depth_estimator`` with ``feature_extractor`` where the checkpoint
+    has them. ``weights`` maps a model to its files, ``tokenizers`` a text encoder to its
+    tokenizer's folder. ``single_file`` means the original layout: all models share one file, and
+    the tokenizers are CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its
+    pipeline's, and so is ``force_zeros_for_empty_prompt``.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
     encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
     to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
@@ -98,13 +101,18 @@ class Checkpoint:
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents; a UNet that is fed more of them is for inpainting."""
+        """Channels of the latents; a UNet that is fed more of them is for another task."""
         return int(self.configs["vae"].get("latent_channels", 4))
 
     @property
     def is_for_inpainting(self) -> bool:
         """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
-        return int(self.configs["unet"].get("in_channels", 4)) != self.latent_channels
+        return int(self.configs["unet"].get("in_channels", 4)) == 2 * self.latent_channels + 1
+
+    @property
+    def is_for_depth(self) -> bool:
+        """Whether the UNet takes a picture's depth beside the latents."""
+        return int(self.configs["unet"].get("in_channels", 4)) == self.latent_channels + 1
 
     @property
     def depth_channels(self) -> int:
@@ -230,16 +238,15 @@ def read_folder(
     for part in (*parts, "scheduler", *(TOKENIZER_FOLDERS[name] for name in encoders)):
         if not (folder / part).is_dir():
             raise _missing(part, f"{source} has no folder {part}")
-    wants_checker = _is_named(index, "safety_checker")
-    if wants_checker:
-        for part in ("safety_checker", "feature_extractor"):
-            if not (folder / part).is_dir():
-                raise _missing(part, f"model_index.json names a {part}, {source} has none")
-        parts.append("safety_checker")
+    seers = [part for part in _SEERS if _is_named(index, part)]
+    for part in (*seers, "feature_extractor") if seers else ():
+        if not (folder / part).is_dir():
+            raise _missing(part, f"model_index.json names a {part}, {source} has none")
+    parts += seers
     configs = {part: read_json(folder / part / "config.json", component=part) for part in parts}
     scheduler = folder / "scheduler" / "scheduler_config.json"
     configs["scheduler"] = read_json(scheduler, component="scheduler")
-    if wants_checker:
+    if seers:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         configs["feature_extractor"] = read_json(processor, component="feature_extractor")
     check_configs(configs, pipeline=str(index.get("_class_name")))

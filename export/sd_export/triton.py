@@ -50,9 +50,10 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
     Raises `ConfigError` for another, `BundleError` where the bundle lacks an engine of it.
     """
     bundle = open_bundle(bundle_path)
-    if TEXT_TO_IMAGE.name not in tasks_of(bundle.manifest):
+    tasks = tasks_of(bundle.manifest)
+    if TEXT_TO_IMAGE.name not in tasks:
         raise ConfigError(
-            "the bundle is for inpainting, and the model repository is for text-to-image",
+            f"the bundle is for {tasks[0]}, and the model repository is for text-to-image",
             "Serve it with sd-serve.",
         )
     if bundle.manifest.model.family == STABLE_DIFFUSION_XL:

@@ -18,6 +18,7 @@ from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
+from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -94,17 +95,21 @@ def reference_outputs(
 ) -> dict[str, np.ndarray]:
     """What the original gives for ``inputs``; `ExportError` where it is not finite.
 
-    ``module`` is the wrapper around ``model``. The safety checker's reference is not the wrapper
-    but diffusers' own path through Pillow, the shallow UNet's is the whole one with its deep
-    features replaced.
+    ``module`` is the wrapper around ``model``. The references of the safety checker and the depth
+    estimator are not the wrapper but diffusers' own paths through Pillow, the shallow UNet's is the
+    whole one with its deep features replaced.
     """
     import torch
 
-    from sd_export.load import nsfw_content_detected
+    from sd_export.load import depth_mask, nsfw_content_detected
     from sd_export.shallow_unet import shallow_reference
 
     if component == "safety_checker":
         return {outputs[0].name: nsfw_content_detected(checkpoint, model, inputs["images"])}
+    if component == DEPTH_ESTIMATOR:
+        factor = inputs["images"].shape[1] // int(outputs[0].shape[2])
+        depth = depth_mask(checkpoint, model, inputs["images"], vae_scale_factor=factor)
+        return _finite({outputs[0].name: depth}, component)
     parts: list[list[np.ndarray]] = [[] for _ in outputs]
     rows = max(map(len, inputs.values()))
     with torch.inference_mode():
@@ -118,16 +123,20 @@ def reference_outputs(
             results = results if isinstance(results, tuple) else (results,)
             for part, result in zip(parts, results, strict=True):
                 part.append(result.numpy())
-    arrays = [np.concatenate(part) for part in parts]
-    for spec, array in zip(outputs, arrays, strict=True):
+    named = {s.name: np.concatenate(part) for s, part in zip(outputs, parts, strict=True)}
+    return _finite(named, component)
+
+
+def _finite(outputs: dict[str, np.ndarray], component: str) -> dict[str, np.ndarray]:
+    for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise ExportError(
-                f"the original model itself gives {spec.name} that are not finite",
+                f"the original model itself gives {name} that are not finite",
                 "The weights are broken; use another revision or file of the checkpoint.",
                 component=component,
                 stage="verify",
             )
-    return {spec.name: array for spec, array in zip(outputs, arrays, strict=True)}
+    return outputs
 
 
 def verify_engine(

@@ -28,11 +28,12 @@ from sd_engines.spec import (
 )
 from sd_export.controlnet import residual_specs
 from sd_export.controlnet_parts import ControlEmbedding, ControlNet
+from sd_export.depth_estimator import DepthEstimator
 from sd_export.family import is_xl, num_time_ids
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
-from sd_runtime.task import MASK_INPUTS
+from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR, DEPTH_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,7 @@ COMPONENTS = (
     "vae_decoder",
     "preview_decoder",
     "vae_encoder",
+    DEPTH_ESTIMATOR,
     "safety_checker",
 )
 """Components of a bundle, in the order in which they are made; its ControlNets come after them."""
@@ -107,7 +109,8 @@ class Unet(nn.Module):
     """sample [batch, c, h, w], timestep [batch], encoder_hidden_states, … → noise_pred.
 
     Takes what ``names`` say, in their order: with mask [batch, 1, h, w] and masked_image_latents
-    [batch, c, h, w] where it is for inpainting; with timestep_cond [batch, d] where it was
+    [batch, c, h, w] where it is for inpainting; with depth_mask [batch, 1, h, w] where it is for
+    depth to image; with timestep_cond [batch, d] where it was
     distilled together with its guidance; with pooled_prompt_embeds [batch, e] and time_ids [batch,
     5 or 6] where it is of Stable Diffusion XL; with the residuals of ControlNets, zeros where there
     are none, the middle's last.
@@ -121,7 +124,7 @@ class Unet(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         """Predict."""
         inputs = dict(zip(self.names, tensors, strict=True))
-        seen = [inputs[name] for name in ("sample", *MASK_INPUTS) if name in inputs]
+        seen = [inputs[name] for name in CHANNEL_INPUTS if name in inputs]
         added = None
         if TIME_IDS in inputs:
             added = {"text_embeds": inputs[POOLED_PROMPT_EMBEDS], "time_ids": inputs[TIME_IDS]}
@@ -224,6 +227,9 @@ def wrap(
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)
     elif component == "vae_encoder":
         wrapper = VaeEncoder(model, scaling_factor=scaling_factor)
+    elif component == DEPTH_ESTIMATOR:
+        processor = checkpoint.configs["feature_extractor"]
+        wrapper = DepthEstimator(model, processor=processor, profile=profile)
     else:
         wrapper = SafetyChecker(
             model,
@@ -268,6 +274,8 @@ def borders(
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
         return (ids,), (prompt_embeds, pooled) if component != "text_encoder" else (prompt_embeds,)
+    if component == DEPTH_ESTIMATOR:
+        return (images,), (TensorSpec(DEPTH_MASK, "float32", (BATCH, 1, *latent_size)),)
     if component.startswith(CONTROL_EMBEDDING):
         embeds = TensorSpec("control_embeds", "float32", features_shape)
         return (replace(images, name="control_image"),), (embeds,)
@@ -293,6 +301,8 @@ def borders(
                 TensorSpec("mask", "float32", (axis, 1, *latent_size)),
                 TensorSpec("masked_image_latents", "float32", (axis, *latent_shape[1:])),
             ]
+        if checkpoint.is_for_depth:
+            inputs.append(TensorSpec(DEPTH_MASK, "float32", (axis, 1, *latent_size)))
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))

@@ -53,6 +53,12 @@ _FILE = click.Path(path_type=Path)
     "bundle's, mostly 0.8; 1 with --mask]",
 )
 @click.option(
+    "--depth-map",
+    type=_FILE,
+    help="How near each part of --image is, where the bundle would estimate it: a grey picture or "
+    ".npy, brighter or greater is nearer.",
+)
+@click.option(
     "--refiner",
     type=_FILE,
     metavar="BUNDLE",

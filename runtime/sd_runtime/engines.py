@@ -16,7 +16,7 @@ from sd_engines.spec import (
     TIME_IDS,
 )
 from sd_runtime.lora import fused_weights
-from sd_runtime.task import ENCODER
+from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sd_runtime.plan import Plan
 
 
-_ON_DEMAND = (ENCODER, "unet_shallow", CONTROLNET, CONTROL_EMBEDDING)
+_ON_DEMAND = (ENCODER, DEPTH_ESTIMATOR, "unet_shallow", CONTROLNET, CONTROL_EMBEDDING)
 """How the names of components begin that not every request needs."""
 
 
@@ -81,6 +81,8 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
     encoders = TEXT_ENCODERS if TIME_IDS in plan.unet_inputs else TEXT_ENCODERS[:1]
     one = (1, 1)
     encoder = {} if plan.request.image is None else {ENCODER: {one}}  # so: `ImageEncoder`
+    if plan.task.feeds_depth and plan.request.depth_map is None:
+        encoder[DEPTH_ESTIMATOR] = {one}
     controls = {
         control.component: {samples[row] for row in control.rows} for control in plan.controls
     }

@@ -1,4 +1,4 @@
-"""Pictures to the posterior of their latents: the VAE's encoder, and a memory of the last ones."""
+"""Pictures to what is drawn from them: the VAE's encoder, the depth estimator, and a memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sd_engines.errors import ConfigError
 from sd_runtime.arrays import copy_into, to_host
+from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.engine import Engine
+    from sd_runtime.depth_map import DepthMap
     from sd_runtime.input_image import InputImage
     from sd_runtime.noise import NoiseStream
     from sd_runtime.task import Draw, Task
@@ -44,32 +47,44 @@ class Source:
     """What pictures start from, where they do not start from noise alone.
 
     ``posteriors`` are of the pictures that a task draws, ``mask`` is bool [h, w] of the latents,
-    true where they are repainted.
+    true where they are repainted, ``depth_mask`` is float32 [1, h, w], from −1 to 1, nearest.
     """
 
     posteriors: Mapping[Draw, Posterior] = field(default_factory=dict)
     mask: NDArray[np.bool_] | None = None
+    depth_mask: NDArray[np.float32] | None = None
 
 
 class ImageEncoder:
-    """Encodes pictures one by one; its engine is opened when the first one comes.
+    """Encodes pictures one by one; its engines are opened when they are first needed.
 
-    The last ``capacity`` sources are kept (of 64×64 latents, 260 KiB at most): a picture that many
-    prompts start from is encoded once.
+    ``engine`` opens a component's engine, or gives the one that is open. The last ``capacity``
+    sources are kept (of 64×64 latents, 260 KiB at most): a picture that many prompts start from is
+    encoded once.
     """
 
-    def __init__(self, open_engine: Callable[[], Engine], *, capacity: int = 16) -> None:
-        self._open_engine = open_engine
+    def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 16) -> None:
+        self._engine = engine
         self._capacity = capacity
-        self._known: OrderedDict[tuple[Task, str, str | None], Source] = OrderedDict()
+        self._known: OrderedDict[tuple[Task, tuple[str | None, ...]], Source] = OrderedDict()
 
     def encode(
-        self, task: Task, image: InputImage, mask: InputImage | None, *, timings: Timings
+        self,
+        task: Task,
+        image: InputImage,
+        mask: InputImage | None = None,
+        depth_map: DepthMap | None = None,
+        *,
+        timings: Timings,
     ) -> Source:
-        """What ``task`` draws from ``image``; raises what opening the engine raises."""
-        key = task, image.sha256, None if mask is None else mask.sha256
+        """What ``task`` draws from ``image``; raises what opening the engines raises.
+
+        `ConfigError` where a picture or its ``depth_map`` has no depth.
+        """
+        given = (image, mask, depth_map)
+        key = task, tuple(None if part is None else part.sha256 for part in given)
         if key not in self._known:
-            self._known[key] = self._encode(task, image, mask, timings)
+            self._known[key] = self._encode(task, image, mask, depth_map, timings)
         self._known.move_to_end(key)
         if len(self._known) > self._capacity:
             self._known.popitem(last=False)
@@ -80,10 +95,17 @@ class ImageEncoder:
         self._known.clear()
 
     def _encode(
-        self, task: Task, image: InputImage, mask: InputImage | None, timings: Timings
+        self,
+        task: Task,
+        image: InputImage,
+        mask: InputImage | None,
+        depth_map: DepthMap | None,
+        timings: Timings,
     ) -> Source:
         with timings.measure("load"):
-            engine = self._open_engine()
+            engine = self._engine(ENCODER)
+            if task.feeds_depth and depth_map is None:
+                self._engine(DEPTH_ESTIMATOR)
         height, width = (int(size) for size in engine.inputs["images"].shape[1:3])
         pixels = np.divide(image.pixels(height, width), 255, dtype=np.float32)
         pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels}
@@ -99,7 +121,30 @@ class ImageEncoder:
             for name in task.draws
             if name in pictures
         }
-        return Source(posteriors, latent_mask)
+        depth_mask = None
+        if task.feeds_depth:
+            if depth_map is None:
+                depth_mask = self._depth_mask(pixels, image.name, timings)
+            else:
+                latent_height, latent_width = engine.outputs["latents"].shape[2:]
+                depth_mask = depth_map.normalized(int(latent_height), int(latent_width))
+        return Source(posteriors, latent_mask, depth_mask)
+
+    def _depth_mask(
+        self, picture: NDArray[np.float32], name: str, timings: Timings
+    ) -> NDArray[np.float32]:
+        """An estimate for a picture, float32 [H, W, 3] in 0 … 1."""
+        with timings.measure(DEPTH_ESTIMATOR):
+            binding = self._engine(DEPTH_ESTIMATOR).bind(1)
+            copy_into(binding.inputs["images"], picture[None])
+            binding.run()
+            depth_mask: NDArray[np.float32] = to_host(binding.outputs[DEPTH_MASK])[0].copy()
+        if not np.isfinite(depth_mask).all():  # nothing is nearer than anything else
+            raise ConfigError(
+                f"the bundle's depth estimator finds no depth in {name}",
+                "Give it: --depth-map MAP; or take another picture.",
+            )
+        return depth_mask
 
     @staticmethod
     def _posterior(engine: Engine, picture: NDArray[np.float32], timings: Timings) -> Posterior:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,8 @@ import numpy as np
 from sd_engines.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -47,35 +50,13 @@ class InputImage:
         ``name`` is what to call a picture that has no path. Raises `ConfigError` for what is no
         picture, cannot be read, is animated or see-through, or whose values have no known range.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
         if isinstance(source, cls):
             return source
         if isinstance(source, str | os.PathLike):
             name = os.fspath(source)
-        try:
-            if isinstance(source, str | os.PathLike):
-                with Image.open(source) as opened:
-                    _check_one_frame(opened, name)
-                    image = ImageOps.exif_transpose(opened)
-            elif isinstance(source, Image.Image):
-                _check_one_frame(source, name)
-                image = ImageOps.exif_transpose(source)
-            else:
-                image = Image.fromarray(_checked_array(source, name))
-            if not image.width * image.height:
-                raise ConfigError(
-                    f"{name} is {image.width}×{image.height}", "Give one with pixels."
-                )
-            image = _opaque(_of_8_bits(image, name), name)
+        with readable(name):
+            image = opaque(_of_8_bits(opened_image(source, name), name), name)
             rgb = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise ConfigError(
-                f"cannot read the picture {name}: {error}",
-                "Name a picture file, such as a .png, .jpg or .webp.",
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
         resized_as = image.mode if image.mode in _NEAREST else "RGB"
         header = f"{resized_as} {rgb.width}x{rgb.height}\n".encode()
         return cls(hashlib.sha256(header + rgb.tobytes()).hexdigest(), name, image)
@@ -113,6 +94,43 @@ class InputImage:
                 height,
                 width,
             )
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """`ConfigError` that names the file, for what Pillow and numpy raise of one that is broken."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+        raise ConfigError(
+            f"cannot read the picture {name}: {error}",
+            "Name a picture file, such as a .png, .jpg or .webp.",
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
+
+
+def opened_image(source: object, name: str) -> Image:
+    """A picture in whatever mode, upright; `ConfigError` for what is none or has several frames.
+
+    What Pillow raises where it is broken is for `readable`.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(source, str | os.PathLike):
+        with Image.open(source) as opened:
+            _check_one_frame(opened, name)
+            image = ImageOps.exif_transpose(opened)
+    elif isinstance(source, Image.Image):
+        _check_one_frame(source, name)
+        image = ImageOps.exif_transpose(source)
+    else:
+        image = Image.fromarray(_checked_array(source, name))
+    if not image.width * image.height:
+        raise ConfigError(f"{name} is {image.width}×{image.height}", "Give one with pixels.")
+    return image
 
 
 def _check_one_frame(image: Image, name: str) -> None:
@@ -156,8 +174,8 @@ def _of_8_bits(image: Image, name: str) -> Image:
     return image
 
 
-def _opaque(image: Image, name: str) -> Image:
-    """``image`` without its alpha channel, which must not hide anything."""
+def opaque(image: Image, name: str) -> Image:
+    """``image`` without its alpha channel; `ConfigError` where that hides anything."""
     if not image.has_transparency_data:
         return image
     rgba = image.convert("RGBA")

@@ -18,7 +18,6 @@ from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
-from sd_runtime.input_image import InputImage
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
 from sd_runtime.prompts import (
@@ -38,12 +37,14 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
+    from sd_runtime.depth_map import DepthMap
+    from sd_runtime.input_image import InputImage
     from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
 
 logger = logging.getLogger(__name__)
-Taken: TypeAlias = "InputImage | tuple[InputImage, ...]"
+Taken: TypeAlias = "InputImage | DepthMap | tuple[InputImage, ...]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,15 +231,15 @@ def _order(job: Job, manifest: Manifest, refiner: Manifest | None) -> Order:
 
 def _digest(taken: Taken) -> str | tuple[str, ...]:
     """As a recipe has it."""
-    if isinstance(taken, InputImage):
-        return taken.sha256
-    return tuple(picture.sha256 for picture in taken)
+    if isinstance(taken, tuple):
+        return tuple(picture.sha256 for picture in taken)
+    return taken.sha256
 
 
 def _name(taken: Taken) -> str:
-    if isinstance(taken, InputImage):
-        return taken.name
-    return ", ".join(picture.name for picture in taken)
+    if isinstance(taken, tuple):
+        return ", ".join(picture.name for picture in taken)
+    return taken.name
 
 
 def _inputs_of(

@@ -27,7 +27,6 @@ from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
 from sd_runtime.start import Start, begin
-from sd_runtime.task import ENCODER
 from sd_runtime.timing import Timings, clock
 from sd_runtime.tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ class Pipeline(Closing):
         self._prompts = self._prompt_encoder()
         self._open_engine = partial(open_engine, bundle, backend=backend, threads=threads)
         self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
-        self._images = ImageEncoder(partial(self._engine_on_demand, ENCODER))
+        self._images = ImageEncoder(self._engine_on_demand)
         self._controls = ControlEncoder(self._engine_on_demand)
         self.fingerprint = fingerprint(bundle.manifest)
 
@@ -93,8 +92,9 @@ class Pipeline(Closing):
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
-        The VAE's encoder is opened for the first request that starts from a picture, the shallow
-        UNet for the first with a cache_interval, a ControlNet for the first that it counts in.
+        The VAE's encoder is opened for the first request that starts from a picture, and so is a
+        depth estimator; the shallow UNet for the first with a cache_interval, a ControlNet for the
+        first that it counts in.
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
@@ -271,7 +271,9 @@ class Pipeline(Closing):
     ) -> Iterator[Row]:
         request, source = plan.request, None
         if request.image is not None:
-            source = self._images.encode(plan.task, request.image, request.mask, timings=timings)
+            source = self._images.encode(
+                plan.task, request.image, request.mask, request.depth_map, timings=timings
+            )
         with timings.measure("noise"):
             noise = [NoiseStream(image.seed) for image in batch]
             start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)

@@ -16,7 +16,7 @@ from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options, n
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sd_engines.manifest import Manifest
     from sd_runtime.lora import Lora
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest
 
 FORMAT_VERSION = 1
-INPUTS = ("image", "mask", "control_image")
+INPUTS = ("image", "mask", "depth_map", "control_image")
 """Pictures that a recipe names by their digests and does not hold; options of `Request`."""
 GENERATOR = "sd-toolkit"
 _PROVENANCE = ("backend", "precision", "model", "revision", "refiner")
@@ -37,11 +37,12 @@ class Recipe:
 
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
-    the recipe does not hold; None, and so ``strength``, where it was made from noise alone. So are
-    ``control_image`` those of what its ControlNets saw. ``loras`` were put on the bundle's engines,
-    each its file's SHA-256 and its scale. ``vae`` is what took the place of the model's own; None
-    where nothing did. ``refiner`` is the model that drew the rest after ``high_noise_frac``; None
-    where none did. ``safety_guidance`` and ``safety_concept`` are both None without it.
+    the recipe does not hold; None, and so ``strength``, where it was made from noise alone. So is
+    ``depth_map`` that of a given one, and are ``control_image`` those of what its ControlNets saw.
+    ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale. ``vae`` is
+    what took the place of the model's own; None where nothing did. ``refiner`` is the model that
+    drew the rest after ``high_noise_frac``; None where none did. ``safety_guidance`` and
+    ``safety_concept`` are both None without it.
     """
 
     prompt: str
@@ -67,6 +68,7 @@ class Recipe:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    depth_map: str | None = None
     loras: tuple[str, ...] = ()
     vae: str | None = None
     control_image: tuple[str, ...] | None = None
@@ -79,14 +81,20 @@ class Recipe:
     high_noise_frac: float | None = None
 
     def request(
-        self, *, image: object = None, mask: object = None, control_image: object = None
+        self,
+        *,
+        image: object = None,
+        mask: object = None,
+        depth_map: object = None,
+        control_image: object = None,
     ) -> Request:
         """The request that draws this one picture again.
 
-        ``image``, ``mask`` and ``control_image`` (one, or a list) are what it was made from;
-        `ConfigError` where one is missing.
+        ``image``, ``mask``, ``depth_map`` and ``control_image`` (one, or a list) are what it was
+        made from; `ConfigError` where one is missing.
         """
-        given = {"image": image, "mask": mask, "control_image": control_image}
+        pictures = (image, mask, depth_map, control_image)
+        given = dict(zip(INPUTS, pictures, strict=True))
         for name in INPUTS:
             digest = getattr(self, name)
             if digest is not None and given[name] is None:
@@ -97,11 +105,10 @@ class Recipe:
                     f"hold (SHA-256 of the pixels: {words})",
                     "Give it again:" + f" --{name.replace('_', '-')} FILE" * len(digests) + ".",
                 )
-        return self._request_from(image, mask, self.strength, control_image)
+        return self._request_from(given, self.strength)
 
-    def _request_from(
-        self, image: object, mask: object, strength: float | None, control_image: object
-    ) -> Request:
+    def _request_from(self, given: Mapping[str, object], strength: float | None) -> Request:
+        control_image = given.get("control_image")
         controls = {name: getattr(self, name) for name in (*CONTROL_NUMBERS, "guess_mode")}
         return Request(
             self.prompt,
@@ -119,9 +126,10 @@ class Recipe:
             eta=self.eta,
             height=self.height,
             width=self.width,
-            image=image,
-            mask=mask,
+            image=given.get("image"),
+            mask=given.get("mask"),
             strength=strength,
+            depth_map=given.get("depth_map"),
             control_image=control_image,
             high_noise_frac=self.high_noise_frac,
             **(controls if control_image is not None else {}),
@@ -201,12 +209,14 @@ class Recipe:
             for name, value in values.items()
         }
         recipe = cls(**fields_of)
-        for name in ("revision", "image", "mask", "vae", "refiner", "refiner_fingerprint"):
+        digests_or_names = ("image", "mask", "depth_map", "vae", "refiner", "refiner_fingerprint")
+        for name in ("revision", *digests_or_names):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
         has_strength = isinstance(recipe.strength, int | float)
-        if has_strength != (recipe.image is not None) or (recipe.mask and not recipe.image):
-            raise _unreadable("image, mask and strength do not belong together")
+        beside = recipe.mask or recipe.depth_map
+        if has_strength != (recipe.image is not None) or (beside and not recipe.image):
+            raise _unreadable("image, mask, depth_map and strength do not belong together")
         digests = recipe.control_image
         if digests is not None and not (
             isinstance(digests, tuple) and digests and all(isinstance(d, str) for d in digests)
@@ -215,7 +225,7 @@ class Recipe:
         parts = (recipe.refiner, recipe.refiner_fingerprint, recipe.high_noise_frac)
         if len({part is None for part in parts}) > 1:
             raise _unreadable("refiner, refiner_fingerprint and high_noise_frac belong together")
-        recipe._request_from(None, None, None, None)  # its inputs come later
+        recipe._request_from({}, None)  # its inputs come later
         check_control_options(recipe)
         return recipe
 
@@ -249,6 +259,7 @@ def recipe_of(
         image=None if request.image is None else request.image.sha256,
         mask=None if request.mask is None else request.mask.sha256,
         strength=request.strength,
+        depth_map=None if request.depth_map is None else request.depth_map.sha256,
         control_image=request.control_digests,
         controlnet_conditioning_scale=request.controlnet_conditioning_scale,
         control_guidance_start=request.control_guidance_start,

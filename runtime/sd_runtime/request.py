@@ -50,7 +50,9 @@ class Request:
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
-    0 … 1 is the share of the steps that run.
+    0 … 1 is the share of the steps that run. A ``depth_map`` says how near each part of ``image``
+    is, to a bundle that would estimate it otherwise: a path, a Pillow picture or numbers [h, w], a
+    `DepthMap` once it is in.
 
     ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
     counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to
@@ -86,6 +88,7 @@ class Request:
     image: Any = None
     mask: Any = None
     strength: float | None = None
+    depth_map: Any = None
     control_image: Any = None
     controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
     control_guidance_start: float | tuple[float, ...] = 0.0
@@ -170,8 +173,15 @@ class Request:
             if getattr(self, name) is not None:
                 picture = InputImage.of(getattr(self, name), name=name)
                 object.__setattr__(self, name, picture)
-        if self.image is None and self.mask is not None:
-            raise ConfigError("a mask without a picture", "Give the picture too: --image PICTURE.")
+        if self.depth_map is not None:
+            from sd_runtime.depth_map import DepthMap
+
+            object.__setattr__(self, "depth_map", DepthMap.of(self.depth_map, name="depth_map"))
+        for name, what in (("mask", "a mask"), ("depth_map", "a depth map")):
+            if self.image is None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{what} without a picture", "Give the picture too: --image PICTURE."
+                )
         if self.mask is not None and self.mask.image.size != self.image.image.size:
             (image_width, image_height), (width, height) = (
                 self.image.image.size,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sd_runtime.denoise import Known
+from sd_runtime.task import DEPTH_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ def begin(
         latents = alpha * stacked["image"] + sigma * noise
     else:
         latents = table.init_noise_scale * noise
+    if source is not None and source.depth_mask is not None:
+        return Start(latents, {DEPTH_MASK: source.depth_mask[None]})
     if source is None or source.mask is None:
         return Start(latents)
     repainted = np.broadcast_to(source.mask.astype(np.float32), noise.shape)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 Draw: TypeAlias = Literal["image", "noise", "masked_image", "unused"]
 MASK_INPUTS = ("mask", "masked_image_latents")
 """What the UNet of an inpainting checkpoint takes besides; named so in its graph."""
+DEPTH_MASK = "depth_mask"
+"""What the UNet of a depth-to-image checkpoint takes besides, as diffusers calls it."""
+CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK)
+"""All inputs that a UNet's first layer sees side by side, in this order."""
 ENCODER = "vae_encoder"
+DEPTH_ESTIMATOR = "depth_estimator"
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,19 @@ class Task:
     ``mixes_image``: the first latents are the picture's with noise, not noise alone.
     ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
     mask leaves out becomes the picture's again after every row.
+    ``feeds_depth``: the UNet takes `DEPTH_MASK`.
     """
 
     name: str
     draws: tuple[Draw, ...]
     mixes_image: bool = False
     feeds_mask: bool = False
+    feeds_depth: bool = False
 
 
 TEXT_TO_IMAGE = Task("text-to-image", ("noise",))
 IMAGE_TO_IMAGE = Task("image-to-image", ("image", "noise"), mixes_image=True)
+DEPTH_TO_IMAGE = Task("depth-to-image", ("image", "noise"), mixes_image=True, feeds_depth=True)
 REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
 
@@ -51,8 +59,22 @@ REFINING = Task("refining", ())
 def task_of(request: Request, manifest: Manifest) -> Task:
     """The task that ``request`` is, of a bundle.
 
-    Raises `ConfigError` where the bundle is for another, `BundleError` where it has no VAE encoder.
+    Raises `ConfigError` where the bundle is for another, `BundleError` where it has no VAE encoder,
+    or no estimator of a depth that is not given.
     """
+    feeds_depth = takes_depth(manifest)
+    if feeds_depth and (request.image is None or request.mask is not None):
+        raise ConfigError(
+            "the bundle's UNet is for depth to image: it takes a picture"
+            + (", and no mask" if request.mask is not None else ""),
+            "Give it alone: --image PICTURE; or with its depth, --depth-map MAP.",
+        )
+    if request.depth_map is not None and not feeds_depth:
+        raise ConfigError(
+            "a depth map, and the bundle's UNet sees none",
+            "Leave --depth-map out, or draw with the bundle of a depth-to-image checkpoint: "
+            "sd-export --model stabilityai/stable-diffusion-2-depth --output BUNDLE.",
+        )
     feeds_mask = takes_mask(manifest)
     if manifest.model.requires_aesthetics_score and request.image is None:
         raise ConfigError(
@@ -76,6 +98,14 @@ def task_of(request: Request, manifest: Manifest) -> Task:
             "the bundle has no vae_encoder, so it cannot start from a picture",
             "Make it again: sd-export --model MODEL --output BUNDLE.",
         )
+    if feeds_depth:
+        if DEPTH_ESTIMATOR not in manifest.components and request.depth_map is None:
+            raise BundleError(
+                "the bundle has no depth_estimator, so it cannot tell the picture's depth",
+                "Give it: --depth-map MAP; or make the bundle again: "
+                "sd-export --model MODEL --output BUNDLE.",
+            )
+        return DEPTH_TO_IMAGE
     if request.mask is None:
         return IMAGE_TO_IMAGE
     strength = request.strength_or(manifest.model.defaults)
@@ -90,8 +120,12 @@ def task_of(request: Request, manifest: Manifest) -> Task:
 
 def takes_mask(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an inpainting checkpoint's."""
-    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
-    return unet is not None and {spec.name for spec in unet.inputs}.issuperset(MASK_INPUTS)
+    return _unet_inputs(manifest).issuperset(MASK_INPUTS)
+
+
+def takes_depth(manifest: Manifest) -> bool:
+    """Whether the bundle's UNet is a depth-to-image checkpoint's."""
+    return DEPTH_MASK in _unet_inputs(manifest)
 
 
 def gives_depth(manifest: Manifest) -> bool:
@@ -104,6 +138,8 @@ def tasks_of(manifest: Manifest) -> tuple[str, ...]:
     """The names of all that can be asked of a bundle."""
     if takes_mask(manifest):
         return ("inpainting",)
+    if takes_depth(manifest):
+        return (DEPTH_TO_IMAGE.name,)
     if ENCODER not in manifest.components:
         return (TEXT_TO_IMAGE.name,)
     begins = () if manifest.model.requires_aesthetics_score else (TEXT_TO_IMAGE.name,)
@@ -116,3 +152,8 @@ def plainest_request(manifest: Manifest) -> Request:
         return Request("")
     black = np.zeros((1, 1, 3), np.uint8)
     return Request("", image=black, mask=black if takes_mask(manifest) else None)
+
+
+def _unet_inputs(manifest: Manifest) -> set[str]:
+    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
+    return set() if unet is None else {spec.name for spec in unet.inputs}

@@ -475,7 +475,6 @@ def test_folders_of_other_families_are_named(
         ("StableDiffusionAdapterPipeline", "T2I-Adapter"),
         ("StableDiffusionUpscalePipeline", "upscaler"),
         ("StableDiffusionLatentUpscalePipeline", "upscaler"),
-        ("StableDiffusionDepth2ImgPipeline", "depth to image"),
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
         ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
         ("StableDiffusionImageVariationPipeline", "image variations"),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
 
 
-# What the checkpoint has: exports of XL and with a tiny decoder prove the borders of these two.
-ELSEWHERE = ("text_encoder_2", "preview_decoder")
+# What the checkpoint has: exports of others and with a tiny decoder prove the borders of these.
+ELSEWHERE = ("text_encoder_2", "image_encoder", "preview_decoder", "depth_estimator")
 
 
 @pytest.mark.parametrize("component", [c for c in COMPONENTS if c not in ELSEWHERE])

@@ -94,6 +94,7 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"image": "ab"},
         {"strength": 0.5},
         {"mask": "ab"},
+        {"depth_map": "ab"},
         {"image": "ab", "strength": "0.5"},
         {"image": "ab", "strength": 0.5, "mask": 7},
     ],

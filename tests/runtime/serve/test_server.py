@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import signal
 import socket
@@ -9,6 +11,8 @@ import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from sd_runtime.serve.cli import main
 
@@ -93,3 +97,18 @@ def test_a_bundle_for_inpainting_is_served(
         reply = server.ask("/v1/images/generations", SHORT)
         assert reply.status == 400
         assert "picture and a mask" in reply.json["error"]["message"]
+
+
+def test_a_bundle_for_depth_is_served(depth_model: TinyModel, start: Callable[..., Any]) -> None:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    body = {"prompt": "a cat", "steps": 2, "init_images": [picture]}
+    with start(depth_model.bundle, "--threads", 1) as server:
+        (model,) = server.ask("/v1/models").json["data"]
+        assert model["tasks"] == ["depth-to-image"]
+        reply = server.ask("/v1/images/generations", SHORT)
+        assert reply.status == 400
+        assert "it takes a picture" in reply.json["error"]["message"]
+        assert len(server.ask("/sdapi/v1/img2img", body).json["images"]) == 1
+        assert server.ask("/sdapi/v1/img2img", {**body, "mask": picture}).status == 400
