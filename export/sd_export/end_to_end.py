@@ -59,7 +59,7 @@ def prove_end_to_end(
         return [CertificateEntry(**measured) for measured in done["certificate"]]
     defaults = checkpoint.defaults
     request = Request(
-        prompt=" ".join([_PROMPT, *(e.tokens[0] for e in checkpoint.embeddings)]),
+        prompt=_prompt(checkpoint),
         seed=_SEED,
         num_inference_steps=min(_MOST_STEPS, defaults.num_inference_steps),
         guidance_scale=defaults.guidance_scale,
@@ -102,10 +102,16 @@ def prove_end_to_end(
     return certificate
 
 
+def _prompt(checkpoint: Checkpoint) -> str:
+    if checkpoint.reads_image:
+        return ""
+    return " ".join([_PROMPT, *(e.tokens[0] for e in checkpoint.embeddings)])
+
+
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     """The pictures that are drawn from, where it is not from text alone."""
     begins = checkpoint.is_for_inpainting or checkpoint.is_for_depth or checkpoint.is_refiner
-    if not (checkpoint.controlnets or begins):
+    if not (checkpoint.controlnets or begins or checkpoint.reads_image):
         return {}
     import numpy as np
 
@@ -114,6 +120,8 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     if checkpoint.controlnets:
         return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
     pictures = {"image": image.astype(np.uint8)}
+    if checkpoint.reads_image:
+        return pictures
     if checkpoint.is_for_inpainting:
         pictures["mask"] = (255 * (rows < profile.height // 2)).astype(np.uint8)
     return {**pictures, "strength": 1.0}  # so that every step of few is run
@@ -130,8 +138,12 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
     if request.control_image:
         inputs = {"image": [picture.image for picture in request.control_image]}
     if request.image is not None:
-        inputs = {"image": request.image.image, "strength": request.strength}
-    if request.image is None or request.mask is not None:
+        inputs = {"image": request.image.image}
+    if request.strength is not None:
+        inputs["strength"] = request.strength
+    if not checkpoint.reads_image:
+        inputs["prompt"] = request.prompt
+    if request.image is None or request.mask is not None or checkpoint.reads_image:
         inputs |= {"height": profile.height, "width": profile.width}
     if request.mask is not None:
         inputs["mask_image"] = request.mask.image
@@ -142,18 +154,23 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
         last.update(tensors)
         return tensors
 
+    inputs["output_type"] = "latent"
+    if checkpoint.depth_channels:  # LDM3D's pipeline fails on latents, others know no such callback
+        inputs |= {"output_type": "np", "callback_on_step_end": keep}
     with torch.inference_mode(), quiet():
         output = pipeline(
-            request.prompt,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(_SEED),
-            output_type="np",
-            callback_on_step_end=keep,
             **inputs,
         )
-    pixels = output.rgb if checkpoint.depth_channels else output.images
-    return {"latents": last["latents"].numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
+        if checkpoint.depth_channels:
+            latents, pixels = last["latents"], output.rgb
+        else:
+            latents = output.images
+            images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+            pixels = pipeline.image_processor.postprocess(images, output_type="np")
+    return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
 
 
 def _verify(

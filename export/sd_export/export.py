@@ -108,14 +108,16 @@ def export(
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
+            asked_for = {
+                "--embedding": bool(embeddings),
+                "--max-prompt-chunks": max_prompt_chunks > 1,
+                "--controlnet": bool(controlnets),
+            }
             if is_xl(checkpoint.configs):
-                _check_xl(
-                    {
-                        "--embedding": bool(embeddings),
-                        "--max-prompt-chunks": max_prompt_chunks > 1,
-                        "--controlnet": bool(controlnets),
-                    }
-                )
+                _refuse(asked_for, "is for Stable Diffusion v1 and v2, and the checkpoint is of XL")
+            if checkpoint.reads_image:
+                asked_for["--lora"] = bool(loras)
+                _refuse(asked_for, "is for prompts, and the checkpoint reads a picture instead")
             if loras:
                 from sd_export.lora import find_lora
 
@@ -145,7 +147,11 @@ def export(
                 check_quantizable(
                     "fp32",
                     for_xl=is_xl(checkpoint.configs),
-                    from_text=not (checkpoint.is_for_inpainting or checkpoint.is_for_depth),
+                    from_text=not (
+                        checkpoint.is_for_inpainting
+                        or checkpoint.is_for_depth
+                        or checkpoint.reads_image
+                    ),
                     feature_cache=feature_cache,
                 )
             if feature_cache:
@@ -191,14 +197,11 @@ def _defaults(own: Defaults, asked: Request) -> Defaults:
     )
 
 
-def _check_xl(asked: Mapping[str, bool]) -> None:
-    """`ConfigError` for an option that was asked for, and is for v1 and v2 alone."""
+def _refuse(asked: Mapping[str, bool], why: str) -> None:
+    """`ConfigError` for an option that was asked for, and is not for this kind of checkpoint."""
     for option, given in asked.items():
         if given:
-            raise ConfigError(
-                f"{option} is for Stable Diffusion v1 and v2, and the checkpoint is of XL",
-                f"Leave {option} out.",
-            )
+            raise ConfigError(f"{option} {why}", f"Leave {option} out.")
 
 
 def _profile(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
 from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, Defaults
-from sd_runtime.task import DEPTH_ESTIMATOR
+from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,6 +27,7 @@ _PIPELINES = {
     "StableDiffusionImg2ImgPipeline": Defaults(),
     "StableDiffusionInpaintPipeline": Defaults(),
     "StableDiffusionDepth2ImgPipeline": Defaults(),
+    "StableDiffusionImageVariationPipeline": Defaults(),
     "StableDiffusionPipelineSafe": Defaults(),
     LDM3D_PIPELINE: Defaults(num_inference_steps=49, guidance_scale=5.0),
     "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
@@ -37,8 +38,8 @@ _PIPELINES = {
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
-    "and (as a folder) depth to image among them, and latent consistency models and LDM3D of the "
-    "same shape; ControlNets beside one of v1 or v2, by --controlnet."
+    "and (as folders) depth to image and image variations among them, and latent consistency "
+    "models and LDM3D of the same shape; ControlNets beside one of v1 or v2, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -49,7 +50,6 @@ _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("VideoDiffusion|TextToVideo", "a video model"),
     ("Upscale", "an upscaler"),
     ("UnCLIP", "Stable unCLIP"),
-    ("ImageVariation", "Stable Diffusion image variations"),
     ("InstructPix2Pix", "InstructPix2Pix"),
     ("Kandinsky", "Kandinsky"),
     ("PixArt", "PixArt"),
@@ -114,6 +114,7 @@ def check_configs(
     """
     unet, vae = configs["unet"], configs["vae"]
     text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
+    text_width = text_width or configs.get(IMAGE_ENCODER, {}).get("projection_dim", 512)
     problem = None
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         problem = f"the denoiser is a {unet['_class_name']}"
@@ -147,8 +148,8 @@ def check_configs(
         problem = "its UNet has several widths of cross attention"
     elif unet["cross_attention_dim"] != text_width:
         problem = (
-            f"its UNet takes prompts of width {unet['cross_attention_dim']}, its text encoder "
-            f"makes {text_width}"
+            f"its UNet takes prompts of width {unet['cross_attention_dim']}, its encoder makes "
+            f"{text_width}"
         )
     elif vae.get("shift_factor") or vae.get("latents_mean"):
         problem = "its VAE shifts its latents"
@@ -165,7 +166,7 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """
     if is_xl(configs):
         return STABLE_DIFFUSION_XL
-    open_clip = configs["text_encoder"].get("hidden_act") == "gelu"
+    open_clip = configs.get("text_encoder", {}).get("hidden_act") == "gelu"
     return "stable-diffusion-v2" if open_clip else "stable-diffusion-v1"
 
 

@@ -269,7 +269,6 @@ class Job:
         return hash_files(self.work.bundle, [RECORD_FILE])
 
     def _model(self) -> ModelSpec:
-        from sd_export.load import max_prompt_tokens
         from sd_export.wrappers import vae_scaling_factor
 
         checkpoint = self.checkpoint
@@ -281,7 +280,7 @@ class Job:
             prediction_type=checkpoint.prediction_type,
             latent_channels=checkpoint.latent_channels,
             vae_scaling_factor=vae_scaling_factor(checkpoint),
-            max_prompt_tokens=max_prompt_tokens(checkpoint),
+            max_prompt_tokens=checkpoint.max_prompt_tokens,
             scheduler=dict(checkpoint.configs["scheduler"]),
             defaults=checkpoint.defaults,
             vae=None if checkpoint.vae is None else checkpoint.vae.source,

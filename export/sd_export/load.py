@@ -26,7 +26,7 @@ from sd_export.single_file import single_file_names
 from sd_export.source import TOKENIZER_FOLDERS
 from sd_export.weights import Place, Weights
 from sd_runtime.plan import pipeline_scheduler_config
-from sd_runtime.task import DEPTH_ESTIMATOR
+from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -95,16 +95,10 @@ def load_tokenizer(
     """The tokenizer of ``text_encoder``, which pads and truncates to the encoder's positions."""
     clip = _clip_tokenizer(checkpoint, text_encoder)
     tokenizer: tokenizers.Tokenizer = clip.backend_tokenizer
-    length = max_prompt_tokens(checkpoint)
+    length = checkpoint.max_prompt_tokens
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=clip.pad_token_id, pad_token=clip.pad_token)
     return tokenizer
-
-
-def max_prompt_tokens(checkpoint: Checkpoint) -> int:
-    """How many tokens a prompt has, the first and the last included."""
-    config = checkpoint.configs[checkpoint.text_encoders[0]]
-    return int(config.get("max_position_embeddings", 77))
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:
@@ -121,6 +115,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         "ControlNet": bool(checkpoint.controlnets),
         "Inpaint": checkpoint.is_for_inpainting,
         "Depth2Img": checkpoint.is_for_depth,
+        "ImageVariation": checkpoint.reads_image,
         "Img2Img": checkpoint.is_refiner,
         "LDM3D": checkpoint.depth_channels > 0,
     }
@@ -135,16 +130,20 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     config = dict(checkpoint.configs["scheduler"])
     if task == "LDM3D":
         options["image_encoder"] = None
-    if task in ("ControlNet", "Depth2Img", "LDM3D"):  # they take a scheduler's config as it is
+    if task in ("ControlNet", "Depth2Img", "ImageVariation", "LDM3D"):  # they take it as it is
         config = pipeline_scheduler_config(config, family=checkpoint.family)
     if checkpoint.is_for_depth:
         processor = _image_processor(checkpoint.configs["feature_extractor"])
         options = {DEPTH_ESTIMATOR: load_model(checkpoint, DEPTH_ESTIMATOR)}
+    if checkpoint.reads_image:
+        processor = _image_processor(checkpoint.configs["feature_extractor"])
+        options[IMAGE_ENCODER] = load_model(checkpoint, IMAGE_ENCODER)
     if checkpoint.controlnets:
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
     with quiet():
         pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
-        for encoder in TEXT_ENCODERS if xl else TEXT_ENCODERS[:1]:
+        encoders = TEXT_ENCODERS if xl else checkpoint.text_encoders
+        for encoder in encoders:
             present = encoder in checkpoint.text_encoders
             tokenizer = TOKENIZER_FOLDERS[encoder]
             options[encoder] = load_model(checkpoint, encoder) if present else None
@@ -227,6 +226,25 @@ def depth_mask(
     return found
 
 
+def image_embeds(
+    checkpoint: Checkpoint, encoder: torch.nn.Module, images: np.ndarray
+) -> np.ndarray:
+    """What diffusers' pipeline reads of ``images``, float32 [n, H, W, 3] in [0, 1]: [n, 1, d]."""
+    import diffusers
+
+    names = ("vae", "unet", "scheduler", "safety_checker")  # not for this part of it
+    with quiet():
+        pipeline = diffusers.StableDiffusionImageVariationPipeline(
+            **dict.fromkeys(names),
+            image_encoder=encoder,
+            feature_extractor=_image_processor(checkpoint.configs["feature_extractor"]),
+            requires_safety_checker=False,
+        )
+        pictures = pipeline.image_processor.numpy_to_pil(images)
+        embeds: torch.Tensor = pipeline._encode_image(pictures, torch.device("cpu"), 1, False)
+    return embeds.numpy()
+
+
 def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
     if component == "unet":
         from diffusers import UNet2DConditionModel
@@ -256,6 +274,10 @@ def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
 
         controlnet: torch.nn.Module = ControlNetModel.from_config(config)
         return controlnet
+    if component == IMAGE_ENCODER:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        return CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(config))
     if component == DEPTH_ESTIMATOR:
         from transformers import DPTConfig, DPTForDepthEstimation
 
@@ -336,7 +358,7 @@ def _clip_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
 def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
     from transformers import CLIPTokenizer
 
-    length = max_prompt_tokens(checkpoint)
+    length = checkpoint.max_prompt_tokens
     try:
         with quiet():
             if checkpoint.single_file:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _COARSENESS = ("fp32", "fp16", "bf16", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
+"""Components that see pictures, once each; their resizing counts in whole numbers."""
 _HALVED = ("unet", "unet_shallow")
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
@@ -88,7 +89,7 @@ def check_quantizable(
         )
     if not from_text:
         raise ConfigError(
-            "int8 is calibrated by drawing from text alone, and this UNet also takes a picture",
+            "int8 is calibrated by drawing from text alone, and this UNet takes a picture",
             "Take --precision bf16 or fp32.",
         )
     if feature_cache:
@@ -131,7 +132,11 @@ def engine_precision(
         check_quantizable(
             entry.precision,
             for_xl=any(spec.name == TIME_IDS for spec in entry.inputs),
-            from_text=not any(spec.name in CHANNEL_INPUTS[1:] for spec in entry.inputs),
+            from_text=not any(
+                spec.name in CHANNEL_INPUTS[1:]
+                or (spec.name == "encoder_hidden_states" and spec.shape[1] == 1)
+                for spec in entry.inputs
+            ),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
         )
         return "int8"

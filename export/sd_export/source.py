@@ -43,9 +43,10 @@ WEIGHT_STEMS = {
     "vae": "diffusion_pytorch_model",
     "safety_checker": "model",
     "depth_estimator": "model",
+    "image_encoder": "model",
 }
 """Models of a checkpoint folder, and the stem of their safetensors file."""
-_SEERS = ("safety_checker", "depth_estimator")
+_SEERS = ("safety_checker", "depth_estimator", "image_encoder")
 """Models of pictures, which the checkpoint's feature_extractor prepares for them."""
 CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
@@ -63,12 +64,13 @@ _LAYOUT_HINT = (
 class Checkpoint:
     """Where a checkpoint's parts lie, and their configs in diffusers' words.
 
-    ``configs`` has ``text_encoder``, ``text_encoder_2`` or both, ``unet``, ``vae``, ``scheduler``,
-    and ``safety_checker`` or ``depth_estimator`` with ``feature_extractor`` where the checkpoint
-    has them. ``weights`` maps a model to its files, ``tokenizers`` a text encoder to its
-    tokenizer's folder. ``single_file`` means the original layout: all models share one file, and
-    the tokenizers are CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its
-    pipeline's, and so is ``force_zeros_for_empty_prompt``.
+    ``configs`` has ``text_encoder``, ``text_encoder_2``, both, or ``image_encoder`` in their place;
+    ``unet``, ``vae``, ``scheduler``; and ``safety_checker`` or ``depth_estimator`` where the
+    checkpoint has them, with ``feature_extractor`` where it has any model of pictures. ``weights``
+    maps a model to its files, ``tokenizers`` a text encoder to its tokenizer's folder.
+    ``single_file`` means the original layout: all models share one file, and the tokenizers are
+    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
+    is ``force_zeros_for_empty_prompt``.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
     encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
     to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
@@ -120,6 +122,11 @@ class Checkpoint:
         return painted_channels(self.configs) - 3
 
     @property
+    def reads_image(self) -> bool:
+        """Whether the UNet reads a picture in the place of a prompt."""
+        return not self.text_encoders
+
+    @property
     def is_refiner(self) -> bool:
         """Whether the UNet is that of Stable Diffusion XL's refiner."""
         return is_refiner(self.configs)
@@ -128,6 +135,13 @@ class Checkpoint:
     def text_encoders(self) -> tuple[str, ...]:
         """The models that read prompts, in the order in which their embeddings lie."""
         return text_encoders(self.configs)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """How many tokens a prompt has, the first and the last included; a picture is one."""
+        if self.reads_image:
+            return 1
+        return int(self.configs[self.text_encoders[0]].get("max_position_embeddings", 77))
 
     @property
     def family(self) -> str:
@@ -232,7 +246,9 @@ def read_folder(
     """Read a checkpoint in the diffusers layout; `ExportError` names the part that is wrong."""
     index, defaults = read_index(folder, source=source)
     second = _is_named(index, "text_encoder_2")
-    encoders = ["text_encoder"] if _is_named(index, "text_encoder") or not second else []
+    variation = _is_named(index, "image_encoder") and not _is_named(index, "text_encoder")
+    only_other = second or variation
+    encoders = ["text_encoder"] if _is_named(index, "text_encoder") or not only_other else []
     encoders += ["text_encoder_2"] if second else []
     parts = [*encoders, "unet", "vae"]
     for part in (*parts, "scheduler", *(TOKENIZER_FOLDERS[name] for name in encoders)):
@@ -265,8 +281,8 @@ def read_folder(
         licenses=tuple(sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name))),
         license=card_license(folder / "README.md"),
         defaults=defaults,
-        force_zeros_for_empty_prompt=is_xl(configs)
-        and bool(index.get("force_zeros_for_empty_prompt", True)),
+        force_zeros_for_empty_prompt=variation
+        or (is_xl(configs) and bool(index.get("force_zeros_for_empty_prompt", True))),
     )
 
 

@@ -18,7 +18,7 @@ from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
-from sd_runtime.task import DEPTH_ESTIMATOR
+from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -95,13 +95,13 @@ def reference_outputs(
 ) -> dict[str, np.ndarray]:
     """What the original gives for ``inputs``; `ExportError` where it is not finite.
 
-    ``module`` is the wrapper around ``model``. The references of the safety checker and the depth
-    estimator are not the wrapper but diffusers' own paths through Pillow, the shallow UNet's is the
-    whole one with its deep features replaced.
+    ``module`` is the wrapper around ``model``. The references of models of pictures are not
+    the wrapper but diffusers' own paths through Pillow, the shallow UNet's is the whole one with
+    its deep features replaced.
     """
     import torch
 
-    from sd_export.load import depth_mask, nsfw_content_detected
+    from sd_export.load import depth_mask, image_embeds, nsfw_content_detected
     from sd_export.shallow_unet import shallow_reference
 
     if component == "safety_checker":
@@ -110,6 +110,10 @@ def reference_outputs(
         factor = inputs["images"].shape[1] // int(outputs[0].shape[2])
         depth = depth_mask(checkpoint, model, inputs["images"], vae_scale_factor=factor)
         return _finite({outputs[0].name: depth}, component)
+    if component == IMAGE_ENCODER:
+        with torch.inference_mode():
+            embeds = image_embeds(checkpoint, model, inputs["images"])
+        return _finite({outputs[0].name: embeds}, component)
     parts: list[list[np.ndarray]] = [[] for _ in outputs]
     rows = max(map(len, inputs.values()))
     with torch.inference_mode():

@@ -30,10 +30,11 @@ from sd_export.controlnet import residual_specs
 from sd_export.controlnet_parts import ControlEmbedding, ControlNet
 from sd_export.depth_estimator import DepthEstimator
 from sd_export.family import is_xl, num_time_ids
+from sd_export.image_encoder import ImageEncoder, picture_size
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
-from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR, DEPTH_MASK
+from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR, DEPTH_MASK, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 COMPONENTS = (
     "text_encoder",
     "text_encoder_2",
+    IMAGE_ENCODER,
     "unet",
     "unet_shallow",
     "vae_decoder",
@@ -178,9 +180,11 @@ class VaeEncoder(nn.Module):
 def components_of(checkpoint: Checkpoint, *, feature_cache: bool) -> tuple[str, ...]:
     """The components that a bundle of ``checkpoint`` has, its ControlNets' aside, in their order.
 
-    No encoder of an LDM3D, which would take depth as well: nothing begins with a picture there.
+    No VAE encoder where nothing begins with a picture: of an LDM3D, whose would take depth as well,
+    and of what reads a picture in the place of a prompt.
     """
-    unwanted = {"vae_encoder": checkpoint.depth_channels > 0, "unet_shallow": not feature_cache}
+    from_noise = checkpoint.depth_channels > 0 or checkpoint.reads_image
+    unwanted = {"vae_encoder": from_noise, "unet_shallow": not feature_cache}
     return tuple(
         component
         for component in COMPONENTS
@@ -227,16 +231,16 @@ def wrap(
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)
     elif component == "vae_encoder":
         wrapper = VaeEncoder(model, scaling_factor=scaling_factor)
-    elif component == DEPTH_ESTIMATOR:
-        processor = checkpoint.configs["feature_extractor"]
-        wrapper = DepthEstimator(model, processor=processor, profile=profile)
     else:
-        wrapper = SafetyChecker(
-            model,
-            processor=checkpoint.configs["feature_extractor"],
-            height=profile.height,
-            width=profile.width,
-        )
+        processor = checkpoint.configs["feature_extractor"]
+        if component == DEPTH_ESTIMATOR:
+            wrapper = DepthEstimator(model, processor=processor, profile=profile)
+        elif component == IMAGE_ENCODER:
+            wrapper = ImageEncoder(model, processor=processor)
+        else:
+            wrapper = SafetyChecker(
+                model, processor=processor, height=profile.height, width=profile.width
+            )
     return wrapper.eval()
 
 
@@ -259,9 +263,7 @@ def borders(
     component: str, *, checkpoint: Checkpoint, profile: Profile, feature_cache: bool = False
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of ``component`` for ``profile``, as `wrap` makes it."""
-    unet, texts = checkpoint.configs["unet"], checkpoint.text_encoders
-    text = checkpoint.configs[component if component in texts else texts[0]]
-    tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
+    unet, tokens = checkpoint.configs["unet"], checkpoint.max_prompt_tokens
     latent_size = (profile.latent_height, profile.latent_width)
     latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
     features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
@@ -271,9 +273,16 @@ def borders(
     pooled_shape = (BATCH, int(second.get("projection_dim", 0)))
     pooled = TensorSpec(POOLED_PROMPT_EMBEDS, "float32", pooled_shape)
     if component in TEXT_ENCODERS:
+        text = checkpoint.configs[component]
+        tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
         return (ids,), (prompt_embeds, pooled) if component != "text_encoder" else (prompt_embeds,)
+    if component == IMAGE_ENCODER:
+        size = picture_size(checkpoint.configs["feature_extractor"])
+        embeds_shape = (BATCH, tokens, int(unet["cross_attention_dim"]))
+        squares = TensorSpec("images", "float32", (BATCH, size, size, 3))
+        return (squares,), (TensorSpec("image_embeds", "float32", embeds_shape),)
     if component == DEPTH_ESTIMATOR:
         return (images,), (TensorSpec(DEPTH_MASK, "float32", (BATCH, 1, *latent_size)),)
     if component.startswith(CONTROL_EMBEDDING):

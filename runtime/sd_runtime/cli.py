@@ -44,7 +44,11 @@ _FILE = click.Path(path_type=Path)
     help="Of --ray. [default: one a GPU, else one a machine]",
 )
 @click.option("--from-image", type=_FILE, help="Draw a picture again from the recipe inside it.")
-@click.option("--image", type=_FILE, help="Start from this picture, resized to the bundle's size.")
+@click.option(
+    "--image",
+    type=_FILE,
+    help="Start from this picture, resized to the bundle's size; or draw variations of it.",
+)
 @click.option("--mask", type=_FILE, help="Repaint only what is white in this one.")
 @click.option(
     "--strength",

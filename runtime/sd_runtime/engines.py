@@ -16,7 +16,7 @@ from sd_engines.spec import (
     TIME_IDS,
 )
 from sd_runtime.lora import fused_weights
-from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER
+from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -37,8 +37,11 @@ _ON_DEMAND = (ENCODER, DEPTH_ESTIMATOR, "unet_shallow", CONTROLNET, CONTROL_EMBE
 def text_encoders(manifest: Manifest) -> tuple[str, ...]:
     """The components that read this bundle's prompts, in the order of `TEXT_ENCODERS`.
 
-    Those that it must have, where it has none: one, or the second too, which pools prompts.
+    Those that it must have, where it has none: one, or the second too, which pools prompts; none
+    where it reads a picture.
     """
+    if reads_image(manifest):
+        return ()
     present, unet = manifest.components, manifest.components.get("unet")
     pools = unet is not None and any(spec.name == POOLED_PROMPT_EMBEDS for spec in unet.inputs)
     needed = TEXT_ENCODERS[-1:] if pools else TEXT_ENCODERS[:1]
@@ -47,7 +50,8 @@ def text_encoders(manifest: Manifest) -> tuple[str, ...]:
 
 def drawing_components(manifest: Manifest) -> tuple[str, ...]:
     """The components without which no picture is drawn; the bundle may lack them."""
-    return (*text_encoders(manifest), "unet", "vae_decoder")
+    readers = text_encoders(manifest) or (IMAGE_ENCODER,)
+    return (*readers, "unet", "vae_decoder")
 
 
 def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[Rows]]) -> list[str]:
@@ -79,8 +83,11 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
         for row in range(plan.table.num_rows)
     }
     encoders = TEXT_ENCODERS if TIME_IDS in plan.unet_inputs else TEXT_ENCODERS[:1]
+    if plan.task.reads_image:
+        encoders = (IMAGE_ENCODER,)
     one = (1, 1)
-    encoder = {} if plan.request.image is None else {ENCODER: {one}}  # so: `ImageEncoder`
+    starts = plan.request.image is not None and not plan.task.reads_image
+    encoder = {ENCODER: {one}} if starts else {}  # one at a time: `ImageEncoder`
     if plan.task.feeds_depth and plan.request.depth_map is None:
         encoder[DEPTH_ESTIMATOR] = {one}
     controls = {

@@ -69,6 +69,20 @@ class InputImage:
         self._warn_of_stretching(height, width)
         return np.asarray(self._resized(self.image.convert("RGB"), height, width))
 
+    def middle_square(self, size: int) -> NDArray[np.uint8]:
+        """uint8 [size, size, 3]: its shorter side resized to ``size``, and the middle of that.
+
+        By the bicubic filter, as transformers' image processor of CLIP does.
+        """
+        from PIL.Image import Resampling
+
+        rgb = self.image.convert("RGB")
+        shorter = min(rgb.size)
+        width, height = (int(size * side / shorter) for side in rgb.size)
+        pixels = np.asarray(rgb.resize((width, height), Resampling.BICUBIC))
+        top, left = (height - size) // 2, (width - size) // 2
+        return pixels[top : top + size, left : left + size]
+
     def mask(self, height: int, width: int) -> NDArray[np.bool_]:
         """Where it is 0.5 or brighter, bool [height, width]; resized as `pixels`."""
         self._warn_of_stretching(height, width)

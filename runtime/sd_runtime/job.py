@@ -28,7 +28,7 @@ from sd_runtime.prompts import (
 )
 from sd_runtime.recipe import INPUTS, fingerprint, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
-from sd_runtime.task import gives_depth
+from sd_runtime.task import gives_depth, reads_image
 from sd_runtime.timing import Timings, clock
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ def _order(job: Job, manifest: Manifest, refiner: Manifest | None) -> Order:
     """The job's requests, from whichever source it names."""
     options = request_options(job.options)
     columns, backend, precision = None, job.backend or "auto", job.precision
+    if job.prompts_file is None and job.from_image is None and reads_image(manifest):
+        job = replace(job, prompts=job.prompts or ("",))
     given = [bool(job.prompts), job.prompts_file is not None, job.from_image is not None]
     if sum(given) != 1:
         raise ConfigError(

@@ -15,6 +15,7 @@ from sd_engines.errors import ConfigError
 from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.layer_table import LayerTable
 from sd_runtime.lora_layers import LORA_HINT, LoraNotes, lora_error, lora_layers, spellings_of
+from sd_runtime.task import reads_image
 from sd_runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
         raise ConfigError(
             "LoRAs are not put on a bundle of Stable Diffusion XL",
             "Fuse them when it is exported: sd-export --model MODEL --lora FILE --output BUNDLE.",
+        )
+    if loras and reads_image(bundle.manifest):
+        raise ConfigError(
+            "LoRAs are trained to prompts, and the bundle reads a picture instead",
+            "Leave --lora out.",
         )
     if not loras or component not in OWNERS:
         return {}

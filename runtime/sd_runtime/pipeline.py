@@ -23,6 +23,7 @@ from sd_runtime.guidance import Safety
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_loras, fused_weights
 from sd_runtime.noise import NoiseStream
+from sd_runtime.picture_reader import PictureReader
 from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
@@ -75,6 +76,7 @@ class Pipeline(Closing):
         self._open_engine = partial(open_engine, bundle, backend=backend, threads=threads)
         self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
         self._images = ImageEncoder(self._engine_on_demand)
+        self._reader = PictureReader(self._engine_on_demand)
         self._controls = ControlEncoder(self._engine_on_demand)
         self.fingerprint = fingerprint(bundle.manifest)
 
@@ -222,11 +224,13 @@ class Pipeline(Closing):
         request, num_rows = plan.request, plan.num_rows
         images = request.images()
         size = self.profile.batch_size
-        embeds = self._prompts.encode(
-            [plan.texts(image) for image in images],
-            prompt_weighting=request.prompt_weighting,
-            timings=timings,
-        )
+        texts = [plan.texts(image) for image in images]
+        if plan.task.reads_image:
+            embeds = self._reader.encode(request.image, texts, timings=timings)
+        else:
+            embeds = self._prompts.encode(
+                texts, prompt_weighting=request.prompt_weighting, timings=timings
+            )
         num_steps = num_rows * -(-len(images) // size)
         latents, decoded = [], []
         for first in range(0, len(images), size):
@@ -270,7 +274,7 @@ class Pipeline(Closing):
         timings: Timings,
     ) -> Iterator[Row]:
         request, source = plan.request, None
-        if request.image is not None:
+        if request.image is not None and not plan.task.reads_image:
             source = self._images.encode(
                 plan.task, request.image, request.mask, request.depth_map, timings=timings
             )
@@ -385,6 +389,7 @@ class Pipeline(Closing):
         """Encode the next request's inputs anew, as a first request does: for measurements."""
         self._prompts.forget()
         self._images.forget()
+        self._reader.forget()
         self._controls.forget()
         if self.refiner is not None:
             self.refiner.forget_prompts()

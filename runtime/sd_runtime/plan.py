@@ -117,7 +117,7 @@ def _plan(
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = model.defaults.num_inference_steps if steps is None else steps
     scale = model.defaults.guidance_scale if scale is None else scale
-    strength = request.strength_or(model.defaults)
+    strength = 1.0 if task.reads_image else request.strength_or(model.defaults)
     negative = request.negative_prompt
     if not model.force_zeros_for_empty_prompt:  # then None is empty text
         if isinstance(negative, tuple):
@@ -129,7 +129,7 @@ def _plan(
         negative_prompt=negative,
         num_inference_steps=steps,
         guidance_scale=scale,
-        strength=None if request.image is None else strength,
+        strength=None if request.image is None or task.reads_image else strength,
     )
     safety = None
     if request.safety_guidance is not None:

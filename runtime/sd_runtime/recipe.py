@@ -37,7 +37,8 @@ class Recipe:
 
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
-    the recipe does not hold; None, and so ``strength``, where it was made from noise alone. So is
+    the recipe does not hold, None where there was none; so is ``strength``, where all began as
+    noise. So is
     ``depth_map`` that of a given one, and are ``control_image`` those of what its ControlNets saw.
     ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale. ``vae`` is
     what took the place of the model's own; None where nothing did. ``refiner`` is the model that
@@ -215,7 +216,9 @@ class Recipe:
                 raise _unreadable(f"{name} must be text")
         has_strength = isinstance(recipe.strength, int | float)
         beside = recipe.mask or recipe.depth_map
-        if has_strength != (recipe.image is not None) or (beside and not recipe.image):
+        varies = bool(recipe.image) and not recipe.prompt and recipe.strength is None
+        has_image = recipe.image is not None
+        if (has_strength != has_image and not varies) or (beside and not has_image):
             raise _unreadable("image, mask, depth_map and strength do not belong together")
         digests = recipe.control_image
         if digests is not None and not (

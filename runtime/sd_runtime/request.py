@@ -52,7 +52,8 @@ class Request:
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
     0 … 1 is the share of the steps that run. A ``depth_map`` says how near each part of ``image``
     is, to a bundle that would estimate it otherwise: a path, a Pillow picture or numbers [h, w], a
-    `DepthMap` once it is in.
+    `DepthMap` once it is in. Where a bundle draws variations, ``image`` is what is read in the
+    place of a prompt, and ``prompt`` is "".
 
     ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
     counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to

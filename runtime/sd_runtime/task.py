@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from sd_engines.errors import BundleError, ConfigError
-from sd_engines.spec import DEPTH
+from sd_engines.spec import DEPTH, TEXT_ENCODERS
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK)
 """All inputs that a UNet's first layer sees side by side, in this order."""
 ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
+IMAGE_ENCODER = "image_encoder"
+"""What reads a picture in the place of a prompt, where a bundle has it and no text encoder."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Task:
     ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
     mask leaves out becomes the picture's again after every row.
     ``feeds_depth``: the UNet takes `DEPTH_MASK`.
+    ``reads_image``: the UNet reads the picture in the place of a prompt, and begins from noise.
     """
 
     name: str
@@ -47,11 +50,13 @@ class Task:
     mixes_image: bool = False
     feeds_mask: bool = False
     feeds_depth: bool = False
+    reads_image: bool = False
 
 
 TEXT_TO_IMAGE = Task("text-to-image", ("noise",))
 IMAGE_TO_IMAGE = Task("image-to-image", ("image", "noise"), mixes_image=True)
 DEPTH_TO_IMAGE = Task("depth-to-image", ("image", "noise"), mixes_image=True, feeds_depth=True)
+IMAGE_VARIATION = Task("image-variation", ("noise",), reads_image=True)
 REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
 
@@ -62,6 +67,9 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     Raises `ConfigError` where the bundle is for another, `BundleError` where it has no VAE encoder,
     or no estimator of a depth that is not given.
     """
+    if reads_image(manifest):
+        _check_variation(request)
+        return IMAGE_VARIATION
     feeds_depth = takes_depth(manifest)
     if feeds_depth and (request.image is None or request.mask is not None):
         raise ConfigError(
@@ -134,12 +142,21 @@ def gives_depth(manifest: Manifest) -> bool:
     return decoder is not None and any(spec.name == DEPTH for spec in decoder.outputs)
 
 
+def reads_image(manifest: Manifest) -> bool:
+    """Whether the bundle reads a picture in the place of a prompt."""
+    return IMAGE_ENCODER in manifest.components and not any(
+        name in manifest.components for name in TEXT_ENCODERS
+    )
+
+
 def tasks_of(manifest: Manifest) -> tuple[str, ...]:
     """The names of all that can be asked of a bundle."""
     if takes_mask(manifest):
         return ("inpainting",)
     if takes_depth(manifest):
         return (DEPTH_TO_IMAGE.name,)
+    if reads_image(manifest):
+        return (IMAGE_VARIATION.name,)
     if ENCODER not in manifest.components:
         return (TEXT_TO_IMAGE.name,)
     begins = () if manifest.model.requires_aesthetics_score else (TEXT_TO_IMAGE.name,)
@@ -152,6 +169,25 @@ def plainest_request(manifest: Manifest) -> Request:
         return Request("")
     black = np.zeros((1, 1, 3), np.uint8)
     return Request("", image=black, mask=black if takes_mask(manifest) else None)
+
+
+def _check_variation(request: Request) -> None:
+    """`ConfigError` for what is not read where a picture is, or does not begin from noise."""
+    if request.image is None or any(request.prompts) or any(request.negative_prompts):
+        raise ConfigError(
+            "the bundle draws variations of a picture: it reads that, and no prompt",
+            "Give it alone: sd-run BUNDLE --image PICTURE.",
+        )
+    for name, hint in (
+        ("mask", "Repaint with the bundle of another checkpoint."),
+        ("depth_map", "Draw with the bundle of a depth-to-image checkpoint."),
+        ("strength", "Variations begin as noise; --guidance-scale says how alike they are."),
+    ):
+        if getattr(request, name) is not None:
+            raise ConfigError(
+                f"{name} with a bundle that draws variations of a picture",
+                f"Leave it out. {hint}",
+            )
 
 
 def _unet_inputs(manifest: Manifest) -> set[str]:

@@ -477,7 +477,6 @@ def test_folders_of_other_families_are_named(
         ("StableDiffusionLatentUpscalePipeline", "upscaler"),
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
         ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
-        ("StableDiffusionImageVariationPipeline", "image variations"),
         ("StableVideoDiffusionPipeline", "video"),
         ("AnimateDiffPipeline", "AnimateDiff"),
         ("FluxPipeline", "Flux"),

@@ -21,6 +21,7 @@ from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
 from tiny import make_checkpoint
+from tiny_variation import make_variation_checkpoint
 from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
@@ -335,6 +336,18 @@ def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]
         estimator=LARGE,
         seed=4,
         v2=True,
+        **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 16)},
+    )
+    with exported(checkpoint, batch_size=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def variation_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """As lambdalabs/sd-image-variations-diffusers: 24×24 pictures, two at a time."""
+    checkpoint = make_variation_checkpoint(
+        tmp_path_factory.mktemp("variation") / "checkpoint",
+        seed=5,
         **{**SMALL, "sample_size": 12, "vae_block_out_channels": (8, 16)},
     )
     with exported(checkpoint, batch_size=2) as model:

@@ -9,7 +9,7 @@ from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
 from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.table import SCHEDULERS
-from sd_runtime.task import plainest_request, tasks_of
+from sd_runtime.task import plainest_request, reads_image, tasks_of
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
@@ -93,6 +93,16 @@ class Offer:
                 status=404,
                 code="model_not_found",
             )
+
+
+def first_request(manifest: Manifest) -> Request:
+    """What a server makes its engines ready for; `ConfigError` for a bundle that no door is for."""
+    if reads_image(manifest):
+        raise ConfigError(
+            "the bundle draws variations of a picture, and every door here asks for a prompt",
+            "Draw with sd-run BUNDLE --image PICTURE, or in Python.",
+        )
+    return plainest_request(manifest)
 
 
 def _fits(scheduler: str, request: Request, manifest: Manifest) -> bool:

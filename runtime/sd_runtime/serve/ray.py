@@ -21,8 +21,7 @@ from sd_runtime.serve.api_key import load_api_key
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
-from sd_runtime.serve.offer import Offer
-from sd_runtime.task import plainest_request
+from sd_runtime.serve.offer import Offer, first_request
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -108,7 +107,7 @@ class Replica:
             settings.bundle,
             backend=settings.backend,
             threads=settings.threads or settings.num_cpus or None,
-            request=plainest_request(open_bundle(settings.bundle).manifest),
+            request=first_request(open_bundle(settings.bundle).manifest),
             loras=settings.loras,
         )
         self._room = EngineRoom(

@@ -17,8 +17,7 @@ from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
-from sd_runtime.serve.offer import Offer
-from sd_runtime.task import plainest_request
+from sd_runtime.serve.offer import Offer, first_request
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +89,7 @@ def serve(bundle: Path, settings: Settings) -> int:
                 bundle,
                 backend=settings.backend,
                 threads=settings.threads,
-                request=plainest_request(open_bundle(bundle).manifest),
+                request=first_request(open_bundle(bundle).manifest),
                 loras=settings.loras,
             ) as pipeline,
             EngineRoom(

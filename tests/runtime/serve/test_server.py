@@ -112,3 +112,10 @@ def test_a_bundle_for_depth_is_served(depth_model: TinyModel, start: Callable[..
         assert "it takes a picture" in reply.json["error"]["message"]
         assert len(server.ask("/sdapi/v1/img2img", body).json["images"]) == 1
         assert server.ask("/sdapi/v1/img2img", {**body, "mask": picture}).status == 400
+
+
+def test_a_bundle_for_variations_is_refused(
+    variation_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(variation_model.bundle), "--port", "0"]) == 2
+    assert "draws variations of a picture" in capsys.readouterr().err

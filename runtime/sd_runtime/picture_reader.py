@@ -1,0 +1,60 @@
+"""What a UNet reads of a picture in the place of a prompt: CLIP's image encoder, and a memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sd_runtime.arrays import copy_into
+from sd_runtime.conditioning import PromptEmbeds
+from sd_runtime.task import IMAGE_ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sd_engines.engine import Engine
+    from sd_runtime.input_image import InputImage
+    from sd_runtime.timing import Timings
+
+
+class PictureReader:
+    """Reads pictures one by one; remembers the last ``capacity`` (768 float32 are 3 KiB).
+
+    ``engine`` opens a component's engine, or gives the one that is open.
+    """
+
+    def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 64) -> None:
+        self._engine = engine
+        self._capacity = capacity
+        self._known: OrderedDict[str, PromptEmbeds] = OrderedDict()
+
+    def encode(
+        self, image: InputImage, groups: Sequence[tuple[str | None, ...]], *, timings: Timings
+    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+        """As `PromptEncoder.encode`, but every text is ``image``, and None is zeros beside it."""
+        read = self._read(image, timings)
+        return {
+            group: tuple(read.zeros() if text is None else read for text in group)
+            for group in groups
+        }
+
+    def forget(self) -> None:
+        """Drop all that is kept."""
+        self._known.clear()
+
+    def _read(self, image: InputImage, timings: Timings) -> PromptEmbeds:
+        if image.sha256 not in self._known:
+            engine = self._engine(IMAGE_ENCODER)
+            with timings.measure(IMAGE_ENCODER):
+                binding = engine.bind(1)
+                size = int(engine.inputs["images"].shape[1])
+                pixels = np.divide(image.middle_square(size), 255, dtype=np.float32)
+                copy_into(binding.inputs["images"], pixels[None])
+                binding.run()
+                self._known[image.sha256] = PromptEmbeds(binding.outputs["image_embeds"][0].copy())
+        self._known.move_to_end(image.sha256)
+        if len(self._known) > self._capacity:
+            self._known.popitem(last=False)
+        return self._known[image.sha256]
