@@ -186,6 +186,12 @@ def test_bind_outside_the_profile(engine: Engine, batch: int) -> None:
         engine.bind(batch)
 
 
+@pytest.mark.parametrize("pictures", [-1, 0, 3, 8])
+def test_bind_for_pictures_that_rows_do_not_share(engine: Engine, pictures: int) -> None:
+    with pytest.raises(ConfigError, match=f"4 rows are not shared by {pictures} pictures"):
+        engine.bind(4, pictures=pictures)
+
+
 def test_half_precision_graph(tmp_path: Path, backend: str) -> None:
     """float32 at the border, fp16 inside: off by fp16's rounding, and no more."""
     bundle = make_bundle(tmp_path / "bundle")
