@@ -28,6 +28,7 @@ from sd_export.family import (
     text_encoders,
 )
 from sd_export.license import card_license
+from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +47,7 @@ WEIGHT_STEMS = {
     "image_encoder": "model",
 }
 """Models of a checkpoint folder, and the stem of their safetensors file."""
-_SEERS = ("safety_checker", "depth_estimator", "image_encoder")
+_SEERS = ("safety_checker", DEPTH_ESTIMATOR, IMAGE_ENCODER)
 """Models of pictures, which the checkpoint's feature_extractor prepares for them."""
 CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
@@ -255,6 +256,8 @@ def read_folder(
         if not (folder / part).is_dir():
             raise _missing(part, f"{source} has no folder {part}")
     seers = [part for part in _SEERS if _is_named(index, part)]
+    if not variation and IMAGE_ENCODER in seers:
+        seers.remove(IMAGE_ENCODER)  # an IP-Adapter's, which pipelines may be saved with
     for part in (*seers, "feature_extractor") if seers else ():
         if not (folder / part).is_dir():
             raise _missing(part, f"model_index.json names a {part}, {source} has none")

@@ -37,9 +37,8 @@ class Recipe:
 
     ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
-    the recipe does not hold, None where there was none; so is ``strength``, where all began as
-    noise. So is
-    ``depth_map`` that of a given one, and are ``control_image`` those of what its ControlNets saw.
+    the recipe does not hold; ``depth_map`` is that of a given one, and ``control_image`` those of
+    what its ControlNets saw. ``strength`` is None where all began as noise.
     ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale. ``vae`` is
     what took the place of the model's own; None where nothing did. ``refiner`` is the model that
     drew the rest after ``high_noise_frac``; None where none did. ``safety_guidance`` and

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.spec import DEPTH, TEXT_ENCODERS
 from sd_runtime.request import Request
@@ -167,6 +165,8 @@ def plainest_request(manifest: Manifest) -> Request:
     """The least that a bundle can be asked: nothing, of nothing, where it takes a picture."""
     if tasks_of(manifest)[0] == TEXT_TO_IMAGE.name:
         return Request("")
+    import numpy as np  # not for sd-export --help
+
     black = np.zeros((1, 1, 3), np.uint8)
     return Request("", image=black, mask=black if takes_mask(manifest) else None)
 

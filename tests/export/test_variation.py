@@ -62,6 +62,19 @@ def test_what_is_half_for_variations(
         find_checkpoint(str(folder))
 
 
+def test_an_image_encoder_beside_a_text_encoder_is_another_thing(
+    smallest: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(smallest, tmp_path / "copy")
+    path = tmp_path / "copy" / "model_index.json"
+    index = json.loads(path.read_text())
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    path.write_text(json.dumps(index))
+    found = find_checkpoint(str(tmp_path / "copy"))
+    assert not found.reads_image
+    assert "image_encoder" not in found.weights
+
+
 @pytest.mark.parametrize("changes", [{"crop_size": 24}, {"resample": 2}, {"size": 32}])
 def test_pictures_that_are_prepared_otherwise(changes: dict[str, int]) -> None:
     with pytest.raises(ExportError, match="by the bicubic filter and cropped"):
