@@ -71,8 +71,8 @@ def test_another_depth_is_another_picture(depth_model: TinyModel) -> None:
 def test_the_bundle_says_what_it_is_for(depth_model: TinyModel, tmp_path: Path) -> None:
     manifest = open_bundle(depth_model.bundle).manifest
     inputs = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}
-    assert inputs["sample"] == ("batch", 4, 12, 12)
-    assert inputs["depth_mask"] == ("batch", 1, 12, 12)
+    assert inputs["sample"] == ("pictures", 4, 12, 12)
+    assert inputs["depth_mask"] == ("pictures", 1, 12, 12)
     proven = {entry.component: entry.figure for entry in manifest.certificate}
     assert proven.keys() == {*manifest.components, "end_to_end"}
     assert proven["depth_estimator"] <= 1e-4
