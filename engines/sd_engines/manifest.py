@@ -258,6 +258,8 @@ def _model(node: Node) -> ModelSpec:
         vae=node.younger_text("vae"),
         force_zeros_for_empty_prompt=node.optional_flag("force_zeros_for_empty_prompt"),
         requires_aesthetics_score=node.optional_flag("requires_aesthetics_score"),
+        low_res_scheduler=node.younger_mapping("low_res_scheduler"),
+        max_noise_level=node.younger_integer("max_noise_level", high=65536),
     )
     node.end()
     return model

@@ -46,6 +46,13 @@ class Node:
             raise wrong(self._at(key), "is missing")
         return self._fields.pop(key)
 
+    def _is_given(self, key: str) -> bool:
+        """Whether the field is there and not null; a null is taken."""
+        if self._fields.get(key) is None:
+            self._fields.pop(key, None)
+            return False
+        return True
+
     def text(self, key: str, *, one_of: tuple[str, ...] | None = None) -> str:
         """A text that is not empty and has no control characters; one of ``one_of`` where given."""
         value = self._take(key)
@@ -80,6 +87,10 @@ class Node:
         if type(value) is not int or not low <= value <= high:
             raise wrong(self._at(key), f"must be a whole number from {low} to {high}")
         return value
+
+    def younger_integer(self, key: str, *, high: int) -> int | None:
+        """A whole number from 0 to ``high``, None where the field is null or not there."""
+        return self.integer(key, high=high) if self._is_given(key) else None
 
     def number(self, key: str) -> float:
         """A finite number, as float."""
@@ -116,6 +127,10 @@ class Node:
         if not isinstance(value, dict):
             raise wrong(self._at(key), "must be an object")
         return value
+
+    def younger_mapping(self, key: str) -> dict[str, Any] | None:
+        """Any object, None where the field is null or not there."""
+        return self.mapping(key) if self._is_given(key) else None
 
     def array(self, key: str) -> list[Any]:
         """Any array, as it is."""

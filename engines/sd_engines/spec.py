@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,7 +17,8 @@ PICTURES = "pictures"
 """The axis of what several rows share: guidance makes two rows of each picture's sample. Row i is
 of picture i modulo their number."""
 STABLE_DIFFUSION_XL = "stable-diffusion-xl"
-"""A family's name, for where diffusers' pipelines of it do things otherwise."""
+X4_UPSCALER = "stable-diffusion-x4-upscaler"
+"""Families' names, for where diffusers' pipelines of them do things otherwise."""
 TIMESTEP_COND = "timestep_cond"
 """Input of a UNet that was distilled together with its guidance, and is told its scale there."""
 CONTROLNET = "controlnet_"
@@ -31,6 +32,9 @@ TIME_IDS = "time_ids"
 """Inputs of a UNet of Stable Diffusion XL: the prompt as one vector, and sizes in pixels."""
 DEPTH = "depth"
 """Output of an LDM3D's ``vae_decoder``: the channels in which it paints depth."""
+LOW_RES_IMAGE: Final = "low_res_image"
+NOISE_LEVEL = "noise_level"
+"""Inputs of an upscaler's UNet: the small picture with noise on it, and how much that is."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 
@@ -97,6 +101,8 @@ class ModelSpec:
 
     With ``force_zeros_for_empty_prompt`` the embeddings of a negative prompt that is not given are
     zeros. With ``requires_aesthetics_score`` the UNet is a refiner's: `TIME_IDS` ends in a score.
+    An upscaler's noise levels are timesteps of ``low_res_scheduler``, a scheduler's configuration,
+    from 0 to ``max_noise_level``; others have neither.
     """
 
     source: str
@@ -113,3 +119,5 @@ class ModelSpec:
     """Hub id or path of the VAE, where it is not the checkpoint's own."""
     force_zeros_for_empty_prompt: bool = False
     requires_aesthetics_score: bool = False
+    low_res_scheduler: dict[str, Any] | None = None
+    max_noise_level: int | None = None

@@ -80,6 +80,11 @@ def with_controlnets(
             "Export a plain checkpoint with a ControlNet that sees depth, such as "
             "lllyasviel/sd-controlnet-depth.",
         )
+    if checkpoint.is_upscaler:
+        raise ConfigError(
+            "--controlnet with an upscaler, which is led by the picture that it makes larger",
+            "Leave --controlnet out.",
+        )
     found = [find_controlnet(source) for source in sources]
     for controlnet in found:
         check_controlnet(controlnet, checkpoint.configs)

@@ -111,7 +111,8 @@ def _prompt(checkpoint: Checkpoint) -> str:
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     """The pictures that are drawn from, where it is not from text alone."""
     begins = checkpoint.is_for_inpainting or checkpoint.is_for_depth or checkpoint.is_refiner
-    if not (checkpoint.controlnets or begins or checkpoint.reads_image):
+    from_image = begins or checkpoint.reads_image or checkpoint.is_upscaler
+    if not (checkpoint.controlnets or from_image):
         return {}
     import numpy as np
 
@@ -119,6 +120,9 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
     if checkpoint.controlnets:
         return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
+    if checkpoint.is_upscaler:  # every pixel of it is a latent's
+        small = image[:: profile.vae_scale_factor, :: profile.vae_scale_factor]
+        return {"image": small.astype(np.uint8)}
     pictures = {"image": image.astype(np.uint8)}
     if checkpoint.reads_image:
         return pictures

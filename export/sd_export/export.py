@@ -151,6 +151,7 @@ def export(
                         checkpoint.is_for_inpainting
                         or checkpoint.is_for_depth
                         or checkpoint.reads_image
+                        or checkpoint.is_upscaler
                     ),
                     feature_cache=feature_cache,
                 )
@@ -209,16 +210,18 @@ def _profile(
 ) -> Profile:
     """The shapes asked for; the checkpoint's own sample size where nothing is."""
     factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
+    # Of a small picture whose sides are no multiples of the factor diffusers leaves something out.
+    step = factor**2 if checkpoint.is_upscaler else factor
     sample = checkpoint.configs["unet"].get("sample_size") or 64
     rows, columns = (sample, sample) if isinstance(sample, int) else sample
     height = rows * factor if height is None else height
     width = columns * factor if width is None else width
     for name, pixels in (("height", height), ("width", width)):
-        if not factor <= pixels <= _MAX_PIXELS or pixels % factor:
-            near = min(max(round(pixels / factor), 1) * factor, _MAX_PIXELS)
+        if not step <= pixels <= _MAX_PIXELS or pixels % step:
+            near = min(max(round(pixels / step), 1) * step, _MAX_PIXELS)
             raise ConfigError(
                 f"--{name} {pixels} is not possible",
-                f"Take a multiple of {factor} up to {_MAX_PIXELS}; the nearest is {near}.",
+                f"Take a multiple of {step} up to {_MAX_PIXELS}; the nearest is {near}.",
             )
     if not 1 <= batch_size <= _MAX_BATCH:
         raise ConfigError(f"--batch-size {batch_size} is not possible", f"Take 1 to {_MAX_BATCH}.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
-from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, Defaults
+from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, X4_UPSCALER, Defaults
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ _PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": replace(XL, guidance_scale=7.5),
+    "StableDiffusionUpscalePipeline": Defaults(num_inference_steps=75, guidance_scale=9.0),
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
-    "and (as folders) depth to image and image variations among them, and latent consistency "
-    "models and LDM3D of the same shape; ControlNets beside one of v1 or v2, by --controlnet."
+    "and (as folders) depth to image, image variations and the x4 upscaler among them, and latent "
+    "consistency models and LDM3D of the same shape; ControlNets beside one of v1 or v2, by "
+    "--controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -48,7 +50,7 @@ _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("Adapter", "Stable Diffusion with a T2I-Adapter"),
     ("AnimateDiff", "AnimateDiff"),
     ("VideoDiffusion|TextToVideo", "a video model"),
-    ("Upscale", "an upscaler"),
+    ("LatentUpscale", "a latent upscaler"),
     ("UnCLIP", "Stable unCLIP"),
     ("InstructPix2Pix", "InstructPix2Pix"),
     ("Kandinsky", "Kandinsky"),
@@ -65,19 +67,20 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
     (r"clip_(txt|text)_mapper\.", "a Stable Cascade checkpoint"),
     (r"depth_model\.", "a Stable Diffusion 2 depth-to-image checkpoint in one file"),
     (r"noise_augmentor\.|embedder\.model\.visual\.", "a Stable unCLIP checkpoint"),
-    (r"low_scale_model\.", "an upscaler"),
-    (r"model\.diffusion_model\.label_emb\.weight", "an upscaler"),
+    (r"low_scale_model\.", "an upscaler in one file"),
+    (r"model\.diffusion_model\.label_emb\.weight", "an upscaler in one file"),
     (r"((en|de)coder\.)?(down|up)_blocks\.|text_model\.", "one model of a folder, not the whole"),
 )
 _REFINER_TIME_IDS = 5
 _LDM3D_CHANNELS = (4, 6)
 """A picture's three, and those of its depth: one, or a picture of it."""
 _BY_CHANNELS = {
-    7: "an upscaler",
+    7: "an upscaler without its class labels",
     8: "InstructPix2Pix",
 }
 """What a UNet is for that sees more than four channels of latents, and neither the nine of
 inpainting (latents, mask and masked latents) nor the five of depth to image."""
+_PIXEL_CHANNELS = 3
 
 
 def pipeline_defaults(class_name: str, *, source: str) -> Defaults:
@@ -113,6 +116,7 @@ def check_configs(
     ``pipeline`` is the class that model_index.json names.
     """
     unet, vae = configs["unet"], configs["vae"]
+    channels = vae.get("latent_channels", 4)
     text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
     text_width = text_width or configs.get(IMAGE_ENCODER, {}).get("projection_dim", 512)
     problem = None
@@ -129,10 +133,12 @@ def check_configs(
         problem = "its UNet takes not the pooled prompt and sizes of Stable Diffusion XL"
     elif unet.get("class_embed_type"):
         problem = "its UNet takes an embedded picture (Stable unCLIP)"
-    elif unet.get("num_class_embeds"):
-        problem = "its UNet takes class labels (an upscaler)"
-    elif unet.get("in_channels", 4) not in (
-        channels := vae.get("latent_channels", 4),
+    elif unet.get("num_class_embeds") and not is_upscaler(configs):
+        problem = "its UNet takes class labels, and no picture beside them as an upscaler's"
+    elif is_upscaler(configs) and "safety_checker" in configs:
+        problem = "it is an upscaler with a safety checker, which diffusers cannot run on it"
+    elif not is_upscaler(configs) and unet.get("in_channels", 4) not in (
+        channels,
         channels + 1,
         2 * channels + 1,
     ):
@@ -162,8 +168,11 @@ def check_configs(
 def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """The family's name in the manifest: v2 reads prompts with OpenCLIP, v1 with OpenAI's CLIP.
 
-    transformers holds both in one class; what differs is the activation. XL's UNet takes sizes.
+    transformers holds both in one class; what differs is the activation. XL's UNet takes sizes,
+    the x4 upscaler's a small picture.
     """
+    if is_upscaler(configs):
+        return X4_UPSCALER
     if is_xl(configs):
         return STABLE_DIFFUSION_XL
     open_clip = configs.get("text_encoder", {}).get("hidden_act") == "gelu"
@@ -173,6 +182,13 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
 def is_xl(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the UNet takes the pooled prompt and sizes, as Stable Diffusion XL's does."""
     return configs["unet"].get("addition_embed_type") == "text_time"
+
+
+def is_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the UNet takes a small picture's pixels, and a class label that says how noisy."""
+    unet, channels = configs["unet"], configs["vae"].get("latent_channels", 4)
+    takes_pixels = unet.get("in_channels", 4) == channels + _PIXEL_CHANNELS
+    return takes_pixels and bool(unet.get("num_class_embeds"))
 
 
 def text_encoders(configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

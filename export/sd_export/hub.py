@@ -27,6 +27,7 @@ _SMALL_FILES = (
     "license*",
     "*/config.json",
     "scheduler/*.json",
+    "low_res_scheduler/*.json",
     "tokenizer/*.json",
     "tokenizer/merges.txt",
     "tokenizer_2/*.json",

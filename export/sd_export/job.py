@@ -105,6 +105,7 @@ class Job:
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
                 "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
+                "max_noise_level": checkpoint.max_noise_level,
                 "tokenizers": [folder_hashes(path) for path in checkpoint.tokenizers.values()],
                 "weights": self._weights,
             }
@@ -272,6 +273,7 @@ class Job:
         from sd_export.wrappers import vae_scaling_factor
 
         checkpoint = self.checkpoint
+        low_res_scheduler = checkpoint.configs.get("low_res_scheduler")
         return ModelSpec(
             source=checkpoint.source,
             revision=checkpoint.revision,
@@ -286,6 +288,8 @@ class Job:
             vae=None if checkpoint.vae is None else checkpoint.vae.source,
             force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
             requires_aesthetics_score=checkpoint.is_refiner,
+            low_res_scheduler=None if low_res_scheduler is None else dict(low_res_scheduler),
+            max_noise_level=checkpoint.max_noise_level,
         )
 
     def _reference_name(self) -> str:

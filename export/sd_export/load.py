@@ -117,6 +117,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         "Depth2Img": checkpoint.is_for_depth,
         "ImageVariation": checkpoint.reads_image,
         "Img2Img": checkpoint.is_refiner,
+        "Upscale": checkpoint.is_upscaler,
         "LDM3D": checkpoint.depth_channels > 0,
     }
     task = next((name for name, is_it in tasks.items() if is_it), "")
@@ -127,6 +128,10 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         options = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros}
         if task:
             options["requires_aesthetics_score"] = checkpoint.is_refiner
+    if checkpoint.is_upscaler:
+        low_res = diffusers.DDPMScheduler.from_config(checkpoint.configs["low_res_scheduler"])
+        level = checkpoint.max_noise_level
+        options = {"low_res_scheduler": low_res, "max_noise_level": level}
     config = dict(checkpoint.configs["scheduler"])
     if task == "LDM3D":
         options["image_encoder"] = None

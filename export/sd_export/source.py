@@ -21,6 +21,7 @@ from sd_export.family import (
     check_configs,
     family_of,
     is_refiner,
+    is_upscaler,
     is_xl,
     lone_model,
     painted_channels,
@@ -28,6 +29,7 @@ from sd_export.family import (
     text_encoders,
 )
 from sd_export.license import card_license
+from sd_export.upscaler import LOW_RES_SCHEDULER, max_noise_level, upscaler_configs
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
@@ -67,8 +69,9 @@ class Checkpoint:
 
     ``configs`` has ``text_encoder``, ``text_encoder_2``, both, or ``image_encoder`` in their place;
     ``unet``, ``vae``, ``scheduler``; and ``safety_checker`` or ``depth_estimator`` where the
-    checkpoint has them, with ``feature_extractor`` where it has any model of pictures. ``weights``
-    maps a model to its files, ``tokenizers`` a text encoder to its tokenizer's folder.
+    checkpoint has them, with ``feature_extractor`` where it has any model of pictures; the x4
+    upscaler's has ``low_res_scheduler``. ``weights`` maps a model to its files, ``tokenizers`` a
+    text encoder to its tokenizer's folder. ``max_noise_level`` is an upscaler's.
     ``single_file`` means the original layout: all models share one file, and the tokenizers are
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
     is ``force_zeros_for_empty_prompt``.
@@ -95,6 +98,7 @@ class Checkpoint:
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
     force_zeros_for_empty_prompt: bool = False
+    max_noise_level: int | None = None
 
     def is_in_original_layout(self, component: str) -> bool:
         """Whether the names of the component's weights are to be translated."""
@@ -126,6 +130,11 @@ class Checkpoint:
     def reads_image(self) -> bool:
         """Whether the UNet reads a picture in the place of a prompt."""
         return not self.text_encoders
+
+    @property
+    def is_upscaler(self) -> bool:
+        """Whether the UNet takes a small picture beside the latents, which it makes larger."""
+        return is_upscaler(self.configs)
 
     @property
     def is_refiner(self) -> bool:
@@ -269,6 +278,10 @@ def read_folder(
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         configs["feature_extractor"] = read_json(processor, component="feature_extractor")
     check_configs(configs, pipeline=str(index.get("_class_name")))
+    if is_upscaler(configs):
+        scheduler = folder / LOW_RES_SCHEDULER / "scheduler_config.json"
+        low_res_scheduler = read_json(scheduler, component=LOW_RES_SCHEDULER)
+        configs = upscaler_configs(configs, low_res_scheduler)
     tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
     for tokenizer in tokenizers.values():
         if not (tokenizer / "tokenizer.json").is_file() and not (
@@ -286,6 +299,7 @@ def read_folder(
         defaults=defaults,
         force_zeros_for_empty_prompt=variation
         or (is_xl(configs) and bool(index.get("force_zeros_for_empty_prompt", True))),
+        max_noise_level=max_noise_level(configs, index),
     )
 
 

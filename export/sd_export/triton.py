@@ -15,7 +15,7 @@ from sd_engines.errors import BundleError, ConfigError, ExportError, nearest
 from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.engines import drawing_components
 from sd_runtime.pipeline import TOKENIZER_OF
-from sd_runtime.task import TEXT_TO_IMAGE, tasks_of
+from sd_runtime.task import TEXT_TO_IMAGE, check_served, tasks_of
 from sd_runtime.triton import GRAPHS, OPTIONS
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
     Raises `ConfigError` for another, `BundleError` where the bundle lacks an engine of it.
     """
     bundle = open_bundle(bundle_path)
+    check_served(bundle.manifest)
     tasks = tasks_of(bundle.manifest)
     if TEXT_TO_IMAGE.name not in tasks:
         raise ConfigError(

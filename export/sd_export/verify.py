@@ -15,7 +15,7 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
-from sd_engines.spec import BATCH, PICTURES, TIME_IDS
+from sd_engines.spec import BATCH, NOISE_LEVEL, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
@@ -40,6 +40,7 @@ draws 95.5 % of its captions right, at 0.21 only 89.0 % (benchmarks/README.md).
 """
 _SEED = 20_220_822
 _TIMESTEPS = (981.0, 21.0)
+_NOISE_LEVELS = (20, 0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def probe_inputs(
             arrays[spec.name] = ids
         elif spec.name == "timestep":
             arrays[spec.name] = np.array(_TIMESTEPS[:rows], dtype=np.float32)
+        elif spec.name == NOISE_LEVEL:
+            arrays[spec.name] = np.array(_NOISE_LEVELS[:rows])
         elif spec.name == TIME_IDS:
             arrays[spec.name] = rng.integers(0, 1025, shape).astype(np.float32)
         elif spec.name == "images":

@@ -17,7 +17,9 @@ from sd_engines.spec import (
     CONTROL_EMBEDDING,
     CONTROLNET,
     DEPTH,
+    LOW_RES_IMAGE,
     MID_RESIDUAL,
+    NOISE_LEVEL,
     PICTURES,
     POOLED_PROMPT_EMBEDS,
     RESIDUAL,
@@ -112,7 +114,8 @@ class Unet(nn.Module):
 
     Takes what ``names`` say, in their order: with mask [batch, 1, h, w] and masked_image_latents
     [batch, c, h, w] where it is for inpainting; with depth_mask [batch, 1, h, w] where it is for
-    depth to image; with timestep_cond [batch, d] where it was
+    depth to image; with low_res_image [batch, 3, h, w] and noise_level [batch] where it is an
+    upscaler; with timestep_cond [batch, d] where it was
     distilled together with its guidance; with pooled_prompt_embeds [batch, e] and time_ids [batch,
     5 or 6] where it is of Stable Diffusion XL; with the residuals of ControlNets, zeros where there
     are none, the middle's last.
@@ -135,6 +138,7 @@ class Unet(nn.Module):
             torch.cat(seen, dim=1) if len(seen) > 1 else seen[0],
             inputs["timestep"],
             inputs["encoder_hidden_states"],
+            class_labels=inputs.get(NOISE_LEVEL),
             timestep_cond=inputs.get(TIMESTEP_COND),
             added_cond_kwargs=added,
             down_block_additional_residuals=tuple(residuals) or None,
@@ -180,10 +184,11 @@ class VaeEncoder(nn.Module):
 def components_of(checkpoint: Checkpoint, *, feature_cache: bool) -> tuple[str, ...]:
     """The components that a bundle of ``checkpoint`` has, its ControlNets' aside, in their order.
 
-    No VAE encoder where nothing begins with a picture: of an LDM3D, whose would take depth as well,
-    and of what reads a picture in the place of a prompt.
+    No VAE encoder where nothing begins with a picture's latents: of an LDM3D, whose would take
+    depth as well, of what reads a picture in the place of a prompt, and of an upscaler that sees
+    pixels.
     """
-    from_noise = checkpoint.depth_channels > 0 or checkpoint.reads_image
+    from_noise = checkpoint.depth_channels > 0 or checkpoint.reads_image or checkpoint.is_upscaler
     unwanted = {"vae_encoder": from_noise, "unet_shallow": not feature_cache}
     return tuple(
         component
@@ -312,6 +317,11 @@ def borders(
             ]
         if checkpoint.is_for_depth:
             inputs.append(TensorSpec(DEPTH_MASK, "float32", (axis, 1, *latent_size)))
+        if checkpoint.is_upscaler:
+            inputs += [
+                TensorSpec(LOW_RES_IMAGE, "float32", (axis, 3, *latent_size)),
+                TensorSpec(NOISE_LEVEL, "int64", (axis,)),
+            ]
         if unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))

@@ -47,7 +47,8 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--image",
     type=_FILE,
-    help="Start from this picture, resized to the bundle's size; or draw variations of it.",
+    help="Start from this picture, resized to the bundle's size; or draw variations of it. An "
+    "upscaler makes it larger.",
 )
 @click.option("--mask", type=_FILE, help="Repaint only what is white in this one.")
 @click.option(
@@ -61,6 +62,11 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="How near each part of --image is, where the bundle would estimate it: a grey picture or "
     ".npy, brighter or greater is nearer.",
+)
+@click.option(
+    "--noise-level",
+    type=int,
+    help="Of an upscaler: noise on --image before it is made larger. [default: 20]",
 )
 @click.option(
     "--refiner",

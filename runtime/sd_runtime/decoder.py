@@ -54,10 +54,11 @@ class Decoder:
         self._gives_depth = gives_depth(manifest)
         self.checks = "safety_checker" in manifest.components
 
-    def draw(self, latents: Array, *, timings: Timings) -> Decoded:
+    def draw(self, latents: Array, *, may_be_plain: bool = False, timings: Timings) -> Decoded:
         """What the latents show; black and of no depth where the safety checker flags it.
 
-        `BackendError` where that is no picture.
+        `BackendError` where that is no picture, or one of one single colour: a sign of a broken
+        engine, but of what ``may_be_plain``, as a tile of a sky is.
         """
         with timings.measure("vae_decoder"):
             outputs = self._decode(latents)
@@ -67,7 +68,7 @@ class Decoder:
         _check_finite("the VAE decoder", images)
         pixels = _pixels_from(images)
         depth = depth_from_channels(to_host(outputs[DEPTH])) if self._gives_depth else None
-        if (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
+        if not may_be_plain and (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
             raise BackendError(
                 "the VAE decoder returned a picture of one single colour", PRECISION_HINT
             )

@@ -88,10 +88,11 @@ def denoise(
     be guided if they are, and not if they are not. ``noise`` is one stream per picture, read on
     the rows that draw, used there or not, so that later rows see the noise they would see in
     diffusers. ``unet_inputs`` go to the UNet by name on every row, in both halves: [n, …], or
-    [1, …] for all pictures; ``negative_unet_inputs`` take their place in the negative half. Where
-    ``known`` is given, its part of the latents is put back after every row, with the noise of the
-    next. What ``controlnets`` say on a row goes into the UNet. Pictures whose rows are all guided
-    can be led away from what ``safety`` names. Closing the generator cancels.
+    [1, …] for all pictures, as numbers [1] always are; ``negative_unet_inputs`` take their place in
+    the negative half. Where ``known`` is given, its part of the latents is put back after every
+    row, with the noise of the next. What ``controlnets`` say on a row goes into the UNet. Pictures
+    whose rows are all guided can be led away from what ``safety`` names. Closing the generator
+    cancels.
     """
     n = len(latents)
     engines = {"unet": unet} | ({"unet_shallow": unet_shallow} if unet_shallow else {})
@@ -203,7 +204,11 @@ def _bound(
         for name, rows in half.items():
             if name == "encoder_hidden_states" and name not in binding.inputs:
                 continue
-            for index, row_in in enumerate(binding.inputs[name][n * number : n * (number + 1)]):
+            rows_in = binding.inputs[name][n * number : n * (number + 1)]
+            if rows_in.ndim == 1:
+                rows_in[...] = rows[0].item()
+                continue
+            for index, row_in in enumerate(rows_in):
                 copy_into(row_in, rows[index % len(rows)])
     return binding
 

@@ -77,7 +77,7 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
 
     And of how many pictures they are.
     """
-    pictures = min(plan.request.num_images, profile.batch_size)
+    pictures = min(plan.num_drawn, profile.batch_size)
     samples = {
         row: (pictures * (2 if row in plan.guided_rows else 1), pictures)
         for row in range(plan.table.num_rows)
@@ -86,8 +86,9 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
     if plan.task.reads_image:
         encoders = (IMAGE_ENCODER,)
     one = (1, 1)
-    starts = plan.request.image is not None and not plan.task.reads_image
-    encoder = {ENCODER: {one}} if starts else {}  # one at a time: `ImageEncoder`
+    pixels_alone = plan.task.reads_image or plan.upscaling is not None
+    encodes = plan.request.image is not None and not pixels_alone
+    encoder = {ENCODER: {one}} if encodes else {}  # one at a time: `ImageEncoder`
     if plan.task.feeds_depth and plan.request.depth_map is None:
         encoder[DEPTH_ESTIMATOR] = {one}
     controls = {

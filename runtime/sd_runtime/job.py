@@ -101,9 +101,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         check_writable(job.save_latents)
     plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
     batch_size = manifest.profile.batch_size
-    num_steps = sum(
-        planned.num_rows * math.ceil(planned.request.num_images / batch_size) for planned in plans
-    )
+    num_steps = sum(planned.num_steps(batch_size) for planned in plans)
     if "seed" not in job.options and not job.from_image and not quiet:
         click.echo(f"Seed {seeds[0]}", err=True)
 

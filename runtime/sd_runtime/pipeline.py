@@ -22,7 +22,6 @@ from sd_runtime.engines import components_to_open, first_batches, open_engines, 
 from sd_runtime.guidance import Safety
 from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.lora import OWNERS, Lora, find_loras, fused_weights
-from sd_runtime.noise import NoiseStream
 from sd_runtime.picture_reader import PictureReader
 from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision, Profile
     from sd_runtime.conditioning import PromptEmbeds
     from sd_runtime.denoise import Row
+    from sd_runtime.image_encoder import Source
+    from sd_runtime.noise import NoiseStream
     from sd_runtime.plan import Plan
     from sd_runtime.recipe import Recipe
     from sd_runtime.request import ImageRequest, Request
@@ -223,6 +224,7 @@ class Pipeline(Closing):
         start, timings = clock(), Timings()
         request, num_rows = plan.request, plan.num_rows
         images = request.images()
+        drawn = images if plan.upscaling is None else plan.upscaling.tiles_of(images)
         size = self.profile.batch_size
         texts = [plan.texts(image) for image in images]
         if plan.task.reads_image:
@@ -231,23 +233,31 @@ class Pipeline(Closing):
             embeds = self._prompts.encode(
                 texts, prompt_weighting=request.prompt_weighting, timings=timings
             )
-        num_steps = num_rows * -(-len(images) // size)
+        num_steps = plan.num_steps(size)
         latents, decoded = [], []
-        for first in range(0, len(images), size):
-            batch = images[first : first + size]
+        for first in range(0, len(drawn), size):
+            batch = drawn[first : first + size]
             for row in self._denoise(batch, plan, embeds, timings):
                 result, decoder = None, self._decoder
                 if self.refiner is not None and row.index >= plan.table.num_rows:
                     decoder = self.refiner._decoder
                 if row.index + 1 == num_rows:
-                    decoded.append(decoder.draw(row.latents, timings=timings))
+                    decoded.append(
+                        decoder.draw(
+                            row.latents, may_be_plain=plan.upscaling is not None, timings=timings
+                        )
+                    )
                     latents.append(to_host(row.latents).copy())
-                    if first + len(batch) == len(images):
-                        timings.add("total", start, clock())
+                    if first + len(batch) == len(drawn):
                         pixels, depths, flags = zip(*decoded, strict=True)
+                        pictures = np.concatenate(pixels)
+                        if plan.upscaling is not None:
+                            with timings.measure("join"):
+                                pictures = plan.upscaling.join(pictures)
+                        timings.add("total", start, clock())
                         result = Result(
                             request=request,
-                            pixels=np.concatenate(pixels),
+                            pixels=pictures,
                             latents=np.concatenate(latents),
                             nsfw_content_detected=(
                                 tuple(chain.from_iterable(flags)) if decoder.checks else None
@@ -273,14 +283,18 @@ class Pipeline(Closing):
         embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
         timings: Timings,
     ) -> Iterator[Row]:
-        request, source = plan.request, None
-        if request.image is not None and not plan.task.reads_image:
+        request = plan.request
+        sources: list[Source] = []
+        if plan.upscaling is not None:
+            sources = [plan.upscaling.source(image) for image in batch]
+        elif request.image is not None and not plan.task.reads_image:
             source = self._images.encode(
                 plan.task, request.image, request.mask, request.depth_map, timings=timings
             )
+            sources = [source] * len(batch)
         with timings.measure("noise"):
-            noise = [NoiseStream(image.seed) for image in batch]
-            start = begin(plan.task, noise, self.latents_shape, plan.table, source=source)
+            noise = [plan.noise(image) for image in batch]
+            start = begin(plan.task, noise, self.latents_shape, plan.table, sources=sources)
         rows = self._rows(start, noise, batch, plan, embeds, timings)
         if plan.refining is None or self.refiner is None:
             return rows

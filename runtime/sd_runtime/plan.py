@@ -8,24 +8,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sd_engines.errors import ConfigError
-from sd_engines.spec import STABLE_DIFFUSION_XL, TIME_IDS, TIMESTEP_COND
+from sd_engines.spec import (
+    NOISE_LEVEL,
+    STABLE_DIFFUSION_XL,
+    TIME_IDS,
+    TIMESTEP_COND,
+    X4_UPSCALER,
+)
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.controlnet import Control, controls_of
+from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, check_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
-from sd_runtime.task import REFINING, Task, task_of
+from sd_runtime.task import REFINING, UPSCALING, Task, task_of
+from sd_runtime.upscaling import upscaling_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
     from sd_runtime.request import ImageRequest, Request
     from sd_runtime.safety_options import SafetyConfig
+    from sd_runtime.upscaling import Upscaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +45,9 @@ class Plan:
     ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
     an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``. To a UNet of Stable Diffusion XL
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
-    prompt. ``safety`` is there where the request has safety guidance. ``refining`` is what a
-    refiner does after it.
+    prompt. To an upscaler's the `NOISE_LEVEL`, int64 [1]. ``safety`` is there where the request has
+    safety guidance. ``refining`` is what a refiner does after it, ``upscaling`` what an upscaler
+    makes larger.
     """
 
     request: Request
@@ -47,11 +58,12 @@ class Plan:
     table: SchedulerTable
     guided_rows: range
     shallow_rows: frozenset[int]
-    unet_inputs: Mapping[str, NDArray[np.float32]]
+    unet_inputs: Mapping[str, NDArray[Any]]
     negative_unet_inputs: Mapping[str, NDArray[np.float32]]
     controls: tuple[Control, ...] = ()
     safety: SafetyConfig | None = None
     refining: Plan | None = None
+    upscaling: Upscaling | None = None
 
     def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one.
@@ -63,10 +75,24 @@ class Plan:
         concept = () if self.safety is None else (self.request.safety_concept,)
         return (image.prompt, image.negative_prompt, *concept)
 
+    def noise(self, image: ImageRequest) -> NoiseStream:
+        """The random draws of a picture, or of a tile of it."""
+        return NoiseStream(image.seed) if self.upscaling is None else self.upscaling.noise(image)
+
     @property
     def num_rows(self) -> int:
         """UNet calls for one batch, those of a refiner among them."""
         return self.table.num_rows + (self.refining.num_rows if self.refining else 0)
+
+    @property
+    def num_drawn(self) -> int:
+        """What the UNet draws: pictures, or all the tiles of those that are made larger."""
+        tiles = 1 if self.upscaling is None else len(self.upscaling.tiling.tiles)
+        return self.request.num_images * tiles
+
+    def num_steps(self, batch_size: int) -> int:
+        """UNet calls in all, ``batch_size`` pictures or tiles at a time."""
+        return self.num_rows * -(-self.num_drawn // batch_size)
 
 
 def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = None) -> Plan:
@@ -101,7 +127,9 @@ def _plan(
     denoising_end: float | None = None,
 ) -> Plan:
     """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
-    request.check_profile(manifest.profile)
+    upscaling = upscaling_of(request, manifest) if task is UPSCALING else None
+    if upscaling is None:
+        request.check_profile(manifest.profile)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
             f"cache_interval is {request.cache_interval}, and the bundle has no shallow UNet",
@@ -117,7 +145,8 @@ def _plan(
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = model.defaults.num_inference_steps if steps is None else steps
     scale = model.defaults.guidance_scale if scale is None else scale
-    strength = 1.0 if task.reads_image else request.strength_or(model.defaults)
+    from_noise = task.reads_image or upscaling is not None
+    strength = 1.0 if from_noise else request.strength_or(model.defaults)
     negative = request.negative_prompt
     if not model.force_zeros_for_empty_prompt:  # then None is empty text
         if isinstance(negative, tuple):
@@ -129,7 +158,8 @@ def _plan(
         negative_prompt=negative,
         num_inference_steps=steps,
         guidance_scale=scale,
-        strength=None if request.image is None or task.reads_image else strength,
+        strength=None if request.image is None or from_noise else strength,
+        noise_level=None if upscaling is None else upscaling.noise_level,
     )
     safety = None
     if request.safety_guidance is not None:
@@ -149,7 +179,8 @@ def _plan(
     )
     widths = _unet_input_widths(manifest)
     width = widths.get(TIMESTEP_COND)
-    unet_inputs, negative_unet_inputs = {}, {}
+    unet_inputs: dict[str, NDArray[Any]] = {}
+    negative_unet_inputs: dict[str, NDArray[np.float32]] = {}
     if width is not None:
         _check_distilled(request)
         unet_inputs[TIMESTEP_COND] = guidance_scale_embedding(scale, width)[None]
@@ -157,6 +188,8 @@ def _plan(
         is_refiner = model.requires_aesthetics_score
         ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
         unet_inputs[TIME_IDS], negative_unet_inputs[TIME_IDS] = ids[None], negative_ids[None]
+    if upscaling is not None:
+        unet_inputs[NOISE_LEVEL] = np.array([upscaling.noise_level])
     guided_rows = request.guided_rows(table.num_rows) if width is None else range(0)
     if safety is not None:
         check_safety_guidance(request, is_guided=bool(guided_rows))
@@ -173,6 +206,7 @@ def _plan(
         negative_unet_inputs=negative_unet_inputs,
         controls=controls_of(request, manifest, table.num_rows),
         safety=safety,
+        upscaling=upscaling,
     )
 
 
@@ -182,9 +216,9 @@ def pipeline_scheduler_config(
     """The config as diffusers' pipeline of the ``family`` corrects it.
 
     Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
-    whatever a checkpoint says; of Stable Diffusion XL diffusers takes its word for it.
+    whatever a checkpoint says; of Stable Diffusion XL and of upscalers diffusers takes its word.
     """
-    if family == STABLE_DIFFUSION_XL:
+    if family in (STABLE_DIFFUSION_XL, X4_UPSCALER):
         return {**scheduler_config, "clip_sample": False}
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 

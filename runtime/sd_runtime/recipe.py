@@ -42,7 +42,8 @@ class Recipe:
     ``loras`` were put on the bundle's engines, each its file's SHA-256 and its scale. ``vae`` is
     what took the place of the model's own; None where nothing did. ``refiner`` is the model that
     drew the rest after ``high_noise_frac``; None where none did. ``safety_guidance`` and
-    ``safety_concept`` are both None without it.
+    ``safety_concept`` are both None without it. What an upscaler made larger has a ``noise_level``
+    in the place of strength.
     """
 
     prompt: str
@@ -79,6 +80,7 @@ class Recipe:
     refiner: str | None = None
     refiner_fingerprint: str | None = None
     high_noise_frac: float | None = None
+    noise_level: int | None = None
 
     def request(
         self,
@@ -105,10 +107,10 @@ class Recipe:
                     f"hold (SHA-256 of the pixels: {words})",
                     "Give it again:" + f" --{name.replace('_', '-')} FILE" * len(digests) + ".",
                 )
-        return self._request_from(given, self.strength)
+        return self._request_from(given)
 
-    def _request_from(self, given: Mapping[str, object], strength: float | None) -> Request:
-        control_image = given.get("control_image")
+    def _request_from(self, given: Mapping[str, object]) -> Request:
+        image, control_image = given.get("image"), given.get("control_image")
         controls = {name: getattr(self, name) for name in (*CONTROL_NUMBERS, "guess_mode")}
         return Request(
             self.prompt,
@@ -126,9 +128,10 @@ class Recipe:
             eta=self.eta,
             height=self.height,
             width=self.width,
-            image=given.get("image"),
+            image=image,
             mask=given.get("mask"),
-            strength=strength,
+            strength=None if image is None else self.strength,
+            noise_level=None if image is None else self.noise_level,
             depth_map=given.get("depth_map"),
             control_image=control_image,
             high_noise_frac=self.high_noise_frac,
@@ -164,6 +167,8 @@ class Recipe:
             values["Safety guidance"] = self.safety_guidance
         if self.strength is not None:
             values["Denoising strength"] = f"{self.strength:g}"
+        if self.noise_level is not None:
+            values["Noise level"] = self.noise_level
         if self.loras:
             values["Lora hashes"] = " ".join(lora[:10] for lora in self.loras)
         for index, (scale, start, end) in enumerate(self._controls()):
@@ -213,12 +218,17 @@ class Recipe:
         for name in ("revision", *digests_or_names):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
-        has_strength = isinstance(recipe.strength, int | float)
-        beside = recipe.mask or recipe.depth_map
-        varies = bool(recipe.image) and not recipe.prompt and recipe.strength is None
+        amounts = [n for n in (recipe.strength, recipe.noise_level) if n is not None]
         has_image = recipe.image is not None
-        if (has_strength != has_image and not varies) or (beside and not has_image):
-            raise _unreadable("image, mask, depth_map and strength do not belong together")
+        varies = bool(recipe.image) and not recipe.prompt and not amounts
+        if (
+            (len(amounts) != has_image and not varies)
+            or not all(isinstance(amount, int | float) for amount in amounts)
+            or ((recipe.mask or recipe.depth_map) and not has_image)
+        ):
+            raise _unreadable(
+                "image, mask, depth_map, strength and noise_level do not belong together"
+            )
         digests = recipe.control_image
         if digests is not None and not (
             isinstance(digests, tuple) and digests and all(isinstance(d, str) for d in digests)
@@ -227,7 +237,7 @@ class Recipe:
         parts = (recipe.refiner, recipe.refiner_fingerprint, recipe.high_noise_frac)
         if len({part is None for part in parts}) > 1:
             raise _unreadable("refiner, refiner_fingerprint and high_noise_frac belong together")
-        recipe._request_from({}, None)  # its inputs come later
+        recipe._request_from({})  # its inputs come later
         check_control_options(recipe)
         return recipe
 
@@ -244,6 +254,7 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of one picture of a plan."""
     model, profile, request = manifest.model, manifest.profile, plan.request
+    height, width = plan.upscaling.size if plan.upscaling else (profile.height, profile.width)
     return Recipe(
         prompt=image.prompt,
         negative_prompt=image.negative_prompt,
@@ -268,8 +279,9 @@ def recipe_of(
         control_guidance_end=request.control_guidance_end,
         guess_mode=request.guess_mode,
         high_noise_frac=request.high_noise_frac,
-        height=profile.height,
-        width=profile.width,
+        noise_level=request.noise_level,
+        height=height,
+        width=width,
         backend=backend,
         precision=precision,
         loras=tuple(map(str, loras)),

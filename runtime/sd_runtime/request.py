@@ -18,16 +18,18 @@ from sd_runtime.safety_options import check_safety_options
 
 if TYPE_CHECKING:
     from sd_engines.spec import Defaults, Profile
+    from sd_runtime.tiles import Tile
 
 MAX_SEED = 2**64 - 1
 
 
 class ImageRequest(NamedTuple):
-    """One picture of a request: what is drawn, what is not, and from which seed."""
+    """One picture of a request, or a tile of it: what is drawn, what is not, from which seed."""
 
     prompt: str
     negative_prompt: str | None
     seed: int
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Request:
 
     ``image`` starts all pictures from another one, and a ``mask`` repaints only what is white in
     it: a path, a Pillow picture or uint8 [H, W, 3], an `InputImage` once it is in. ``strength``
-    0 … 1 is the share of the steps that run. A ``depth_map`` says how near each part of ``image``
-    is, to a bundle that would estimate it otherwise: a path, a Pillow picture or numbers [h, w], a
-    `DepthMap` once it is in. Where a bundle draws variations, ``image`` is what is read in the
-    place of a prompt, and ``prompt`` is "".
+    0 … 1 is the share of the steps that run. An upscaler makes it larger instead, with noise of the
+    ``noise_level`` on it first, 20 by default: the more, the more freely it is redrawn. A
+    ``depth_map`` says how near each part of ``image`` is, to a bundle that would estimate it
+    otherwise: a path, a Pillow picture or numbers [h, w], a `DepthMap` once it is in. Where a
+    bundle draws variations, ``image`` is what is read in the place of a prompt, and ``prompt`` is
+    "".
 
     ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
     counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to
@@ -90,6 +94,7 @@ class Request:
     mask: Any = None
     strength: float | None = None
     depth_map: Any = None
+    noise_level: int | None = None
     control_image: Any = None
     controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
     control_guidance_start: float | tuple[float, ...] = 0.0
@@ -199,6 +204,13 @@ class Request:
                 raise ConfigError(
                     f"strength is {self.strength:g} without a picture to start from",
                     "Give one: --image PICTURE; or leave strength out.",
+                )
+        if self.noise_level is not None:
+            _check_whole("noise_level", self.noise_level, 0, None)
+            if self.image is None:
+                raise ConfigError(
+                    f"noise_level is {self.noise_level} without a picture to make larger",
+                    "Give one: --image PICTURE; or leave noise_level out.",
                 )
 
     def _take_control(self) -> None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Result:
     """The pictures of one request, in its order.
 
-    ``pixels`` uint8 [n, H, W, 3]; ``latents`` float32 [n, c, h, w], as the decoder got them;
+    ``pixels`` uint8 [n, H, W, 3]; ``latents`` float32 [n, c, h, w], as the decoder got them, and of
+    every tile of an upscaled picture;
     ``nsfw_content_detected`` is one bool per picture, None without a safety checker; what it
     finds is painted black. ``request`` is the one that ran, its seed filled in. ``depth`` uint16
     [n, H, W] are the depth maps that an LDM3D paints; None of all others.
@@ -97,7 +98,8 @@ class Step:
     """One UNet call of a request; the last one holds the `Result`.
 
     ``index`` counts 0 … num_steps − 1 over the whole request, whose pictures run in batches:
-    ``first_image`` is the first of this batch. ``latents`` float32 [n, c, h, w] in the
+    ``first_image`` is the first of this batch. Of upscaled pictures it counts tiles, and what there
+    is of each is its latents and its preview. ``latents`` float32 [n, c, h, w] in the
     variance-preserving scale are the loop's own: copy what must outlive the step.
     """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
-from sd_runtime.task import plainest_request
+from sd_runtime.task import check_served, plainest_request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
@@ -36,6 +36,7 @@ def schedule_of(
     """
     import numpy as np
 
+    check_served(manifest)
     if manifest.model.requires_aesthetics_score:
         raise ConfigError(
             "a refiner has no schedule to hand on: its UNet is told one thing beside the prompt, "

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sd_engines.spec import LOW_RES_IMAGE
 from sd_runtime.denoise import Known
+from sd_runtime.image_encoder import Source
 from sd_runtime.task import DEPTH_MASK
 
 if TYPE_CHECKING:
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sd_runtime.image_encoder import Source
     from sd_runtime.noise import NoiseStream
     from sd_runtime.table import SchedulerTable
     from sd_runtime.task import Draw, Task
@@ -38,16 +39,17 @@ def begin(
     shape: tuple[int, ...],
     table: SchedulerTable,
     *,
-    source: Source | None = None,
+    sources: Sequence[Source] = (),
 ) -> Start:
     """Draw what ``task`` draws, each picture from its own stream, and mix the first latents.
 
-    ``shape`` is one picture's latents'; ``source`` is there for every task but text-to-image.
+    ``shape`` is one picture's latents'; ``sources`` are there, one a picture and all with one mask,
+    for every task but text-to-image.
     """
     drawn: dict[Draw, list[Latents]] = {name: [] for name in task.draws}
-    for stream in streams:
+    for stream, source in zip(streams, sources or [Source()] * len(streams), strict=True):
         for name in task.draws:
-            if source is not None and name in source.posteriors:
+            if name in source.posteriors:
                 drawn[name].append(source.posteriors[name].sample(stream))
             else:
                 drawn[name].append(stream.normal((1, *shape))[0])
@@ -58,11 +60,14 @@ def begin(
         latents = alpha * stacked["image"] + sigma * noise
     else:
         latents = table.init_noise_scale * noise
-    if source is not None and source.depth_mask is not None:
-        return Start(latents, {DEPTH_MASK: source.depth_mask[None]})
-    if source is None or source.mask is None:
+    if LOW_RES_IMAGE in stacked:
+        return Start(latents, {LOW_RES_IMAGE: stacked[LOW_RES_IMAGE]})
+    if sources and sources[0].depth_mask is not None:
+        return Start(latents, {DEPTH_MASK: sources[0].depth_mask[None]})
+    mask = sources[0].mask if sources else None
+    if mask is None:
         return Start(latents)
-    repainted = np.broadcast_to(source.mask.astype(np.float32), noise.shape)
+    repainted = np.broadcast_to(mask.astype(np.float32), noise.shape)
     if task.feeds_mask:
         masked = stacked["masked_image"]
         return Start(latents, {"mask": repainted[:, :1], "masked_image_latents": masked})

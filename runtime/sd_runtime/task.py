@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sd_engines.errors import BundleError, ConfigError
-from sd_engines.spec import DEPTH, TEXT_ENCODERS
+from sd_engines.spec import DEPTH, LOW_RES_IMAGE, TEXT_ENCODERS
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
 
-Draw: TypeAlias = Literal["image", "noise", "masked_image", "unused"]
+Draw: TypeAlias = Literal["image", "noise", "masked_image", "low_res_image", "unused"]
 MASK_INPUTS = ("mask", "masked_image_latents")
 """What the UNet of an inpainting checkpoint takes besides; named so in its graph."""
 DEPTH_MASK = "depth_mask"
 """What the UNet of a depth-to-image checkpoint takes besides, as diffusers calls it."""
-CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK)
+CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK, LOW_RES_IMAGE)
 """All inputs that a UNet's first layer sees side by side, in this order."""
 ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
@@ -34,8 +34,9 @@ class Task:
     """How pictures of one kind begin.
 
     ``draws`` are the random draws before the first row, in diffusers' order, all of one stream a
-    picture: the first noise, or latents out of the posterior of the picture or its masked form;
-    an "unused" one only moves the stream on, as diffusers does.
+    picture: the first noise, or latents out of the posterior of the picture or its masked form, or
+    the small picture that an upscaler is shown; an "unused" one only moves the stream on, as
+    diffusers does.
     ``mixes_image``: the first latents are the picture's with noise, not noise alone.
     ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
     mask leaves out becomes the picture's again after every row.
@@ -57,6 +58,7 @@ DEPTH_TO_IMAGE = Task("depth-to-image", ("image", "noise"), mixes_image=True, fe
 IMAGE_VARIATION = Task("image-variation", ("noise",), reads_image=True)
 REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
+UPSCALING = Task("upscaling", ("low_res_image", "noise"))
 
 
 def task_of(request: Request, manifest: Manifest) -> Task:
@@ -68,6 +70,13 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if reads_image(manifest):
         _check_variation(request)
         return IMAGE_VARIATION
+    if takes_low_res_image(manifest):
+        return UPSCALING
+    if request.noise_level is not None:
+        raise ConfigError(
+            f"noise_level is {request.noise_level}, and the bundle is no upscaler's",
+            "Leave it out; strength says how far to leave the picture of --image.",
+        )
     feeds_depth = takes_depth(manifest)
     if feeds_depth and (request.image is None or request.mask is not None):
         raise ConfigError(
@@ -99,11 +108,7 @@ def task_of(request: Request, manifest: Manifest) -> Task:
             "the bundle is of LDM3D, which draws from text alone",
             "Leave the picture out; or draw with the bundle of another checkpoint.",
         )
-    if ENCODER not in manifest.components:
-        raise BundleError(
-            "the bundle has no vae_encoder, so it cannot start from a picture",
-            "Make it again: sd-export --model MODEL --output BUNDLE.",
-        )
+    _check_encoder(manifest)
     if feeds_depth:
         if DEPTH_ESTIMATOR not in manifest.components and request.depth_map is None:
             raise BundleError(
@@ -129,6 +134,11 @@ def takes_mask(manifest: Manifest) -> bool:
     return _unet_inputs(manifest).issuperset(MASK_INPUTS)
 
 
+def takes_low_res_image(manifest: Manifest) -> bool:
+    """Whether the bundle's UNet is an upscaler's."""
+    return LOW_RES_IMAGE in _unet_inputs(manifest)
+
+
 def takes_depth(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is a depth-to-image checkpoint's."""
     return DEPTH_MASK in _unet_inputs(manifest)
@@ -149,6 +159,8 @@ def reads_image(manifest: Manifest) -> bool:
 
 def tasks_of(manifest: Manifest) -> tuple[str, ...]:
     """The names of all that can be asked of a bundle."""
+    if takes_low_res_image(manifest):
+        return (UPSCALING.name,)
     if takes_mask(manifest):
         return ("inpainting",)
     if takes_depth(manifest):
@@ -171,6 +183,18 @@ def plainest_request(manifest: Manifest) -> Request:
     return Request("", image=black, mask=black if takes_mask(manifest) else None)
 
 
+def check_served(manifest: Manifest) -> None:
+    """`ConfigError` for a bundle that services have no door for: one whose pictures have any size.
+
+    A service says what it draws before it is asked, and what reads it makes room for that.
+    """
+    if takes_low_res_image(manifest):
+        raise ConfigError(
+            "the bundle is an upscaler: the size of what it draws is that of what it is given",
+            "Draw with it by sd-run BUNDLE PROMPT --image PICTURE, or in Python.",
+        )
+
+
 def _check_variation(request: Request) -> None:
     """`ConfigError` for what is not read where a picture is, or does not begin from noise."""
     if request.image is None or any(request.prompts) or any(request.negative_prompts):
@@ -181,6 +205,7 @@ def _check_variation(request: Request) -> None:
     for name, hint in (
         ("mask", "Repaint with the bundle of another checkpoint."),
         ("depth_map", "Draw with the bundle of a depth-to-image checkpoint."),
+        ("noise_level", "It is for the bundle of an upscaler."),
         ("strength", "Variations begin as noise; --guidance-scale says how alike they are."),
     ):
         if getattr(request, name) is not None:
@@ -188,6 +213,14 @@ def _check_variation(request: Request) -> None:
                 f"{name} with a bundle that draws variations of a picture",
                 f"Leave it out. {hint}",
             )
+
+
+def _check_encoder(manifest: Manifest) -> None:
+    if ENCODER not in manifest.components:
+        raise BundleError(
+            "the bundle has no vae_encoder, so it cannot start from a picture",
+            "Make it again: sd-export --model MODEL --output BUNDLE.",
+        )
 
 
 def _unet_inputs(manifest: Manifest) -> set[str]:

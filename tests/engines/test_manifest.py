@@ -36,6 +36,8 @@ def test_a_manifest_of_before_has_the_defaults_of_then(manifest: Manifest) -> No
     assert data["model"].pop("defaults") == {"num_inference_steps": 50, "guidance_scale": 7.5}
     for name in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
         assert data["model"].pop(name) is False
+    for name in ("low_res_scheduler", "max_noise_level"):
+        assert data["model"].pop(name) is None
     assert Manifest.from_json(json.dumps(data)) == manifest
     data["model"]["force_zeros_for_empty_prompt"] = 1
     with pytest.raises(BundleError, match="force_zeros_for_empty_prompt: must be true or false"):
@@ -116,6 +118,8 @@ HOSTILE = {
     "component path": (_set("components", "unet", "file", "../m.onnx"), "no path of a file"),
     "component name": (_set("components", "../x", {}), "no name of a component"),
     "file not listed": (_set("components", "unet", "file", "unet/b.onnx"), "does not list"),
+    "low-res scheduler": (_set("model", "low_res_scheduler", []), "must be an object"),
+    "noise level": (_set("model", "max_noise_level", -1), "max_noise_level: must be a whole"),
     "precision": (_set("components", "unet", "precision", "int3"), "'int3' is none of fp32"),
     "graph in int8": (_set("components", "unet", "precision", "int8"), "'int8' is none of fp32"),
     "int8 that is no engine": (_set("engines", 1, "precision", "int8"), "one file is listed twice"),

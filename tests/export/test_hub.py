@@ -168,6 +168,7 @@ def files(checkpoint: Path) -> dict[str, bytes]:
         "v1-4-pruned.ckpt": b"four gigabytes",
         "v1-4-pruned.safetensors": b"four gigabytes",
         "LICENSE": b"CreativeML Open RAIL-M, its whole text",
+        "low_res_scheduler/scheduler_config.json": b"{}",  # as an upscaler's has
     }
 
 
@@ -225,6 +226,7 @@ def test_only_what_is_needed_is_fetched_and_the_commit_is_known(hub: Hub, tmp_pa
         "safety_checker/model.safetensors",
     }
     assert {"LICENSE", "README.md", "model_index.json", "tokenizer/merges.txt"} <= fetched
+    assert "low_res_scheduler/scheduler_config.json" in fetched
     assert "Bearer hf_tiny" in hub.tokens
     (unet,) = result["weights"]["unet"]
     assert Path(unet).resolve().is_relative_to(tmp_path)  # HF_HOME

@@ -21,6 +21,7 @@ from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
 from tiny import make_checkpoint
+from tiny_upscaler import make_upscaler
 from tiny_variation import make_variation_checkpoint
 from tiny_xl import make_xl_checkpoint
 
@@ -152,6 +153,31 @@ class TinyModel:
             yield
         finally:
             self.oracle.scheduler = own
+
+
+@dataclass(frozen=True)
+class TinyUpscaler(TinyModel):
+    """An upscaler, whose pipeline in diffusers takes other arguments than the others'."""
+
+    def expected(self, request: Request) -> tuple[np.ndarray, np.ndarray, list[bool] | None]:
+        """What diffusers makes of ``request``, as `TinyModel.expected`; it checks nothing."""
+        import torch
+
+        images, latents = request.images(), []
+        names = ("num_inference_steps", "guidance_scale", "noise_level")  # as `TinyModel.expected`
+        given = {name: getattr(request, name) for name in names}
+        with one_thread():
+            output = self.oracle(
+                [image.prompt for image in images],
+                image=[request.image.image] * len(images),
+                negative_prompt=[image.negative_prompt or "" for image in images],
+                generator=[torch.Generator("cpu").manual_seed(image.seed) for image in images],
+                eta=request.eta,
+                callback=lambda _step, _timestep, tensor: latents.append(tensor.numpy().copy()),
+                **{name: value for name, value in given.items() if value is not None},
+            )
+        pixels = np.stack([np.asarray(image) for image in output.images])
+        return pixels, latents[-1], None
 
 
 def _for_task(oracle: DiffusionPipeline, kind: str, parts: dict[str, Any]) -> DiffusionPipeline:
@@ -409,6 +435,14 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     make_xl_checkpoint(folder, block_out_channels=(16,))
     with exported(folder, batch_size=2, height=16, width=40) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def upscaler_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyUpscaler]:
+    """As stabilityai/stable-diffusion-x4-upscaler: 8×8 pictures to 32×32, two at a time."""
+    folder = tmp_path_factory.mktemp("upscaler")
+    with exported(make_upscaler(folder / "checkpoint"), batch_size=2) as model:
+        yield TinyUpscaler(**vars(model))
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.table import SCHEDULERS
+from sd_runtime.task import check_served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ class Context(Closing):
     def __init__(
         self, bundle: str, *, backend: str = "auto", threads: int | None, queue_size: int
     ) -> None:
+        check_served(open_bundle(bundle).manifest)
         self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads)
         self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()

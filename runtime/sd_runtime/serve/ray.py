@@ -22,6 +22,7 @@ from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.offer import Offer, first_request
+from sd_runtime.task import check_served
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -103,11 +104,13 @@ class Replica:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         metrics = Metrics()
+        manifest = open_bundle(settings.bundle).manifest
+        check_served(manifest)
         self._pipeline = Pipeline.load(
             settings.bundle,
             backend=settings.backend,
             threads=settings.threads or settings.num_cpus or None,
-            request=first_request(open_bundle(settings.bundle).manifest),
+            request=first_request(manifest),
             loras=settings.loras,
         )
         self._room = EngineRoom(

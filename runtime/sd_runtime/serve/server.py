@@ -18,6 +18,7 @@ from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.offer import Offer, first_request
+from sd_runtime.task import check_served
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,17 +80,20 @@ class DrainingServer(uvicorn.Server):
 def serve(bundle: Path, settings: Settings) -> int:
     """Serve ``bundle`` until a signal comes; the exit code: 0, or 130 and 143 after a second one.
 
-    Raises `ConfigError` where the address cannot be listened on, and as `Pipeline.load`.
+    Raises `ConfigError` where the address cannot be listened on or the bundle is an upscaler, and
+    as `Pipeline.load`.
     """
     metrics = Metrics()
     with _bound_socket(settings.host, settings.port) as listener:
         _warn_of_strangers(listener, settings.api_key)
+        manifest = open_bundle(bundle).manifest
+        check_served(manifest)
         with (
             Pipeline.load(
                 bundle,
                 backend=settings.backend,
                 threads=settings.threads,
-                request=first_request(open_bundle(bundle).manifest),
+                request=first_request(manifest),
                 loras=settings.loras,
             ) as pipeline,
             EngineRoom(

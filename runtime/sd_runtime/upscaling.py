@@ -1,0 +1,140 @@
+"""Making a picture larger: what an upscaler's UNet is shown of it, tile by tile.
+
+The small picture has as many pixels as the latents have places, and goes into the UNet beside them,
+with noise on it so that the UNet does not take its flaws for detail (Ho et al. 2021,
+arXiv:2106.15282, section 4; Rombach et al. 2022, arXiv:2112.10752, section 4.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sd_engines.errors import BundleError, ConfigError
+from sd_engines.spec import LOW_RES_IMAGE
+from sd_runtime.image_encoder import Posterior, Source
+from sd_runtime.noise_schedule import Level, noise_schedule
+from sd_runtime.scheduler_config import effective_config
+from sd_runtime.tiles import Tile, TileNoise, Tiling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from sd_engines.manifest import Manifest
+    from sd_runtime.input_image import InputImage
+    from sd_runtime.request import ImageRequest, Request
+
+DEFAULT_NOISE_LEVEL = 20
+"""What diffusers' StableDiffusionUpscalePipeline takes where it is not told."""
+_FIRST = Tile(0, 0)
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """A picture that is to be ``scale`` times as large, and the noise that is put on it first."""
+
+    image: InputImage
+    scale: int
+    tiling: Tiling
+    noise_level: int
+    level: Level
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out, in pixels."""
+        return self.scale * self.tiling.height, self.scale * self.tiling.width
+
+    def tiles_of(self, images: Sequence[ImageRequest]) -> tuple[ImageRequest, ...]:
+        """What is drawn for ``images``: the tiles of the first, then those of the next."""
+        return tuple(image._replace(tile=tile) for image in images for tile in self.tiling.tiles)
+
+    def source(self, image: ImageRequest) -> Source:
+        """What the UNet is shown of one of `tiles_of`: a draw of a posterior, float32 [3, h, w]."""
+        pixels = self.tiling.cut(self._pixels, image.tile or _FIRST)
+        mean: NDArray[np.float32] = np.divide(pixels.transpose(2, 0, 1), 255, dtype=np.float32)
+        mean *= 2
+        mean -= 1
+        mean *= np.float32(self.level.alpha)
+        std = np.full(mean.shape, self.level.sigma, np.float32)
+        return Source({LOW_RES_IMAGE: Posterior(mean, std)})
+
+    def noise(self, image: ImageRequest) -> TileNoise:
+        """The random draws of one of `tiles_of`."""
+        tiling = self.tiling
+        return TileNoise(
+            image.seed,
+            image.tile or _FIRST,
+            tile_height=tiling.tile_height,
+            tile_width=tiling.tile_width,
+        )
+
+    def join(self, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Pictures uint8 [n, height, width, 3] of the tiles of each, in the order of `tiles_of`."""
+        tiles = drawn.reshape(-1, len(self.tiling.tiles), *drawn.shape[1:])
+        return np.stack([self.tiling.join(picture) for picture in tiles])
+
+    @cached_property
+    def _pixels(self) -> NDArray[np.uint8]:
+        return self.image.pixels(self.tiling.height, self.tiling.width)
+
+
+def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
+    """What ``request`` comes to on an upscaler's bundle.
+
+    Raises `ConfigError` where it asks for what an upscaler does not do, `BundleError` where the
+    bundle does not say what noise it wants.
+    """
+    if request.image is None:
+        raise ConfigError(
+            "the bundle is an upscaler: it makes a picture larger",
+            "Give it one: --image PICTURE.",
+        )
+    for name in ("mask", "depth_map", "strength"):
+        if getattr(request, name) is not None:
+            raise ConfigError(
+                f"{name} is not for an upscaler, which makes the whole picture larger",
+                f"Leave {name} out; noise_level says how freely it is redrawn.",
+            )
+    scheduler, most = manifest.model.low_res_scheduler, manifest.model.max_noise_level
+    if scheduler is None or most is None:
+        raise BundleError(
+            "the bundle is an upscaler's and does not say what noise its UNet is shown",
+            "Make it again: sd-export --model MODEL --output BUNDLE.",
+        )
+    noise_level = DEFAULT_NOISE_LEVEL if request.noise_level is None else request.noise_level
+    if noise_level > most:
+        raise ConfigError(
+            f"noise_level is {noise_level}, and the upscaler knows {most} at most",
+            f"Take 0 to {most}, such as {min(DEFAULT_NOISE_LEVEL, most)}.",
+        )
+    profile, given = manifest.profile, request.image.image
+    upscaling = Upscaling(
+        image=request.image,
+        scale=profile.vae_scale_factor,
+        tiling=Tiling(given.height, given.width, profile.latent_height, profile.latent_width),
+        noise_level=noise_level,
+        level=low_res_level(scheduler, noise_level),
+    )
+    height, width = upscaling.size
+    if (request.height or height, request.width or width) != (height, width):
+        raise ConfigError(
+            f"a picture of {given.height}×{given.width} (height × width) comes out {height}×{width}"
+            f", not {request.height or height}×{request.width or width}",
+            "Leave the size out, and resize what comes out.",
+        )
+    return upscaling
+
+
+def low_res_level(scheduler_config: Mapping[str, Any], noise_level: int) -> Level:
+    """Signal and noise of the small picture at a noise level, a timestep of its scheduler.
+
+    `ConfigError` for a schedule that is not known, or a level past its end.
+    """
+    # Clipping is for samples that are predicted; here noise is put on pixels.
+    config = effective_config({**scheduler_config, "clip_sample": False}, "DDPMScheduler")
+    return noise_schedule(config, min_alpha_cumprod=0.0).level_at(noise_level)

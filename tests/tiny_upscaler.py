@@ -1,0 +1,76 @@
+"""Tiny random x4 upscalers, made of the unmodified classes of their authors.
+
+As `tiny`'s of Stable Diffusion 2, with what stabilityai/stable-diffusion-x4-upscaler made
+otherwise: the UNet's channels, class labels and order of blocks, a VAE of factor 4, two schedulers.
+Latents are 8×8, so pictures of 8×8 become 32×32.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tiny import make_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+
+
+def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random upscaler in the diffusers layout under ``folder`` and return ``folder``."""
+    import diffusers
+
+    make_checkpoint(
+        folder,
+        seed=seed,
+        v2=True,
+        prediction_type="v_prediction",
+        scheduler="DDIMScheduler",
+        scheduler_options={"clip_sample": False, "set_alpha_to_one": False},
+        block_out_channels=(8,),
+        vae_block_out_channels=(8, 8, 8),
+        cross_attention_dim=8,
+        attention_heads=2,
+        text_layers=1,
+        norm_num_groups=4,
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(seed + 1)
+    try:
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=7,
+            num_class_embeds=1000,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            only_cross_attention=(True,),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            use_linear_projection=True,
+            norm_num_groups=4,
+        )
+    finally:
+        torch.set_rng_state(state)
+    unet.save_pretrained(folder / "unet")
+    diffusers.DDPMScheduler(**_BETAS).save_pretrained(folder / "low_res_scheduler")
+    change_json(folder / "scheduler/scheduler_config.json", **_BETAS)
+    change_json(folder / "vae/config.json", scaling_factor=0.08333)
+    change_json(
+        folder / "model_index.json",
+        _class_name="StableDiffusionUpscalePipeline",
+        low_res_scheduler=["diffusers", "DDPMScheduler"],
+        max_noise_level=350,
+        watermarker=[None, None],
+    )
+    return folder
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
