@@ -74,3 +74,54 @@ def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
 def change_json(path: Path, **changes: Any) -> None:
     """Set fields of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
+
+
+def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
+    """The same as stabilityai/sd-x2-latent-upscaler; pictures of 8×8 become 16×16."""
+    import diffusers
+
+    make_checkpoint(
+        folder,
+        seed=seed,
+        scheduler="EulerDiscreteScheduler",
+        block_out_channels=(8,),
+        vae_block_out_channels=(8, 8),
+        cross_attention_dim=8,
+        attention_heads=2,
+        text_layers=1,
+        norm_num_groups=4,
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(seed + 1)
+    try:
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=5,
+            block_out_channels=(32, 64, 64),  # the deepest two are twice the first
+            layers_per_block=1,
+            down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 2),
+            mid_block_type=None,
+            up_block_types=(*["KCrossAttnUpBlock2D"] * 2, "KUpBlock2D"),
+            act_fn="gelu",
+            attention_head_dim=8,
+            conv_in_kernel=1,
+            conv_out_kernel=1,
+            cross_attention_dim=8,
+            cross_attention_norm="layer_norm",
+            norm_num_groups=None,
+            resnet_time_scale_shift="scale_shift",
+            time_cond_proj_dim=128 + 8,
+            time_embedding_type="fourier",
+            timestep_post_act="gelu",
+        )
+    finally:
+        torch.set_rng_state(state)
+    unet.save_pretrained(folder / "unet")
+    change_json(folder / "scheduler/scheduler_config.json", prediction_type="original_sample")
+    index = json.loads((folder / "model_index.json").read_text())
+    kept = ("_diffusers_version", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+    index = {name: index[name] for name in kept}
+    index["_class_name"] = "StableDiffusionLatentUpscalePipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -80,7 +80,7 @@ def with_controlnets(
             "Export a plain checkpoint with a ControlNet that sees depth, such as "
             "lllyasviel/sd-controlnet-depth.",
         )
-    if checkpoint.is_upscaler:
+    if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
         raise ConfigError(
             "--controlnet with an upscaler, which is led by the picture that it makes larger",
             "Leave --controlnet out.",

@@ -111,7 +111,8 @@ def _prompt(checkpoint: Checkpoint) -> str:
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     """The pictures that are drawn from, where it is not from text alone."""
     begins = checkpoint.is_for_inpainting or checkpoint.is_for_depth or checkpoint.is_refiner
-    from_image = begins or checkpoint.reads_image or checkpoint.is_upscaler
+    upscales = checkpoint.is_upscaler or checkpoint.is_latent_upscaler
+    from_image = begins or checkpoint.reads_image or upscales
     if not (checkpoint.controlnets or from_image):
         return {}
     import numpy as np
@@ -120,8 +121,9 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
     if checkpoint.controlnets:
         return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
-    if checkpoint.is_upscaler:  # every pixel of it is a latent's
-        small = image[:: profile.vae_scale_factor, :: profile.vae_scale_factor]
+    if upscales:
+        scale = profile.vae_scale_factor if checkpoint.is_upscaler else 2
+        small = image[::scale, ::scale]
         return {"image": small.astype(np.uint8)}
     pictures = {"image": image.astype(np.uint8)}
     if checkpoint.reads_image:

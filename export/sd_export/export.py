@@ -151,7 +151,7 @@ def export(
                         checkpoint.is_for_inpainting
                         or checkpoint.is_for_depth
                         or checkpoint.reads_image
-                        or checkpoint.is_upscaler
+                        or checkpoint.max_noise_level is not None
                     ),
                     feature_cache=feature_cache,
                 )
@@ -211,7 +211,8 @@ def _profile(
     """The shapes asked for; the checkpoint's own sample size where nothing is."""
     factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
     # Of a small picture whose sides are no multiples of the factor diffusers leaves something out.
-    step = factor**2 if checkpoint.is_upscaler else factor
+    step = factor * (factor if checkpoint.is_upscaler else 1)
+    step *= 2 if checkpoint.is_latent_upscaler else 1
     sample = checkpoint.configs["unet"].get("sample_size") or 64
     rows, columns = (sample, sample) if isinstance(sample, int) else sample
     height = rows * factor if height is None else height

@@ -11,7 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
-from sd_engines.spec import STABLE_DIFFUSION_XL, TEXT_ENCODERS, X4_UPSCALER, Defaults
+from sd_engines.spec import (
+    STABLE_DIFFUSION_XL,
+    TEXT_ENCODERS,
+    X2_UPSCALER,
+    X4_UPSCALER,
+    Defaults,
+)
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
@@ -21,6 +27,8 @@ LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 """What diffusers' LatentConsistencyModelPipeline draws with where it is not told."""
 XL = Defaults(guidance_scale=5.0, strength=0.3, inpainting_strength=0.9999)
 """What diffusers' StableDiffusionXLPipeline and its kin draw with where they are not told."""
+UPSCALING = Defaults(num_inference_steps=75, guidance_scale=9.0)
+"""What diffusers' StableDiffusionUpscalePipeline and the latent one draw with, likewise."""
 LDM3D_PIPELINE = "StableDiffusionLDM3DPipeline"
 _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
@@ -35,13 +43,14 @@ _PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": replace(XL, guidance_scale=7.5),
-    "StableDiffusionUpscalePipeline": Defaults(num_inference_steps=75, guidance_scale=9.0),
+    "StableDiffusionUpscalePipeline": UPSCALING,
+    "StableDiffusionLatentUpscalePipeline": UPSCALING,
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
-    "and (as folders) depth to image, image variations and the x4 upscaler among them, and latent "
-    "consistency models and LDM3D of the same shape; ControlNets beside one of v1 or v2, by "
-    "--controlnet."
+    "and (as folders) depth to image, image variations, the x4 upscaler and the x2 latent upscaler "
+    "among them, and latent consistency models and LDM3D of the same shape; ControlNets beside one "
+    "of v1 or v2, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -50,7 +59,6 @@ _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("Adapter", "Stable Diffusion with a T2I-Adapter"),
     ("AnimateDiff", "AnimateDiff"),
     ("VideoDiffusion|TextToVideo", "a video model"),
-    ("LatentUpscale", "a latent upscaler"),
     ("UnCLIP", "Stable unCLIP"),
     ("InstructPix2Pix", "InstructPix2Pix"),
     ("Kandinsky", "Kandinsky"),
@@ -81,6 +89,9 @@ _BY_CHANNELS = {
 """What a UNet is for that sees more than four channels of latents, and neither the nine of
 inpainting (latents, mask and masked latents) nor the five of depth to image."""
 _PIXEL_CHANNELS = 3
+NOISE_LEVEL_WIDTH = 128
+"""How many of the numbers that a latent upscaler's UNet takes beside the timestep say how noisy
+the small latents are; the others are the pooled prompt."""
 
 
 def pipeline_defaults(class_name: str, *, source: str) -> Defaults:
@@ -119,6 +130,7 @@ def check_configs(
     channels = vae.get("latent_channels", 4)
     text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
     text_width = text_width or configs.get(IMAGE_ENCODER, {}).get("projection_dim", 512)
+    upscales = is_upscaler(configs) or is_latent_upscaler(configs)
     problem = None
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         problem = f"the denoiser is a {unet['_class_name']}"
@@ -137,7 +149,11 @@ def check_configs(
         problem = "its UNet takes class labels, and no picture beside them as an upscaler's"
     elif is_upscaler(configs) and "safety_checker" in configs:
         problem = "it is an upscaler with a safety checker, which diffusers cannot run on it"
-    elif not is_upscaler(configs) and unet.get("in_channels", 4) not in (
+    elif is_latent_upscaler(configs) and (
+        unet["time_cond_proj_dim"] != NOISE_LEVEL_WIDTH + text_width
+    ):
+        problem = "its UNet takes not the pooled prompt and noise level of a latent upscaler"
+    elif not upscales and unet.get("in_channels", 4) not in (
         channels,
         channels + 1,
         2 * channels + 1,
@@ -169,8 +185,10 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """The family's name in the manifest: v2 reads prompts with OpenCLIP, v1 with OpenAI's CLIP.
 
     transformers holds both in one class; what differs is the activation. XL's UNet takes sizes,
-    the x4 upscaler's a small picture.
+    the x4 upscaler's a small picture, the x2 one's its latents.
     """
+    if is_latent_upscaler(configs):
+        return X2_UPSCALER
     if is_upscaler(configs):
         return X4_UPSCALER
     if is_xl(configs):
@@ -189,6 +207,16 @@ def is_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     unet, channels = configs["unet"], configs["vae"].get("latent_channels", 4)
     takes_pixels = unet.get("in_channels", 4) == channels + _PIXEL_CHANNELS
     return takes_pixels and bool(unet.get("num_class_embeds"))
+
+
+def is_latent_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the UNet takes a small picture's latents and the pooled prompt, as k-diffusion's."""
+    unet, channels = configs["unet"], configs["vae"].get("latent_channels", 4)
+    return (
+        unet.get("time_embedding_type") == "fourier"
+        and bool(unet.get("time_cond_proj_dim"))
+        and (unet.get("in_channels"), unet.get("out_channels")) == (2 * channels, channels + 1)
+    )
 
 
 def text_encoders(configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

@@ -77,10 +77,10 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     for name, buffer in list(module.named_buffers()):
         if _NO_WEIGHTS.search(name):
             buffer.data = torch.zeros(buffer.shape, dtype=buffer.dtype)
-        elif buffer.is_meta:  # `position_ids` is all that is computed and not stored
+        elif buffer.is_meta:
             parent, _, leaf = name.rpartition(".")
-            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-            module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
+            owner = module.get_submodule(parent)
+            owner.register_buffer(leaf, _computed(owner, leaf, buffer), persistent=False)
     module.eval().requires_grad_(requires_grad=False)
     fuse_loras(module, component, checkpoint.loras)
     if component == "text_encoder" and checkpoint.embeddings:
@@ -118,6 +118,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         "ImageVariation": checkpoint.reads_image,
         "Img2Img": checkpoint.is_refiner,
         "Upscale": checkpoint.is_upscaler,
+        "LatentUpscale": checkpoint.is_latent_upscaler,
         "LDM3D": checkpoint.depth_channels > 0,
     }
     task = next((name for name, is_it in tasks.items() if is_it), "")
@@ -132,6 +133,8 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         low_res = diffusers.DDPMScheduler.from_config(checkpoint.configs["low_res_scheduler"])
         level = checkpoint.max_noise_level
         options = {"low_res_scheduler": low_res, "max_noise_level": level}
+    if checkpoint.is_latent_upscaler:
+        options = {}
     config = dict(checkpoint.configs["scheduler"])
     if task == "LDM3D":
         options["image_encoder"] = None
@@ -145,6 +148,8 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         options[IMAGE_ENCODER] = load_model(checkpoint, IMAGE_ENCODER)
     if checkpoint.controlnets:
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
+    if not checkpoint.is_latent_upscaler:  # whose pipeline knows none
+        options["feature_extractor"] = processor
     with quiet():
         pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
         encoders = TEXT_ENCODERS if xl else checkpoint.text_encoders
@@ -158,7 +163,6 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
             vae=load_model(checkpoint, "vae"),
             unet=load_model(checkpoint, "unet"),
             scheduler=scheduler_class.from_config(config),
-            feature_extractor=processor,
             **options,
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -333,6 +337,14 @@ def _assign(
             )
         state[name] = tensor
     module.load_state_dict(state, assign=True)
+
+
+def _computed(owner: torch.nn.Module, name: str, like: torch.Tensor) -> torch.Tensor:
+    """What a model computes and does not store: positions, or the kernel of a resampler."""
+    if name == "position_ids":
+        return torch.arange(like.shape[-1]).expand(like.shape)
+    kernel: torch.Tensor = getattr(type(owner)(), name)
+    return kernel
 
 
 def _read(weights: Weights, place: Place, component: str) -> torch.Tensor:

@@ -170,6 +170,8 @@ def _retype(node: ir.Node, half: ir.DataType) -> None:
     """Make ``node`` give half where it gave float32."""
     if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(half))
+    if node.op_type == "ConstantOfShape" and "value" not in node.attributes:  # a zero, in float32
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float32)))
     for name in ("value",):
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.type == ir.AttributeType.TENSOR:

@@ -20,6 +20,7 @@ from sd_export.family import (
     XL,
     check_configs,
     family_of,
+    is_latent_upscaler,
     is_refiner,
     is_upscaler,
     is_xl,
@@ -135,6 +136,11 @@ class Checkpoint:
     def is_upscaler(self) -> bool:
         """Whether the UNet takes a small picture beside the latents, which it makes larger."""
         return is_upscaler(self.configs)
+
+    @property
+    def is_latent_upscaler(self) -> bool:
+        """Whether the UNet takes a small picture's latents, which it makes larger."""
+        return is_latent_upscaler(self.configs)
 
     @property
     def is_refiner(self) -> bool:
@@ -280,8 +286,8 @@ def read_folder(
     check_configs(configs, pipeline=str(index.get("_class_name")))
     if is_upscaler(configs):
         scheduler = folder / LOW_RES_SCHEDULER / "scheduler_config.json"
-        low_res_scheduler = read_json(scheduler, component=LOW_RES_SCHEDULER)
-        configs = upscaler_configs(configs, low_res_scheduler)
+        configs[LOW_RES_SCHEDULER] = read_json(scheduler, component=LOW_RES_SCHEDULER)
+    configs = upscaler_configs(configs)
     tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
     for tokenizer in tokenizers.values():
         if not (tokenizer / "tokenizer.json").is_file() and not (

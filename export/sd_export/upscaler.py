@@ -1,7 +1,7 @@
-"""What an upscaler's checkpoint has that others have not.
+"""What upscalers' checkpoints have that others have not, as diffusers' pipelines correct it.
 
-Of a picture's pixels and no latents its UNet takes three channels, noised by a scheduler of its
-own, and a class label that says how much (Stable Diffusion 2's x4 upscaler).
+The x4 upscaler's UNet takes three channels of a picture's pixels, noised by a scheduler of its own,
+and a class label that says how much. The x2 latent upscaler's predicts x₀ of latents.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
-from sd_export.family import is_upscaler
+from sd_export.family import is_latent_upscaler, is_upscaler
 from sd_runtime.upscaling import low_res_level
 
 if TYPE_CHECKING:
@@ -23,12 +23,14 @@ _VAE_SCALING_FACTOR = 0.08333
 """What that pipeline puts in the place of any other that a VAE's config states, or leaves out."""
 
 
-def upscaler_configs(
-    configs: Mapping[str, dict[str, Any]], low_res_scheduler: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """``configs`` of an upscaler's folder as diffusers' pipeline corrects them."""
-    vae = {**configs["vae"], "scaling_factor": _VAE_SCALING_FACTOR}
-    return {**configs, "vae": vae, LOW_RES_SCHEDULER: low_res_scheduler}
+def upscaler_configs(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``configs`` of any checkpoint; those of an upscaler as its pipeline corrects them."""
+    vae, scheduler = configs["vae"], configs["scheduler"]
+    if is_upscaler(configs):
+        vae = {**vae, "scaling_factor": _VAE_SCALING_FACTOR}
+    if is_latent_upscaler(configs) and scheduler.get("prediction_type") == "original_sample":
+        scheduler = {**scheduler, "prediction_type": "sample"}  # its other name
+    return {**configs, "vae": vae, "scheduler": scheduler}
 
 
 def max_noise_level(
@@ -36,10 +38,11 @@ def max_noise_level(
 ) -> int | None:
     """The most noise that an upscaler's UNet knows, by its model_index.json; None for others.
 
-    `ExportError` where its own scheduler does not go as far.
+    diffusers puts none on a latent upscaler's. `ExportError` where the scheduler for it does not
+    go as far.
     """
     if not is_upscaler(configs):
-        return None
+        return 0 if is_latent_upscaler(configs) else None
     labels = int(configs["unet"]["num_class_embeds"])
     most = min(int(index.get("max_noise_level", _MAX_NOISE_LEVEL)), labels - 1)
     try:

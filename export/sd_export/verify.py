@@ -15,7 +15,7 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
-from sd_engines.spec import BATCH, NOISE_LEVEL, PICTURES, TIME_IDS
+from sd_engines.spec import BATCH, LOW_RES_LATENTS, NOISE_LEVEL, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
@@ -40,6 +40,8 @@ draws 95.5 % of its captions right, at 0.21 only 89.0 % (benchmarks/README.md).
 """
 _SEED = 20_220_822
 _TIMESTEPS = (981.0, 21.0)
+_LOG_SIGMAS = (0.6, -0.7)
+"""Timesteps of a latent upscaler."""
 _NOISE_LEVELS = (20, 0)
 
 
@@ -73,7 +75,9 @@ def probe_inputs(
                 ids[row, 8 * (row + 1) :] = vocab_size - 1
             arrays[spec.name] = ids
         elif spec.name == "timestep":
-            arrays[spec.name] = np.array(_TIMESTEPS[:rows], dtype=np.float32)
+            log_sigmas = any(other.name == LOW_RES_LATENTS for other in inputs)
+            timesteps = _LOG_SIGMAS if log_sigmas else _TIMESTEPS
+            arrays[spec.name] = np.array(timesteps[:rows], dtype=np.float32)
         elif spec.name == NOISE_LEVEL:
             arrays[spec.name] = np.array(_NOISE_LEVELS[:rows])
         elif spec.name == TIME_IDS:

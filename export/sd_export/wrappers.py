@@ -18,6 +18,7 @@ from sd_engines.spec import (
     CONTROLNET,
     DEPTH,
     LOW_RES_IMAGE,
+    LOW_RES_LATENTS,
     MID_RESIDUAL,
     NOISE_LEVEL,
     PICTURES,
@@ -33,6 +34,7 @@ from sd_export.controlnet_parts import ControlEmbedding, ControlNet
 from sd_export.depth_estimator import DepthEstimator
 from sd_export.family import is_xl, num_time_ids
 from sd_export.image_encoder import ImageEncoder, picture_size
+from sd_export.latent_upscaler import LatentUpscaler, PoolingTextEncoder
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
 from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
@@ -217,8 +219,14 @@ def wrap(
     scaling_factor = vae_scaling_factor(checkpoint)
     wrapper: nn.Module
     if component in TEXT_ENCODERS:
-        penultimate = is_xl(checkpoint.configs)
-        wrapper = PenultimateTextEncoder(model) if penultimate else TextEncoder(model)
+        if checkpoint.is_latent_upscaler:
+            wrapper = PoolingTextEncoder(model)
+        elif is_xl(checkpoint.configs):
+            wrapper = PenultimateTextEncoder(model)
+        else:
+            wrapper = TextEncoder(model)
+    elif component == "unet" and checkpoint.is_latent_upscaler:
+        wrapper = LatentUpscaler(model)
     elif component == "unet":
         inputs, _ = borders(component, checkpoint=checkpoint, profile=profile)
         names = [spec.name for spec in inputs]
@@ -258,10 +266,11 @@ def rows_share(checkpoint: Checkpoint) -> bool:
     """Whether all that the UNet sees but the prompt is the same for a picture's rows.
 
     Stable Diffusion XL tells its timestep's embedding of the prompt, and so every layer but the
-    first; a model that was distilled with its guidance has one row a picture.
+    first, and so does a latent upscaler; a model that was distilled with its guidance has one row a
+    picture.
     """
-    unet = checkpoint.configs["unet"]
-    return not (is_xl(checkpoint.configs) or unet.get("time_cond_proj_dim"))
+    tells_prompt = is_xl(checkpoint.configs) or checkpoint.is_latent_upscaler
+    return not (tells_prompt or checkpoint.configs["unet"].get("time_cond_proj_dim"))
 
 
 def borders(
@@ -275,14 +284,17 @@ def borders(
     latents = TensorSpec("latents", "float32", latent_shape)
     images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
     second = checkpoint.configs.get("text_encoder_2", {})
-    pooled_shape = (BATCH, int(second.get("projection_dim", 0)))
-    pooled = TensorSpec(POOLED_PROMPT_EMBEDS, "float32", pooled_shape)
+    pooled_width = second.get("projection_dim", 0)
+    if checkpoint.is_latent_upscaler:
+        pooled_width = unet["cross_attention_dim"]
+    pooled = TensorSpec(POOLED_PROMPT_EMBEDS, "float32", (BATCH, int(pooled_width)))
     if component in TEXT_ENCODERS:
         text = checkpoint.configs[component]
         tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
         ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
         prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
-        return (ids,), (prompt_embeds, pooled) if component != "text_encoder" else (prompt_embeds,)
+        pools = component != "text_encoder" or checkpoint.is_latent_upscaler
+        return (ids,), (prompt_embeds, pooled) if pools else (prompt_embeds,)
     if component == IMAGE_ENCODER:
         size = picture_size(checkpoint.configs["feature_extractor"])
         embeds_shape = (BATCH, tokens, int(unet["cross_attention_dim"]))
@@ -322,7 +334,9 @@ def borders(
                 TensorSpec(LOW_RES_IMAGE, "float32", (axis, 3, *latent_size)),
                 TensorSpec(NOISE_LEVEL, "int64", (axis,)),
             ]
-        if unet.get("time_cond_proj_dim"):
+        if checkpoint.is_latent_upscaler:
+            inputs += [_halved(replace(sample, name=LOW_RES_LATENTS)), pooled]
+        elif unet.get("time_cond_proj_dim"):
             cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
             inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
         if is_xl(checkpoint.configs):
@@ -335,6 +349,16 @@ def borders(
         return (latents,), (images, TensorSpec(DEPTH, "float32", depth_shape))
     if component in ("vae_decoder", "preview_decoder"):
         return (latents,), (images,)
+    if component == "vae_encoder" and checkpoint.is_latent_upscaler:
+        images, latents = (_halved(spec) for spec in (images, latents))
+        return (images,), (latents, replace(latents, name="latents_std"))
     if component == "vae_encoder":
         return (images,), (latents, TensorSpec("latents_std", "float32", latent_shape))
     return (images,), (TensorSpec("nsfw_content_detected", "bool", (BATCH,)),)
+
+
+def _halved(spec: TensorSpec) -> TensorSpec:
+    """``spec`` of a picture, or its latents, of half the height and width."""
+    sides = (1, 2) if spec.name == "images" else (2, 3)
+    shape = (int(n) // 2 if axis in sides else n for axis, n in enumerate(spec.shape))
+    return replace(spec, shape=tuple(shape))

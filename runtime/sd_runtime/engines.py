@@ -11,7 +11,6 @@ from sd_engines.errors import BundleError
 from sd_engines.spec import (
     CONTROL_EMBEDDING,
     CONTROLNET,
-    POOLED_PROMPT_EMBEDS,
     TEXT_ENCODERS,
     TIME_IDS,
 )
@@ -37,14 +36,14 @@ _ON_DEMAND = (ENCODER, DEPTH_ESTIMATOR, "unet_shallow", CONTROLNET, CONTROL_EMBE
 def text_encoders(manifest: Manifest) -> tuple[str, ...]:
     """The components that read this bundle's prompts, in the order of `TEXT_ENCODERS`.
 
-    Those that it must have, where it has none: one, or the second too, which pools prompts; none
+    Those that it must have, where it has none: one, or of Stable Diffusion XL the second; none
     where it reads a picture.
     """
     if reads_image(manifest):
         return ()
     present, unet = manifest.components, manifest.components.get("unet")
-    pools = unet is not None and any(spec.name == POOLED_PROMPT_EMBEDS for spec in unet.inputs)
-    needed = TEXT_ENCODERS[-1:] if pools else TEXT_ENCODERS[:1]
+    xl = unet is not None and any(spec.name == TIME_IDS for spec in unet.inputs)
+    needed = TEXT_ENCODERS[-1:] if xl else TEXT_ENCODERS[:1]
     return tuple(name for name in TEXT_ENCODERS if name in present or name in needed)
 
 

@@ -108,7 +108,7 @@ class ImageEncoder:
                 self._engine(DEPTH_ESTIMATOR)
         height, width = (int(size) for size in engine.inputs["images"].shape[1:3])
         pixels = np.divide(image.pixels(height, width), 255, dtype=np.float32)
-        pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels}
+        pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels, "low_res_latents": pixels}
         latent_mask = None
         if mask is not None:
             repainted = mask.mask(height, width)

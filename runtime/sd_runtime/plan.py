@@ -12,10 +12,12 @@ import numpy as np
 
 from sd_engines.errors import ConfigError
 from sd_engines.spec import (
+    LOW_RES_LATENTS,
     NOISE_LEVEL,
     STABLE_DIFFUSION_XL,
     TIME_IDS,
     TIMESTEP_COND,
+    X2_UPSCALER,
     X4_UPSCALER,
 )
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
@@ -24,8 +26,8 @@ from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, check_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
-from sd_runtime.task import REFINING, UPSCALING, Task, task_of
-from sd_runtime.upscaling import upscaling_of
+from sd_runtime.task import LATENT_UPSCALING, REFINING, UPSCALING, Task, task_of
+from sd_runtime.upscaling import noise_level_of, upscaling_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +49,8 @@ class Plan:
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
     prompt. To an upscaler's the `NOISE_LEVEL`, int64 [1]. ``safety`` is there where the request has
     safety guidance. ``refining`` is what a refiner does after it, ``upscaling`` what an upscaler
-    makes larger.
+    that sees pixels makes larger. Without ``reads_prompt`` empty text takes the place of every
+    prompt.
     """
 
     request: Request
@@ -64,16 +67,18 @@ class Plan:
     safety: SafetyConfig | None = None
     refining: Plan | None = None
     upscaling: Upscaling | None = None
+    reads_prompt: bool = True
 
     def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one.
 
         Last what it is to be led away from, if anything.
         """
+        prompt = image.prompt if self.reads_prompt else ""
         if not self.guided_rows:
-            return (image.prompt,)
+            return (prompt,)
         concept = () if self.safety is None else (self.request.safety_concept,)
-        return (image.prompt, image.negative_prompt, *concept)
+        return (prompt, image.negative_prompt, *concept)
 
     def noise(self, image: ImageRequest) -> NoiseStream:
         """The random draws of a picture, or of a tile of it."""
@@ -130,6 +135,7 @@ def _plan(
     upscaling = upscaling_of(request, manifest) if task is UPSCALING else None
     if upscaling is None:
         request.check_profile(manifest.profile)
+    upscales = task in (UPSCALING, LATENT_UPSCALING)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
             f"cache_interval is {request.cache_interval}, and the bundle has no shallow UNet",
@@ -145,7 +151,7 @@ def _plan(
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = model.defaults.num_inference_steps if steps is None else steps
     scale = model.defaults.guidance_scale if scale is None else scale
-    from_noise = task.reads_image or upscaling is not None
+    from_noise = task.reads_image or upscales
     strength = 1.0 if from_noise else request.strength_or(model.defaults)
     negative = request.negative_prompt
     if not model.force_zeros_for_empty_prompt:  # then None is empty text
@@ -159,7 +165,7 @@ def _plan(
         num_inference_steps=steps,
         guidance_scale=scale,
         strength=None if request.image is None or from_noise else strength,
-        noise_level=None if upscaling is None else upscaling.noise_level,
+        noise_level=noise_level_of(request, manifest) if upscales else None,
     )
     safety = None
     if request.safety_guidance is not None:
@@ -178,6 +184,9 @@ def _plan(
         denoising_end=denoising_end,
     )
     widths = _unet_input_widths(manifest)
+    if LOW_RES_LATENTS in widths:  # Karras et al. 2022 (arXiv:2206.00364), table 1
+        told = np.log(table.sigma[:-1] / table.alpha[:-1]) / 4
+        table = replace(table, timesteps=told)
     width = widths.get(TIMESTEP_COND)
     unet_inputs: dict[str, NDArray[Any]] = {}
     negative_unet_inputs: dict[str, NDArray[np.float32]] = {}
@@ -207,6 +216,7 @@ def _plan(
         controls=controls_of(request, manifest, table.num_rows),
         safety=safety,
         upscaling=upscaling,
+        reads_prompt=task is not LATENT_UPSCALING or scale != 0,  # as its pipeline in diffusers
     )
 
 
@@ -218,7 +228,7 @@ def pipeline_scheduler_config(
     Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
     whatever a checkpoint says; of Stable Diffusion XL and of upscalers diffusers takes its word.
     """
-    if family in (STABLE_DIFFUSION_XL, X4_UPSCALER):
+    if family in (STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER):
         return {**scheduler_config, "clip_sample": False}
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_engines.spec import LOW_RES_IMAGE
+from sd_engines.spec import LOW_RES_IMAGE, LOW_RES_LATENTS
 from sd_runtime.denoise import Known
 from sd_runtime.image_encoder import Source
 from sd_runtime.task import DEPTH_MASK
@@ -60,8 +60,10 @@ def begin(
         latents = alpha * stacked["image"] + sigma * noise
     else:
         latents = table.init_noise_scale * noise
-    if LOW_RES_IMAGE in stacked:
-        return Start(latents, {LOW_RES_IMAGE: stacked[LOW_RES_IMAGE]})
+    low_res: tuple[Draw, ...] = (LOW_RES_IMAGE, LOW_RES_LATENTS)
+    fed: dict[str, Latents] = {name: stacked[name] for name in low_res if name in stacked}
+    if fed:
+        return Start(latents, fed)
     if sources and sources[0].depth_mask is not None:
         return Start(latents, {DEPTH_MASK: sources[0].depth_mask[None]})
     mask = sources[0].mask if sources else None

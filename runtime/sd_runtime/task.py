@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sd_engines.errors import BundleError, ConfigError
-from sd_engines.spec import DEPTH, LOW_RES_IMAGE, TEXT_ENCODERS
+from sd_engines.spec import DEPTH, LOW_RES_IMAGE, LOW_RES_LATENTS, TEXT_ENCODERS
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
 
-Draw: TypeAlias = Literal["image", "noise", "masked_image", "low_res_image", "unused"]
+Draw: TypeAlias = Literal[
+    "image", "noise", "masked_image", "low_res_image", "low_res_latents", "unused"
+]
 MASK_INPUTS = ("mask", "masked_image_latents")
 """What the UNet of an inpainting checkpoint takes besides; named so in its graph."""
 DEPTH_MASK = "depth_mask"
 """What the UNet of a depth-to-image checkpoint takes besides, as diffusers calls it."""
-CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK, LOW_RES_IMAGE)
+CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK, LOW_RES_IMAGE, LOW_RES_LATENTS)
 """All inputs that a UNet's first layer sees side by side, in this order."""
 ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
@@ -35,8 +37,8 @@ class Task:
 
     ``draws`` are the random draws before the first row, in diffusers' order, all of one stream a
     picture: the first noise, or latents out of the posterior of the picture or its masked form, or
-    the small picture that an upscaler is shown; an "unused" one only moves the stream on, as
-    diffusers does.
+    the small picture that an upscaler is shown, or its latents; an "unused" one only moves the
+    stream on, as diffusers does.
     ``mixes_image``: the first latents are the picture's with noise, not noise alone.
     ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
     mask leaves out becomes the picture's again after every row.
@@ -59,6 +61,7 @@ IMAGE_VARIATION = Task("image-variation", ("noise",), reads_image=True)
 REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
 UPSCALING = Task("upscaling", ("low_res_image", "noise"))
+LATENT_UPSCALING = Task("upscaling", ("low_res_latents", "noise"))
 
 
 def task_of(request: Request, manifest: Manifest) -> Task:
@@ -70,8 +73,11 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if reads_image(manifest):
         _check_variation(request)
         return IMAGE_VARIATION
-    if takes_low_res_image(manifest):
+    if LOW_RES_IMAGE in _unet_inputs(manifest):
         return UPSCALING
+    if upscales(manifest):
+        _check_encoder(manifest)
+        return LATENT_UPSCALING
     if request.noise_level is not None:
         raise ConfigError(
             f"noise_level is {request.noise_level}, and the bundle is no upscaler's",
@@ -134,9 +140,9 @@ def takes_mask(manifest: Manifest) -> bool:
     return _unet_inputs(manifest).issuperset(MASK_INPUTS)
 
 
-def takes_low_res_image(manifest: Manifest) -> bool:
+def upscales(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an upscaler's."""
-    return LOW_RES_IMAGE in _unet_inputs(manifest)
+    return not _unet_inputs(manifest).isdisjoint((LOW_RES_IMAGE, LOW_RES_LATENTS))
 
 
 def takes_depth(manifest: Manifest) -> bool:
@@ -159,7 +165,7 @@ def reads_image(manifest: Manifest) -> bool:
 
 def tasks_of(manifest: Manifest) -> tuple[str, ...]:
     """The names of all that can be asked of a bundle."""
-    if takes_low_res_image(manifest):
+    if upscales(manifest):
         return (UPSCALING.name,)
     if takes_mask(manifest):
         return ("inpainting",)
@@ -184,13 +190,13 @@ def plainest_request(manifest: Manifest) -> Request:
 
 
 def check_served(manifest: Manifest) -> None:
-    """`ConfigError` for a bundle that services have no door for: one whose pictures have any size.
+    """`ConfigError` for a bundle that services have no door for: an upscaler's.
 
-    A service says what it draws before it is asked, and what reads it makes room for that.
+    A service says how large its pictures are before it is asked; here that is the request's.
     """
-    if takes_low_res_image(manifest):
+    if upscales(manifest):
         raise ConfigError(
-            "the bundle is an upscaler: the size of what it draws is that of what it is given",
+            "the bundle is an upscaler, and services have no door for one",
             "Draw with it by sd-run BUNDLE PROMPT --image PICTURE, or in Python.",
         )
 

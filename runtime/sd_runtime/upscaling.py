@@ -83,11 +83,11 @@ class Upscaling:
         return self.image.pixels(self.tiling.height, self.tiling.width)
 
 
-def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
-    """What ``request`` comes to on an upscaler's bundle.
+def noise_level_of(request: Request, manifest: Manifest) -> int:
+    """How much noise is put on the small picture that ``request`` gives to an upscaler's bundle.
 
     Raises `ConfigError` where it asks for what an upscaler does not do, `BundleError` where the
-    bundle does not say what noise it wants.
+    bundle does not say what noise its UNet knows.
     """
     if request.image is None:
         raise ConfigError(
@@ -98,20 +98,29 @@ def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
         if getattr(request, name) is not None:
             raise ConfigError(
                 f"{name} is not for an upscaler, which makes the whole picture larger",
-                f"Leave {name} out; noise_level says how freely it is redrawn.",
+                f"Leave {name} out; it draws from noise, led by the picture.",
             )
-    scheduler, most = manifest.model.low_res_scheduler, manifest.model.max_noise_level
-    if scheduler is None or most is None:
-        raise BundleError(
-            "the bundle is an upscaler's and does not say what noise its UNet is shown",
-            "Make it again: sd-export --model MODEL --output BUNDLE.",
-        )
-    noise_level = DEFAULT_NOISE_LEVEL if request.noise_level is None else request.noise_level
+    most = manifest.model.max_noise_level
+    if most is None:
+        raise _silent()
+    default = min(DEFAULT_NOISE_LEVEL, most)
+    noise_level = default if request.noise_level is None else request.noise_level
     if noise_level > most:
         raise ConfigError(
             f"noise_level is {noise_level}, and the upscaler knows {most} at most",
-            f"Take 0 to {most}, such as {min(DEFAULT_NOISE_LEVEL, most)}.",
+            f"Take 0 to {most}, such as {default}; or leave it out.",
         )
+    return noise_level
+
+
+def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
+    """What ``request`` comes to on the bundle of an upscaler that sees pixels.
+
+    Raises as `noise_level_of`, and `ConfigError` for a size that does not come out.
+    """
+    noise_level, scheduler = noise_level_of(request, manifest), manifest.model.low_res_scheduler
+    if scheduler is None:
+        raise _silent()
     profile, given = manifest.profile, request.image.image
     upscaling = Upscaling(
         image=request.image,
@@ -138,3 +147,10 @@ def low_res_level(scheduler_config: Mapping[str, Any], noise_level: int) -> Leve
     # Clipping is for samples that are predicted; here noise is put on pixels.
     config = effective_config({**scheduler_config, "clip_sample": False}, "DDPMScheduler")
     return noise_schedule(config, min_alpha_cumprod=0.0).level_at(noise_level)
+
+
+def _silent() -> BundleError:
+    return BundleError(
+        "the bundle is an upscaler's and does not say what noise its UNet is shown",
+        "Make it again: sd-export --model MODEL --output BUNDLE.",
+    )

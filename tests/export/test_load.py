@@ -473,7 +473,6 @@ def test_folders_of_other_families_are_named(
         ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
         ("StableDiffusionControlNetPipeline", "ControlNet"),
         ("StableDiffusionAdapterPipeline", "T2I-Adapter"),
-        ("StableDiffusionLatentUpscalePipeline", "upscaler"),
         ("StableUnCLIPImg2ImgPipeline", "unCLIP"),
         ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
         ("StableVideoDiffusionPipeline", "video"),

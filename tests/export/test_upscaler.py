@@ -9,18 +9,24 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from sd_engines.errors import ConfigError, ExportError
 from sd_export import export
 from sd_export.load import load_pipeline
 from sd_export.source import find_checkpoint
-from tiny_upscaler import change_json, make_upscaler
+from tiny_upscaler import change_json, make_latent_upscaler, make_upscaler
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # diffusers' schedulers, of numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def latent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_latent_upscaler(tmp_path_factory.mktemp("upscaler") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,28 @@ def test_pipeline_of_diffusers_is_that_of_the_checkpoint(folder: Path, tmp_path:
     assert pipeline.vae.config["scaling_factor"] == 0.08333
     assert pipeline.config["max_noise_level"] == found.max_noise_level == 9
     assert type(pipeline.low_res_scheduler).__name__ == "DDPMScheduler"
+
+
+def test_pipeline_of_diffusers_is_that_of_a_latent_upscaler(latent_folder: Path) -> None:
+    import diffusers
+
+    found = find_checkpoint(str(latent_folder))
+    assert (found.family, found.max_noise_level) == ("stable-diffusion-x2-latent-upscaler", 0)
+    assert found.prediction_type == "sample"  # of which original_sample is another name
+    pipeline = load_pipeline(found)
+    assert type(pipeline).__name__ == "StableDiffusionLatentUpscalePipeline"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(latent_folder / "unet")
+    ours = dict(pipeline.unet.named_buffers())
+    assert ours  # the kernels, which are in no file
+    for name, kernel in unet.named_buffers():
+        assert torch.equal(ours[name], kernel), name
+
+
+def test_another_latent_upscaler_is_refused(latent_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(latent_folder, tmp_path / "copy")
+    change_json(copy / "unet/config.json", time_cond_proj_dim=128 + 9)
+    with pytest.raises(ExportError, match="not the pooled prompt and noise level"):
+        find_checkpoint(str(copy))
 
 
 @pytest.mark.parametrize(
@@ -72,18 +100,22 @@ def test_a_safety_checker_is_refused(folder: Path, checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("kind", "options", "words"),
     [
-        ({"height": 40}, "a multiple of 16"),  # a small picture of 10 is 8 to diffusers
-        ({"controlnets": ["controlnet"]}, "--controlnet with an upscaler"),
-        ({"feature_cache": True}, "sees more than latents"),
-        ({"backends": ["openvino"], "precision": "int8"}, "takes a picture"),
+        ("folder", {"height": 40}, "a multiple of 16"),  # a small picture of 10 is 8 to diffusers
+        ("latent_folder", {"width": 18}, "a multiple of 4"),
+        ("folder", {"controlnets": ["controlnet"]}, "--controlnet with an upscaler"),
+        ("latent_folder", {"controlnets": ["controlnet"]}, "--controlnet with an upscaler"),
+        ("folder", {"feature_cache": True}, "sees more than latents"),
+        ("latent_folder", {"feature_cache": True}, "KUpBlock2D cannot be cut"),
+        ("folder", {"backends": ["openvino"], "precision": "int8"}, "takes a picture"),
+        ("latent_folder", {"backends": ["openvino"], "precision": "int8"}, "takes a picture"),
     ],
 )
 def test_what_does_not_go_with_an_upscaler_is_refused_by_name(
-    folder: Path, options: dict[str, Any], words: str, tmp_path: Path
+    kind: str, options: dict[str, Any], words: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises((ConfigError, ExportError)) as caught:
-        export(folder, tmp_path / "bundle", **options)
+        export(request.getfixturevalue(kind), tmp_path / "bundle", **options)
     assert words in f"{caught.value.message} {caught.value.hint}"
     assert not (tmp_path / "bundle").exists()

@@ -21,7 +21,7 @@ from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
 from tiny import make_checkpoint
-from tiny_upscaler import make_upscaler
+from tiny_upscaler import make_latent_upscaler, make_upscaler
 from tiny_variation import make_variation_checkpoint
 from tiny_xl import make_xl_checkpoint
 
@@ -157,7 +157,7 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class TinyUpscaler(TinyModel):
-    """An upscaler, whose pipeline in diffusers takes other arguments than the others'."""
+    """An upscaler, of pixels or latents: their pipelines in diffusers take other arguments."""
 
     def expected(self, request: Request) -> tuple[np.ndarray, np.ndarray, list[bool] | None]:
         """What diffusers makes of ``request``, as `TinyModel.expected`; it checks nothing."""
@@ -166,13 +166,13 @@ class TinyUpscaler(TinyModel):
         images, latents = request.images(), []
         names = ("num_inference_steps", "guidance_scale", "noise_level")  # as `TinyModel.expected`
         given = {name: getattr(request, name) for name in names}
+        given["eta"] = request.eta or None  # of which the latent one knows nothing
         with one_thread():
             output = self.oracle(
                 [image.prompt for image in images],
                 image=[request.image.image] * len(images),
                 negative_prompt=[image.negative_prompt or "" for image in images],
                 generator=[torch.Generator("cpu").manual_seed(image.seed) for image in images],
-                eta=request.eta,
                 callback=lambda _step, _timestep, tensor: latents.append(tensor.numpy().copy()),
                 **{name: value for name, value in given.items() if value is not None},
             )
@@ -442,6 +442,14 @@ def upscaler_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyUps
     """As stabilityai/stable-diffusion-x4-upscaler: 8×8 pictures to 32×32, two at a time."""
     folder = tmp_path_factory.mktemp("upscaler")
     with exported(make_upscaler(folder / "checkpoint"), batch_size=2) as model:
+        yield TinyUpscaler(**vars(model))
+
+
+@pytest.fixture(scope="session")
+def latent_upscaler_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyUpscaler]:
+    """As stabilityai/sd-x2-latent-upscaler: 8×8 pictures to 16×16, two at a time."""
+    folder = tmp_path_factory.mktemp("latent_upscaler")
+    with exported(make_latent_upscaler(folder / "checkpoint"), batch_size=2) as model:
         yield TinyUpscaler(**vars(model))
 
 

@@ -32,6 +32,7 @@ from sd_engines.bundle import portable_entry
 from sd_engines.closing import Closing
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
+from sd_engines.spec import LOW_RES_LATENTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +55,9 @@ _DTYPES = {
     "f16": "float16",
     "f32": "float32",
 }
+_NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
+"""OpenVINO 2026.4 crashes where it generates code for the norms of k-diffusion's blocks, of which a
+latent upscaler's UNet is made."""
 _HINT = "Check the memory that is free, or name another backend."
 
 
@@ -222,6 +226,7 @@ class OpenVinoEngine(Closing):
                     "EXECUTION_MODE_HINT": "ACCURACY",
                     # Two pinned processes on one machine would share the same few cores.
                     "ENABLE_CPU_PINNING": False,
+                    **(_NO_SNIPPETS if LOW_RES_LATENTS in self.inputs else {}),
                 },
             )
         except Exception as error:
