@@ -346,7 +346,10 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown peer 'diffuser'") as caught:
         find_peers(["diffuser"])
     assert "diffusers-fp32" in caught.value.hint
-    assert [peer.name for peer in find_peers([])] == [peer.name for peer in PEERS]
+    on_cpu, on_gpu = find_peers([]), find_peers([], gpu=True)
+    assert {peer.device for peer in on_cpu} == {"cpu"}
+    assert {peer.device for peer in on_gpu} == {"cuda"}
+    assert {*on_cpu, *on_gpu} == {*PEERS}
     with pytest.raises(ConfigError, match="unknown environment"):
         set_up("optimus", tmp_path)
     assert main(["peers"]) == 2
