@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.family import is_latent_upscaler, is_upscaler
-from sd_runtime.upscaling import low_res_level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +42,8 @@ def max_noise_level(
     """
     if not is_upscaler(configs):
         return 0 if is_latent_upscaler(configs) else None
+    from sd_runtime.upscaling import low_res_level  # numpy, which sd-export --help does without
+
     labels = int(configs["unet"]["num_class_embeds"])
     most = min(int(index.get("max_noise_level", _MAX_NOISE_LEVEL)), labels - 1)
     try:
