@@ -193,7 +193,7 @@ def test_calibration_follows_the_sampler(report: ExportReport, checkpoint: Path)
             np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
     held_out = np.concatenate([step["sample"] for step in asked[3 * rows :]])
     np.testing.assert_allclose(proof.inputs["sample"], held_out, rtol=1e-3, atol=1e-4)
-    assert proof.reference["noise_pred"].shape == held_out.shape
+    assert proof.reference["noise_pred"].shape == (2 * len(held_out), *held_out.shape[1:])
 
 
 def test_calibration_asks_for_no_more_than_the_checkpoint_takes(report: ExportReport) -> None:
