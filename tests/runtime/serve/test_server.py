@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .conftest import Server
 
 SHORT = {"prompt": "a cat", "num_inference_steps": 1}
-LONG = {"prompt": "a cat", "num_inference_steps": 150, "n": 6}
+LONG = {"prompt": "a cat", "num_inference_steps": 150, "n": 10}
 
 
 def test_a_missing_bundle_is_exit_code_3(
@@ -73,7 +73,7 @@ def test_sigterm_finishes_what_was_accepted(
                 pass
             assert late.status == 503
             assert late.json["error"]["code"] == "shutting_down"
-            assert stream.read().count(b"event: image_generation.completed") == 6
+            assert stream.read().count(b"event: image_generation.completed") == 10
         assert server.process.wait(60) == 0
 
 
