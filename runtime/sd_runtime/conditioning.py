@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from sd_engines.spec import POOLED_PROMPT_EMBEDS
 from sd_runtime.arrays import copy_into
 from sd_runtime.prompt_weighting import weigh, weighted_parts
+from sd_runtime.recent import Recent
 from sd_runtime.tokenizer import Chunks
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class PromptEncoder:
     ) -> None:
         self._encoders = dict(encoders)
         self._max_chunks = max_chunks
-        self._capacity = capacity
-        self._known: OrderedDict[tuple[str, bytes], PromptEmbeds] = OrderedDict()
+        self._known: Recent[tuple[str, bytes], PromptEmbeds] = Recent(capacity)
 
     def encode(
         self,
@@ -91,8 +91,7 @@ class PromptEncoder:
             embeds[group] = tuple(
                 found[texts[0]].zeros() if text is None else found[text] for text in group
             )
-        while len(self._known) > self._capacity:
-            self._known.popitem(last=False)
+        self._known.trim()
         return embeds
 
     def _chunks(
@@ -111,7 +110,10 @@ class PromptEncoder:
         return [_padded(tokenizer, prompt, count) for prompt in prompts]
 
     def _embeds(self, name: str, prompt: Chunks, *, timings: Timings) -> PromptEmbeds:
-        found = [self._chunk_embeds(name, ids, timings=timings) for ids in prompt.input_ids]
+        found = [
+            self._known.get((name, ids.tobytes()), partial(self._chunk_embeds, name, ids, timings))
+            for ids in prompt.input_ids
+        ]
         if self._max_chunks == 1 and (prompt.weights == 1).all():
             return found[0]
         chunks = [chunk.prompt_embeds for chunk in found]
@@ -129,19 +131,15 @@ class PromptEncoder:
         return PromptEmbeds(embeds, found[0].pooled_prompt_embeds)
 
     def _chunk_embeds(
-        self, name: str, input_ids: NDArray[np.int64], *, timings: Timings
+        self, name: str, input_ids: NDArray[np.int64], timings: Timings
     ) -> PromptEmbeds:
         """What the encoder ``name`` makes of one chunk, not to be changed."""
-        key = name, input_ids.tobytes()
-        if key not in self._known:
-            with timings.measure(name):
-                binding = self._encoders[name][1].bind(1)
-                copy_into(binding.inputs["input_ids"], input_ids[None])
-                binding.run()
-                outputs = {output: array[0].copy() for output, array in binding.outputs.items()}
-                self._known[key] = PromptEmbeds(**outputs)
-        self._known.move_to_end(key)
-        return self._known[key]
+        with timings.measure(name):
+            binding = self._encoders[name][1].bind(1)
+            copy_into(binding.inputs["input_ids"], input_ids[None])
+            binding.run()
+            outputs = {output: array[0].copy() for output, array in binding.outputs.items()}
+            return PromptEmbeds(**outputs)
 
     def forget(self) -> None:
         """Drop every embedding that is kept."""

@@ -6,8 +6,8 @@ what all of them say is added up.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from sd_engines.errors import ConfigError
 from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
+from sd_runtime.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,20 +77,16 @@ class ControlEncoder:
 
     def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 4) -> None:
         self._engine = engine
-        self._capacity = capacity
-        self._known: OrderedDict[tuple[str, str], NDArray[np.float32]] = OrderedDict()
+        self._known: Recent[tuple[str, str], NDArray[np.float32]] = Recent(capacity)
 
     def encode(self, controls: Sequence[Control], *, timings: Timings) -> list[ControlNet]:
         """Make ``controls`` ready to run; raises what opening an engine raises."""
         ready = []
         for control in controls:
             key = control.embedding, control.image.sha256
-            if key not in self._known:
-                self._known[key] = self._embeds(control, timings)
-            self._known.move_to_end(key)
-            ready.append(ControlNet(control, self._engine(control.component), self._known[key]))
-        while len(self._known) > self._capacity:
-            self._known.popitem(last=False)
+            embeds = self._known.get(key, partial(self._embeds, control, timings))
+            ready.append(ControlNet(control, self._engine(control.component), embeds))
+        self._known.trim()
         return ready
 
     def forget(self) -> None:

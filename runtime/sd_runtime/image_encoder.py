@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sd_engines.errors import ConfigError
 from sd_runtime.arrays import copy_into, to_host
+from sd_runtime.recent import Recent
 from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, ENCODER
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class ImageEncoder:
 
     def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 16) -> None:
         self._engine = engine
-        self._capacity = capacity
-        self._known: OrderedDict[tuple[Task, tuple[str | None, ...]], Source] = OrderedDict()
+        self._known: Recent[tuple[Task, tuple[str | None, ...]], Source] = Recent(capacity)
 
     def encode(
         self,
@@ -83,12 +83,10 @@ class ImageEncoder:
         """
         given = (image, mask, depth_map)
         key = task, tuple(None if part is None else part.sha256 for part in given)
-        if key not in self._known:
-            self._known[key] = self._encode(task, image, mask, depth_map, timings)
-        self._known.move_to_end(key)
-        if len(self._known) > self._capacity:
-            self._known.popitem(last=False)
-        return self._known[key]
+        make = partial(self._encode, task, image, mask, depth_map, timings)
+        source = self._known.get(key, make)
+        self._known.trim()
+        return source
 
     def forget(self) -> None:
         """Drop every source that is kept."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sd_runtime.arrays import copy_into
 from sd_runtime.conditioning import PromptEmbeds
+from sd_runtime.recent import Recent
 from sd_runtime.task import IMAGE_ENCODER
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ class PictureReader:
 
     def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 64) -> None:
         self._engine = engine
-        self._capacity = capacity
-        self._known: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._known: Recent[str, PromptEmbeds] = Recent(capacity)
 
     def encode(
         self, image: InputImage, groups: Sequence[tuple[str | None, ...]], *, timings: Timings
     ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
         """As `PromptEncoder.encode`, but every text is ``image``, and None is zeros beside it."""
-        read = self._read(image, timings)
+        read = self._known.get(image.sha256, partial(self._read, image, timings))
+        self._known.trim()
         return {
             group: tuple(read.zeros() if text is None else read for text in group)
             for group in groups
@@ -45,16 +46,11 @@ class PictureReader:
         self._known.clear()
 
     def _read(self, image: InputImage, timings: Timings) -> PromptEmbeds:
-        if image.sha256 not in self._known:
-            engine = self._engine(IMAGE_ENCODER)
-            with timings.measure(IMAGE_ENCODER):
-                binding = engine.bind(1)
-                size = int(engine.inputs["images"].shape[1])
-                pixels = np.divide(image.middle_square(size), 255, dtype=np.float32)
-                copy_into(binding.inputs["images"], pixels[None])
-                binding.run()
-                self._known[image.sha256] = PromptEmbeds(binding.outputs["image_embeds"][0].copy())
-        self._known.move_to_end(image.sha256)
-        if len(self._known) > self._capacity:
-            self._known.popitem(last=False)
-        return self._known[image.sha256]
+        engine = self._engine(IMAGE_ENCODER)
+        with timings.measure(IMAGE_ENCODER):
+            binding = engine.bind(1)
+            size = int(engine.inputs["images"].shape[1])
+            pixels = np.divide(image.middle_square(size), 255, dtype=np.float32)
+            copy_into(binding.inputs["images"], pixels[None])
+            binding.run()
+            return PromptEmbeds(binding.outputs["image_embeds"][0].copy())
