@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tiny import seeded
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,9 +21,7 @@ def make_controlnet(folder: Path, checkpoint: Path, *, seed: int, **config: Any)
     import diffusers
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with seeded(seed):
         controlnet = diffusers.ControlNetModel.from_unet(
             unet, **{"conditioning_embedding_out_channels": (4, 8), **config}
         )
@@ -29,7 +29,5 @@ def make_controlnet(folder: Path, checkpoint: Path, *, seed: int, **config: Any)
         for layer in [*silent, controlnet.controlnet_cond_embedding.conv_out]:
             torch.nn.init.normal_(layer.weight, std=0.2)
             torch.nn.init.normal_(layer.bias, std=0.2)
-    finally:
-        torch.set_rng_state(state)
     controlnet.save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiny import make_checkpoint
+from tiny import change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,13 +62,13 @@ def make_depth_checkpoint(
     (folder / "feature_extractor").mkdir()
     processor = folder / "feature_extractor" / "preprocessor_config.json"
     processor.write_text(json.dumps(PROCESSOR))
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text())
-    index["_class_name"] = "StableDiffusionDepth2ImgPipeline"
-    index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
-    index["feature_extractor"] = ["transformers", "DPTImageProcessor"]
-    del index["safety_checker"], index["requires_safety_checker"]
-    path.write_text(json.dumps(index, indent=2))
+    change_json(
+        folder / "model_index.json",
+        *("safety_checker", "requires_safety_checker"),
+        _class_name="StableDiffusionDepth2ImgPipeline",
+        depth_estimator=["transformers", "DPTForDepthEstimation"],
+        feature_extractor=["transformers", "DPTImageProcessor"],
+    )
     return folder
 
 
@@ -85,9 +85,7 @@ def make_estimator(config: dict[str, Any], *, seed: int = 0) -> torch.nn.Module:
         "backbone_out_indices": [0, 1, 2, 3],
         "fusion_hidden_size": 8,
     }
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with seeded(seed):
         estimator = DPTForDepthEstimation(DPTConfig(**{**common, **config}))
         with torch.no_grad():
             for parameter in estimator.parameters():
@@ -95,6 +93,4 @@ def make_estimator(config: dict[str, Any], *, seed: int = 0) -> torch.nn.Module:
                     fan_in = parameter[0].numel()
                     parameter.normal_(std=(2 / fan_in) ** 0.5)
             estimator.head.head[4].weight.abs_()
-    finally:
-        torch.set_rng_state(state)
     return estimator.eval()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tiny import make_checkpoint
+from tiny import change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,18 +21,12 @@ def make_ldm3d_checkpoint(folder: Path, *, channels: int, **options: Any) -> Pat
 
     make_checkpoint(folder, **options)
     config = dict(diffusers.AutoencoderKL.load_config(folder / "vae"))
-    state = torch.get_rng_state()
-    torch.manual_seed(channels)
-    try:
+    with seeded(channels):
         vae = diffusers.AutoencoderKL.from_config(
             {**config, "in_channels": channels, "out_channels": channels}
         )
-    finally:
-        torch.set_rng_state(state)
     vae.save_pretrained(folder / "vae")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionLDM3DPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    change_json(folder / "model_index.json", _class_name="StableDiffusionLDM3DPipeline")
     return folder
 
 

@@ -7,13 +7,14 @@ the latents are 8×8 unless asked otherwise, so pictures are 64×64.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 MAX_TOKENS = 77
@@ -21,6 +22,45 @@ WORDS = (
     "a an the red green blue yellow circle square triangle large small on of and in with painting "
     "photo left right above below black white background cat dog astronaut riding horse"
 )
+
+
+SMALLEST: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "vae_block_out_channels": (8,),
+    "cross_attention_dim": 8,
+    "attention_heads": 2,
+    "norm_num_groups": 4,
+}
+"""What makes a checkpoint of one level, whose pictures are its latents' size: fastest to export."""
+CLIP_PROCESSOR: dict[str, Any] = {
+    "crop_size": {"height": 28, "width": 28},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "CLIPImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 28},
+}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers from ``seed``, and go on afterwards as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def change_json(path: Path, *without: str, **changes: Any) -> None:
+    """Set fields of a JSON file, and take those of the names ``without`` out of it."""
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in without}, indent=2))
 
 
 def _byte_alphabet() -> list[str]:
@@ -137,9 +177,7 @@ def make_checkpoint(
         pad_token="!" if v2 else "<|endoftext|>",
         vocabulary=vocabulary,
     )
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with seeded(seed):
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=vocabulary_size,
@@ -182,8 +220,6 @@ def make_checkpoint(
         )
         if safety_checker:
             _save_safety_checker(folder)
-    finally:
-        torch.set_rng_state(state)
 
     text_encoder.save_pretrained(folder / "text_encoder", variant=variant)
     unet.save_pretrained(folder / "unet", variant=variant)
@@ -226,16 +262,8 @@ def make_checkpoint(
 
 
 def make_smallest_checkpoint(folder: Path, *, seed: int = 0) -> Path:
-    """A checkpoint of one level, whose pictures are its latents' size: the fastest to export."""
-    return make_checkpoint(
-        folder,
-        seed=seed,
-        block_out_channels=(8,),
-        vae_block_out_channels=(8,),
-        cross_attention_dim=8,
-        attention_heads=2,
-        norm_num_groups=4,
-    )
+    """A checkpoint of the `SMALLEST` shape."""
+    return make_checkpoint(folder, seed=seed, **SMALLEST)
 
 
 def _save_safety_checker(folder: Path) -> None:
@@ -263,20 +291,7 @@ def _save_safety_checker(folder: Path) -> None:
         checker.concept_embeds_weights.fill_(0.29)
         checker.special_care_embeds_weights.fill_(0.26)
     checker.save_pretrained(folder / "safety_checker")
-    processor = {
-        "crop_size": {"height": 28, "width": 28},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": 28},
-    }
     (folder / "feature_extractor").mkdir(exist_ok=True)
-    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(
+        json.dumps(CLIP_PROCESSOR)
+    )

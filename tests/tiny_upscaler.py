@@ -7,12 +7,9 @@ Latents are 8×8, so pictures of 8×8 become 32×32.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from tiny import make_checkpoint
+from tiny import change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,9 +35,7 @@ def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
         text_layers=1,
         norm_num_groups=4,
     )
-    state = torch.get_rng_state()
-    torch.manual_seed(seed + 1)
-    try:
+    with seeded(seed + 1):
         unet = diffusers.UNet2DConditionModel(
             sample_size=8,
             in_channels=7,
@@ -55,8 +50,6 @@ def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
             use_linear_projection=True,
             norm_num_groups=4,
         )
-    finally:
-        torch.set_rng_state(state)
     unet.save_pretrained(folder / "unet")
     diffusers.DDPMScheduler(**_BETAS).save_pretrained(folder / "low_res_scheduler")
     change_json(folder / "scheduler/scheduler_config.json", **_BETAS)
@@ -69,11 +62,6 @@ def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
         watermarker=[None, None],
     )
     return folder
-
-
-def change_json(path: Path, **changes: Any) -> None:
-    """Set fields of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
 
 
 def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
@@ -91,9 +79,7 @@ def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
         text_layers=1,
         norm_num_groups=4,
     )
-    state = torch.get_rng_state()
-    torch.manual_seed(seed + 1)
-    try:
+    with seeded(seed + 1):
         unet = diffusers.UNet2DConditionModel(
             sample_size=8,
             in_channels=8,
@@ -115,13 +101,11 @@ def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
             time_embedding_type="fourier",
             timestep_post_act="gelu",
         )
-    finally:
-        torch.set_rng_state(state)
     unet.save_pretrained(folder / "unet")
     change_json(folder / "scheduler/scheduler_config.json", prediction_type="original_sample")
-    index = json.loads((folder / "model_index.json").read_text())
-    kept = ("_diffusers_version", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-    index = {name: index[name] for name in kept}
-    index["_class_name"] = "StableDiffusionLatentUpscalePipeline"
-    (folder / "model_index.json").write_text(json.dumps(index))
+    change_json(
+        folder / "model_index.json",
+        *("feature_extractor", "safety_checker", "requires_safety_checker"),
+        _class_name="StableDiffusionLatentUpscalePipeline",
+    )
     return folder

@@ -6,28 +6,12 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tiny import make_checkpoint
+from tiny import CLIP_PROCESSOR, change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROCESSOR: dict[str, Any] = {
-    "crop_size": {"height": 28, "width": 28},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "CLIPFeatureExtractor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 28},
-}
+PROCESSOR: dict[str, Any] = {**CLIP_PROCESSOR, "image_processor_type": "CLIPFeatureExtractor"}
 
 
 def make_variation_checkpoint(
@@ -39,9 +23,7 @@ def make_variation_checkpoint(
     make_checkpoint(folder, seed=seed, cross_attention_dim=cross_attention_dim, **options)
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / part)
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with seeded(seed):
         CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=16,
@@ -54,16 +36,14 @@ def make_variation_checkpoint(
                 initializer_factor=20.0,
             )
         ).save_pretrained(folder / "image_encoder")
-    finally:
-        torch.set_rng_state(state)
     (folder / "feature_extractor").mkdir(exist_ok=True)
     processor = folder / "feature_extractor" / "preprocessor_config.json"
     processor.write_text(json.dumps(PROCESSOR))
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text())
-    index["_class_name"] = "StableDiffusionImageVariationPipeline"
-    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
-    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    del index["text_encoder"], index["tokenizer"]
-    path.write_text(json.dumps(index, indent=2))
+    change_json(
+        folder / "model_index.json",
+        *("text_encoder", "tokenizer"),
+        _class_name="StableDiffusionImageVariationPipeline",
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
     return folder

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tiny import MAX_TOKENS, Vocabulary, save_tokenizer
+from tiny import MAX_TOKENS, Vocabulary, save_tokenizer, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,9 +49,7 @@ def make_xl_checkpoint(
     encoders = ("text_encoder_2",) if refiner else ("text_encoder", "text_encoder_2")
     widths = {"text_encoder": text_width, "text_encoder_2": 2 * text_width}
     models: dict[str, Any] = {}
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with seeded(seed):
         for name in encoders:
             second = name == "text_encoder_2"
             vocabulary_size = save_tokenizer(
@@ -110,8 +106,6 @@ def make_xl_checkpoint(
             scaling_factor=0.13025,
             force_upcast=True,
         )
-    finally:
-        torch.set_rng_state(state)
 
     for name, model in models.items():
         model.save_pretrained(folder / name)

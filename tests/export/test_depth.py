@@ -22,25 +22,17 @@ from sd_export.load import depth_mask, load_model
 from sd_export.onnx_export import MODEL_FILE, save, trace
 from sd_export.source import find_checkpoint
 from sd_export.verify import probe_inputs, relative_l2
+from tiny import SMALLEST
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-SMALLEST: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "vae_block_out_channels": (8,),
-    "cross_attention_dim": 8,
-    "attention_heads": 2,
-    "norm_num_groups": 4,
-    "sample_size": 24,
-}
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As stabilityai/stable-diffusion-2-depth."""
     folder = tmp_path_factory.mktemp("hybrid") / "checkpoint"
-    return make_depth_checkpoint(folder, v2=True, **SMALLEST)
+    return make_depth_checkpoint(folder, v2=True, sample_size=24, **SMALLEST)
 
 
 def changed(checkpoint: Path, folder: Path, file: str, changes: dict[str, Any]) -> Path:

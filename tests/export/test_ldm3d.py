@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,18 +12,10 @@ from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import Defaults
 from sd_export import export
 from sd_export.source import find_checkpoint
-from tiny import make_smallest_checkpoint
+from tiny import SMALLEST, make_smallest_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-SMALLEST: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "vae_block_out_channels": (8,),
-    "cross_attention_dim": 8,
-    "attention_heads": 2,
-    "norm_num_groups": 4,
-}
 
 
 def test_the_bundle_paints_depth_and_is_proven(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from safe import safe_expected, safe_pipeline
 from sd_export import export
 from sd_runtime import Pipeline, Request
-from tiny import make_checkpoint
+from tiny import SMALLEST, make_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,12 +50,8 @@ def test_safe_checkpoint_draws_and_checks_as_its_own_pipeline(tmp_path: Path) ->
     folder = make_checkpoint(
         tmp_path / "safe",
         safety_checker=True,
-        block_out_channels=(8,),
-        vae_block_out_channels=(8,),
-        cross_attention_dim=8,
-        attention_heads=2,
-        norm_num_groups=4,
         sample_size=16,
+        **SMALLEST,
     )
     parts = StableDiffusionPipeline.from_pretrained(folder).components
     checker = SafeStableDiffusionSafetyChecker(parts["safety_checker"].config)

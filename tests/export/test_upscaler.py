@@ -15,7 +15,8 @@ from sd_engines.errors import ConfigError, ExportError
 from sd_export import export
 from sd_export.load import load_pipeline
 from sd_export.source import find_checkpoint
-from tiny_upscaler import change_json, make_latent_upscaler, make_upscaler
+from tiny import change_json
+from tiny_upscaler import make_latent_upscaler, make_upscaler
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,6 +15,7 @@ from sd_export.cli import main
 from sd_export.image_encoder import ImageEncoder
 from sd_export.load import image_embeds, load_model
 from sd_export.source import find_checkpoint
+from tiny import SMALLEST, change_json
 from tiny_variation import PROCESSOR, make_variation_checkpoint
 
 if TYPE_CHECKING:
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def variation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fastest to export."""
-    return make_variation_checkpoint(
-        tmp_path_factory.mktemp("variation") / "checkpoint",
-        block_out_channels=(8,),
-        vae_block_out_channels=(8,),
-        attention_heads=2,
-        norm_num_groups=4,
-    )
+    folder = tmp_path_factory.mktemp("variation") / "checkpoint"
+    return make_variation_checkpoint(folder, **SMALLEST)
 
 
 def test_embeddings_are_diffusers(variation: Path) -> None:
@@ -56,8 +52,7 @@ def test_what_is_half_for_variations(
 ) -> None:
     folder = tmp_path / "half"
     shutil.copytree(variation, folder)
-    values = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(values | changes))
+    change_json(folder / file, **changes)
     with pytest.raises(ExportError, match=message):
         find_checkpoint(str(folder))
 

@@ -20,7 +20,7 @@ from ldm3d import make_ldm3d_checkpoint
 from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
-from tiny import make_checkpoint
+from tiny import SMALLEST, make_checkpoint
 from tiny_upscaler import make_latent_upscaler, make_upscaler
 from tiny_variation import make_variation_checkpoint
 from tiny_xl import make_xl_checkpoint
@@ -31,15 +31,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "vae_block_out_channels": (8,),
-    "cross_attention_dim": 8,
-    "attention_heads": 2,
-    "norm_num_groups": 4,
-    "sample_size": 16,
-}
-"""The fastest to export, as in `tiny.make_smallest_checkpoint`."""
+SMALL: dict[str, Any] = {**SMALLEST, "sample_size": 16}
 SUSPECT = Request("a cat", seed=0, num_images_per_prompt=12, num_inference_steps=1)
 """Twelve pictures, some of which the safety checker of ``guarded_model`` flags."""
 
