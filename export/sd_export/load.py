@@ -140,11 +140,11 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         options["image_encoder"] = None
     if task in ("ControlNet", "Depth2Img", "ImageVariation", "LDM3D"):  # they take it as it is
         config = pipeline_scheduler_config(config, family=checkpoint.family)
-    if checkpoint.is_for_depth:
+    if task in ("Depth2Img", "ImageVariation"):
         processor = _image_processor(checkpoint.configs["feature_extractor"])
+    if checkpoint.is_for_depth:
         options = {DEPTH_ESTIMATOR: load_model(checkpoint, DEPTH_ESTIMATOR)}
     if checkpoint.reads_image:
-        processor = _image_processor(checkpoint.configs["feature_extractor"])
         options[IMAGE_ENCODER] = load_model(checkpoint, IMAGE_ENCODER)
     if checkpoint.controlnets:
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
@@ -152,8 +152,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
         options["feature_extractor"] = processor
     with quiet():
         pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
-        encoders = TEXT_ENCODERS if xl else checkpoint.text_encoders
-        for encoder in encoders:
+        for encoder in TEXT_ENCODERS if xl else checkpoint.text_encoders:
             present = encoder in checkpoint.text_encoders
             tokenizer = TOKENIZER_FOLDERS[encoder]
             options[encoder] = load_model(checkpoint, encoder) if present else None

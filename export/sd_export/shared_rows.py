@@ -38,8 +38,8 @@ def share_rows(model: ir.Model, inputs: Collection[TensorSpec]) -> ir.Model:
     picture_nodes -= row_nodes
     for node in reversed(list(graph)):
         users = [user for value in node.outputs for user, _ in value.uses()]
-        is_vector = all(value.shape is not None and _is_vector(value) for value in node.outputs)
-        if node in picture_nodes and is_vector and row_nodes.issuperset(users):
+        makes_vectors = all(map(_is_vector, node.outputs))
+        if node in picture_nodes and makes_vectors and row_nodes.issuperset(users):
             picture_nodes.remove(node)
             row_nodes.add(node)
     for value in graph.inputs:
