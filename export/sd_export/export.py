@@ -15,6 +15,7 @@ from sd_engines.spec import Defaults, Profile
 from sd_export.family import is_xl
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
+from sd_export.memory import settled
 from sd_export.precision import check_quantizable, check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import Checkpoint, find_checkpoint
@@ -173,7 +174,10 @@ def export(
         was_done = manifest is not None
         if manifest is None:
             job.check_room()
-            manifest = job.run()
+            import sd_export.wrappers  # noqa: F401  (torch and its friends)
+
+            with settled():
+                manifest = job.run()
             with log.stage("bundle", "seal"):
                 seal(work.bundle, target, manifest)
         else:

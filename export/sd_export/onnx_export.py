@@ -32,6 +32,7 @@ OPSET = 23
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 _TRACED_BATCH = 2  # any number but 1, which torch would fold into the graph
+_MAX_TRACED_BATCH = 63  # diffusers upsamples 64 rows another way, and torch would trace anew
 
 
 def trace(
@@ -55,7 +56,7 @@ def trace(
         )
         for spec in inputs
     )
-    axis = torch.export.Dim(BATCH, min=1)
+    axis = torch.export.Dim(BATCH, min=1, max=_MAX_TRACED_BATCH)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from sd_engines.spec import Profile
 from sd_export.load import load_model, nsfw_content_detected
+from sd_export.onnx_export import trace
 from sd_export.safety_checker import SafetyChecker
 from sd_export.source import find_checkpoint
 from sd_export.wrappers import COMPONENTS, MODEL_OF, borders, wrap
@@ -41,6 +42,27 @@ def test_outputs_are_what_the_border_says(checkpoint: Path, component: str) -> N
     for spec, result in zip(outputs, results, strict=True):
         assert tuple(result.shape) == (rows, *spec.shape[1:])
         assert result.dtype == getattr(torch, spec.dtype)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
+def test_is_followed_once(
+    checkpoint: Path, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upsampling 64 rows or more goes another way: a wider batch, and torch starts once more."""
+    calls = []
+    export = torch.export.export
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(component)
+        return export(*arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    found = find_checkpoint(str(checkpoint))
+    model = load_model(found, MODEL_OF.get(component, component))
+    module = wrap(component, model, checkpoint=found, profile=PROFILE)
+    inputs, outputs = borders(component, checkpoint=found, profile=PROFILE)
+    trace(module, component=component, inputs=inputs, outputs=outputs)
+    assert calls == [component]
 
 
 def test_vae_scales_and_permutes_as_the_pipeline_does(checkpoint: Path) -> None:
