@@ -19,7 +19,7 @@ from sd_engines.border import import_package
 from sd_engines.bundle import hash_files
 from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine, load_engine
-from sd_engines.manifest import ComponentEntry
+from sd_engines.entries import ComponentEntry
 from sd_engines.spec import BATCH, Profile, TensorSpec
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.timing import clock
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.engine import Engine
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
 
 COPY_BYTES: Final = 256 << 20
 """Of one array: many times what a processor's last cache holds."""

@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sd_engines.errors import BundleError, EngineMismatchError
-from sd_engines.files import check_file, hash_files, listed_files, read_manifest
-from sd_engines.manifest import (
+from sd_engines.entries import (
     BACKENDS,
-    FORMAT_VERSION,
     PORTABLE_BACKENDS,
     CertificateEntry,
     ComponentEntry,
     EngineEntry,
     FileEntry,
-    Manifest,
 )
+from sd_engines.errors import BundleError, EngineMismatchError
+from sd_engines.files import check_file, hash_files, listed_files, read_manifest
+from sd_engines.manifest import FORMAT_VERSION, Manifest, SizeEntry
 from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 from sd_engines.seal import add_engines, seal
 
@@ -45,8 +44,10 @@ __all__ = [
     "EngineEntry",
     "FileEntry",
     "Manifest",
+    "SizeEntry",
     "add_engines",
     "engine_entry",
+    "engine_file",
     "engine_key",
     "hash_files",
     "open_bundle",
@@ -61,6 +62,10 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    def at(self, height: int | None, width: int | None) -> Bundle:
+        """The same, seen at another of its sizes, as `Manifest.at`."""
+        return replace(self, manifest=self.manifest.at(height, width))
 
     def verified_path(self, name: str) -> Path:
         """The file called ``name``, its bytes checked; for a component, its ONNX and all its files.
@@ -126,7 +131,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 def engine_key(
     onnx_sha256s: Iterable[str],
     *,
-    profile: Profile,
+    batch_size: int,
     precision: Precision,
     backend: str,
     version: str,
@@ -135,14 +140,15 @@ def engine_key(
 ) -> str:
     """SHA-256 over everything an engine depends on: equal keys mean the engine need not be rebuilt.
 
-    ``onnx_sha256s`` are the hashes of all files of the component, in any order.
+    ``onnx_sha256s`` are the hashes of all files of the component, in any order: they hold its size
+    in pixels, ``batch_size`` is the profile's.
     """
     parts = {
         "backend": backend,
         "flags": dict(flags),
         "onnx": sorted(onnx_sha256s),
+        "batch_size": batch_size,
         "precision": precision,
-        "profile": asdict(profile),
         "target": target,
         "version": version,
     }
@@ -176,7 +182,7 @@ def engine_entry(
         flags=dict(flags),
         key=engine_key(
             (onnx.sha256 for onnx in entry.files.values()),
-            profile=profile,
+            batch_size=profile.batch_size,
             precision=precision,
             backend=backend,
             version=version,
@@ -184,6 +190,17 @@ def engine_entry(
             flags=flags,
         ),
     )
+
+
+def engine_file(
+    component: str, entry: ComponentEntry, backend: str, *, version: str, target: str
+) -> str:
+    """Where an engine built of ``entry`` lies in its bundle.
+
+    That of ``unet/model.onnx`` is ``unet.engine``, that of ``unet/model-768x512.onnx`` beside it.
+    """
+    size = PurePosixPath(entry.file).stem.removeprefix("model")
+    return f"engines/{backend}-{version}-{target}/{component}{size}.engine"
 
 
 def portable_entry(
@@ -218,7 +235,7 @@ def _key_of(engine: EngineEntry, manifest: Manifest) -> str:
     files = manifest.components[engine.component].files
     return engine_key(
         (entry.sha256 for entry in files.values()),
-        profile=manifest.profile,
+        batch_size=manifest.profile.batch_size,
         precision=engine.precision,
         backend=engine.backend,
         version=engine.version,

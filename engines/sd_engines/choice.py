@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, get_args
 
+from sd_engines.entries import BACKENDS
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
-from sd_engines.manifest import BACKENDS
 from sd_engines.spec import Precision
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.bundle import Bundle
-    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Profile, TensorSpec
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from sd_engines.entries import FileEntry
 from sd_engines.errors import BundleError
-from sd_engines.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from sd_engines.manifest import MAX_MANIFEST_BYTES, Manifest
 from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ def read_manifest(root: Path) -> Manifest:
 def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
     """Every file that ``manifest`` lists, by its path in the bundle."""
     files = dict(manifest.files)
-    for component in manifest.components.values():
-        files.update(component.files)
-    for engine in manifest.engines:
-        files[engine.file] = FileEntry(sha256=engine.sha256, bytes=engine.bytes)
+    for size in manifest.all_sizes:
+        for component in size.components.values():
+            files.update(component.files)
+        for engine in size.engines:
+            files[engine.file] = FileEntry(sha256=engine.sha256, bytes=engine.bytes)
     return files
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from sd_engines.errors import BundleError
+from sd_engines.entries import (
+    FileEntry,
+    component_name,
+    read_certificate,
+    read_component,
+    read_engine,
+    read_file,
+)
+from sd_engines.errors import BundleError, ConfigError
 from sd_engines.node import (
     MANIFEST_NAME,
     REMAKE_HINT,
@@ -17,79 +24,28 @@ from sd_engines.node import (
     unique_object,
     wrong,
 )
-from sd_engines.spec import BATCH, PICTURES, Defaults, ModelSpec, Precision, Profile, TensorSpec
+from sd_engines.spec import Defaults, ModelSpec, Profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sd_engines.entries import CertificateEntry, ComponentEntry, EngineEntry
+
 FORMAT_VERSION = 1
-BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
-"""Every backend's name, in the order in which ``auto`` tries what it has not measured."""
-PORTABLE_BACKENDS = ("openvino", "onnxruntime")
-"""Backends that run ONNX itself, whatever their version: the bundle's, or in int8 their own."""
-
-_DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 MAX_MANIFEST_BYTES = 16 << 20
-_COMPONENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """SHA-256 (hex) and size of one file."""
+class SizeEntry:
+    """What a bundle has for one more size of pictures, as `Manifest` has for its own.
 
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentEntry:
-    """One component's ONNX graph: its main file, all its files, and its border."""
-
-    file: str
-    files: Mapping[str, FileEntry]
-    precision: Precision
-    opset: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineEntry:
-    """One component made ready for one backend, version and target.
-
-    ``precision`` is what the engine computes in. ``file`` is the component's ONNX unless the engine
-    `is_built`. ``flags`` are the build's own settings; ``key`` is `sd_engines.bundle.engine_key`.
+    A component whose graph is the same at both sizes is listed in both, with its engines.
     """
 
-    component: str
-    backend: str
-    version: str
-    target: str
-    precision: Precision
-    file: str
-    sha256: str
-    bytes: int
-    flags: Mapping[str, str]
-    key: str
-
-    @property
-    def is_built(self) -> bool:
-        """Whether ``file`` is its own: a plan, or a graph with 8-bit weights."""
-        return self.backend not in PORTABLE_BACKENDS or self.precision == "int8"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CertificateEntry:
-    """One measured figure against a reference: it holds where figure and tolerance agree."""
-
-    component: str
-    backend: str
-    precision: Precision
-    reference: str
-    metric: str
-    figure: float
-    tolerance: float
-    measured_at: str
+    profile: Profile
+    components: Mapping[str, ComponentEntry]
+    engines: tuple[EngineEntry, ...] = ()
+    certificate: tuple[CertificateEntry, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +57,38 @@ class Manifest:
     components: Mapping[str, ComponentEntry]
     engines: tuple[EngineEntry, ...] = ()
     certificate: tuple[CertificateEntry, ...] = ()
+    sizes: tuple[SizeEntry, ...] = ()
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
+
+    @property
+    def all_sizes(self) -> tuple[SizeEntry, ...]:
+        """Every size of pictures that the bundle draws, its own first."""
+        own = {field.name: getattr(self, field.name) for field in fields(SizeEntry)}
+        return SizeEntry(**own), *self.sizes
+
+    def at(self, height: int | None, width: int | None) -> Manifest:
+        """The same bundle with the size ``height``×``width`` as its own, in pixels; None: as it is.
+
+        What was its own takes the other's place. `ConfigError` where the bundle was not built for
+        that size.
+        """
+        height, width = height or self.profile.height, width or self.profile.width
+        if (height, width) == (self.profile.height, self.profile.width):
+            return self
+        for index, size in enumerate(self.sizes):
+            if (size.profile.height, size.profile.width) == (height, width):
+                given = {field.name: getattr(size, field.name) for field in fields(SizeEntry)}
+                own, *others = self.all_sizes
+                others[index] = own
+                return replace(self, **given, sizes=tuple(others))
+        sizes = [size.profile for size in self.all_sizes]
+        built = ", ".join(f"{profile.height}×{profile.width}" for profile in sizes)
+        raise ConfigError(
+            f"the bundle draws {built} (height × width), not {height}×{width}",
+            f"Leave the size out, or export another bundle: sd-export --model {self.model.source} "
+            f"--size {width}x{height} --output BUNDLE.",
+        )
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:
@@ -143,10 +129,11 @@ class Manifest:
         manifest = cls(
             model=_model(node.node("model")),
             profile=_profile(node.node("profile")),
-            components=node.named("components", _component, _component_name),
-            engines=node.entries("engines", _engine),
-            certificate=node.entries("certificate", _certificate),
-            files=node.named("files", _file, relative_path),
+            components=node.named("components", read_component, component_name),
+            engines=node.entries("engines", read_engine),
+            certificate=node.entries("certificate", read_certificate),
+            sizes=node.younger_entries("sizes", _size),
+            files=node.named("files", read_file, relative_path),
             versions=node.node("versions").texts(),
         )
         node.end()
@@ -154,77 +141,12 @@ class Manifest:
         return manifest
 
 
-def _component_name(text: str, where: str) -> str:
-    if not _COMPONENT.fullmatch(text):
-        raise wrong(where, f"{text[:200]!r} is no name of a component")
-    return text
-
-
-def _file(node: Node) -> FileEntry:
-    entry = FileEntry(sha256=node.sha256("sha256"), bytes=node.integer("bytes"))
-    node.end()
-    return entry
-
-
-def _tensor(node: Node) -> TensorSpec:
-    spec = TensorSpec(
-        name=node.text("name"),
-        dtype=node.text("dtype", one_of=_DTYPES),
-        shape=tuple(node.array("shape")),
-    )
-    for axis, size in enumerate(spec.shape):
-        symbolic = axis == 0 and size in (BATCH, PICTURES)
-        if not (type(size) is int and 0 < size < 2**31) and not symbolic:
-            raise wrong(f"{node.where}.shape", f"axis {axis} is {size!r}")
-    node.end()
-    return spec
-
-
-def _component(node: Node) -> ComponentEntry:
-    entry = ComponentEntry(
-        file=node.path("file"),
-        files=node.named("files", _file, relative_path),
-        precision=node.precision(of_graph=True),
-        opset=node.integer("opset", low=1, high=1000),
-        inputs=node.entries("inputs", _tensor),
-        outputs=node.entries("outputs", _tensor),
-    )
-    node.end()
-    if entry.file not in entry.files:
-        raise wrong(f"{node.where}.files", f"does not list {entry.file!r}")
-    for border, specs in (("inputs", entry.inputs), ("outputs", entry.outputs)):
-        if not specs or len({spec.name for spec in specs}) != len(specs):
-            raise wrong(f"{node.where}.{border}", "must hold tensors of different names")
-    return entry
-
-
-def _engine(node: Node) -> EngineEntry:
-    entry = EngineEntry(
-        component=_component_name(node.text("component"), node.where),
-        backend=node.text("backend", one_of=BACKENDS),
-        version=node.text("version"),
-        target=node.text("target"),
-        precision=node.precision(),
-        file=node.path("file"),
-        sha256=node.sha256("sha256"),
-        bytes=node.integer("bytes"),
-        flags=node.node("flags").texts(),
-        key=node.sha256("key"),
-    )
-    node.end()
-    return entry
-
-
-def _certificate(node: Node) -> CertificateEntry:
-    entry = CertificateEntry(
-        component=_component_name(node.text("component"), node.where),
-        backend=node.text("backend", one_of=BACKENDS),
-        precision=node.precision(),
-        reference=node.text("reference"),
-        metric=node.text("metric"),
-        figure=node.number("figure"),
-        tolerance=node.number("tolerance"),
-        measured_at=node.text("measured_at"),
+def _size(node: Node) -> SizeEntry:
+    entry = SizeEntry(
+        profile=_profile(node.node("profile")),
+        components=node.named("components", read_component, component_name),
+        engines=node.entries("engines", read_engine),
+        certificate=node.entries("certificate", read_certificate),
     )
     node.end()
     return entry
@@ -282,18 +204,42 @@ def _defaults(node: Node | None) -> Defaults:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """Engines refer to components; one that is not built is its component's ONNX."""
-    owners = [*manifest.files, *(f for c in manifest.components.values() for f in c.files)]
-    built = [e.file for e in manifest.engines if e.is_built]
-    if len(set(owners + built)) != len(owners) + len(built):
-        raise wrong("", "one file is listed twice")
-    for index, engine in enumerate(manifest.engines):
-        where = f"engines[{index}]"
-        component = manifest.components.get(engine.component)
-        if component is None:
-            raise wrong(where, f"component {engine.component!r} is not in the bundle")
-        if not engine.is_built and (
-            engine.file != component.file
-            or component.files[engine.file] != FileEntry(sha256=engine.sha256, bytes=engine.bytes)
-        ):
-            raise wrong(where, f"is not the ONNX of {engine.component!r}")
+    """Sizes differ in nothing else, and a file is listed once, or alike by several of them."""
+    listed: dict[str, FileEntry] = {}
+    for index, size in enumerate(manifest.all_sizes):
+        where = f"sizes[{index - 1}]" if index else ""
+        if size.components.keys() != manifest.components.keys():
+            raise wrong(where, "has other components than the bundle")
+        own, theirs = manifest.profile, size.profile
+        if theirs != replace(own, height=theirs.height, width=theirs.width):
+            raise wrong(where, "differs in more than height and width from the bundle's profile")
+        for name, entry in _files_of(size, where).items():
+            if name in manifest.files or listed.setdefault(name, entry) != entry:
+                raise wrong(where, f"{name!r} is listed twice")
+    if len({size.profile for size in manifest.all_sizes}) != len(manifest.all_sizes):
+        raise wrong("sizes", "one size is listed twice")
+
+
+def _files_of(size: SizeEntry, where: str) -> dict[str, FileEntry]:
+    """Files of components and engines; engines must be of those, one that is not built its ONNX."""
+    files: dict[str, FileEntry] = {}
+    for component in size.components.values():
+        for name, entry in component.files.items():
+            _list(name, entry, files, where)
+    for index, engine in enumerate(size.engines):
+        at = f"{where}.engines[{index}]" if where else f"engines[{index}]"
+        entry = FileEntry(sha256=engine.sha256, bytes=engine.bytes)
+        graph = size.components.get(engine.component)
+        if graph is None:
+            raise wrong(at, f"component {engine.component!r} is not in the bundle")
+        if engine.is_built:
+            _list(engine.file, entry, files, where)
+        elif engine.file != graph.file or files[engine.file] != entry:
+            raise wrong(at, f"is not the ONNX of {engine.component!r}")
+    return files
+
+
+def _list(name: str, entry: FileEntry, files: dict[str, FileEntry], where: str) -> None:
+    if name in files:
+        raise wrong(where, f"{name!r} is listed twice")
+    files[name] = entry

@@ -152,6 +152,10 @@ class Node:
         where = self._at(key)
         return tuple(read(Node(v, f"{where}[{i}]")) for i, v in enumerate(self.array(key)))
 
+    def younger_entries(self, key: str, read: Callable[[Node], _T]) -> tuple[_T, ...]:
+        """The same, none where the field is not there: bundles of before the field have none."""
+        return self.entries(key, read) if key in self._fields else ()
+
     def named(
         self, key: str, read: Callable[[Node], _T], check_name: Callable[[str, str], str]
     ) -> dict[str, _T]:

@@ -10,18 +10,20 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from sd_engines.entries import PORTABLE_BACKENDS
 from sd_engines.errors import BundleError
 from sd_engines.files import check_file, listed_files, read_manifest
-from sd_engines.manifest import PORTABLE_BACKENDS
 from sd_engines.node import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from sd_engines.manifest import CertificateEntry, EngineEntry, Manifest
+    from sd_engines.entries import CertificateEntry, EngineEntry
+    from sd_engines.manifest import Manifest, SizeEntry
 
+_Size = TypeVar("_Size", "Manifest", "SizeEntry")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _DISK_HINT = "Make room on the disk and the folder writable, then run the same command again."
@@ -66,8 +68,13 @@ def add_engines(
     *,
     engines: Iterable[EngineEntry],
     certificate: Iterable[CertificateEntry] = (),
+    height: int | None = None,
+    width: int | None = None,
 ) -> Manifest:
     """Add ``engines`` to the bundle at ``path``; their built files are moved from ``staging``.
+
+    They are of the graphs of its size ``height``×``width``, None: its own; every size that has the
+    same graph has its engines.
 
     An entry of the same component, backend, target, precision and, unless it is portable, version
     is replaced, and so are certificate entries of the same component, backend and precision. At
@@ -81,24 +88,30 @@ def add_engines(
     with _disk_errors(path), _locked(path):
         old = read_manifest(path)
         new_files = {e.file for e in built}
-        new_engines = {_identity(e) for e in engines}
-        measured = {(c.component, c.backend, c.precision) for c in certificate}
-        kept = replace(
-            old,
-            engines=tuple(
-                e
-                for e in old.engines
-                if _identity(e) not in new_engines and e.file not in new_files
-            ),
-            certificate=tuple(
-                c for c in old.certificate if (c.component, c.backend, c.precision) not in measured
-            ),
-        )
-        new = replace(
-            kept,
-            engines=kept.engines + engines,
-            certificate=kept.certificate + certificate,
-        )
+        graphs = old.at(height, width).components
+
+        def belongs(entry: EngineEntry | CertificateEntry, size: Manifest | SizeEntry) -> bool:
+            return size.components.get(entry.component) == graphs.get(entry.component)
+
+        def without(size: _Size) -> _Size:
+            gone = {_identity(e) for e in engines if belongs(e, size)}
+            measured = {_measured(c) for c in certificate if belongs(c, size)}
+            kept = [e for e in size.engines if _identity(e) not in gone]
+            return replace(
+                size,
+                engines=tuple(e for e in kept if e.file not in new_files),
+                certificate=tuple(c for c in size.certificate if _measured(c) not in measured),
+            )
+
+        def added(size: _Size) -> _Size:
+            return replace(
+                size,
+                engines=size.engines + tuple(e for e in engines if belongs(e, size)),
+                certificate=size.certificate + tuple(c for c in certificate if belongs(c, size)),
+            )
+
+        kept = replace(without(old), sizes=tuple(map(without, old.sizes)))
+        new = replace(added(kept), sizes=tuple(map(added, kept.sizes)))
         text = new.to_json()
         gone = listed_files(old).keys() - listed_files(new).keys()
         if gone or new_files & listed_files(old).keys():
@@ -120,6 +133,10 @@ def _identity(engine: EngineEntry) -> tuple[str, ...]:
     """What two engines of one bundle may not share; a portable backend runs any version's."""
     version = "" if engine.backend in PORTABLE_BACKENDS else engine.version
     return engine.component, engine.backend, version, engine.target, engine.precision
+
+
+def _measured(entry: CertificateEntry) -> tuple[str, ...]:
+    return entry.component, entry.backend, entry.precision
 
 
 def _is_replaceable(target: Path) -> bool:

@@ -63,56 +63,94 @@ def build(
     log = StageLog(progress)
     with work_folder(path, waiting=lambda: log.skipped("bundle", "wait")) as work:
         bundle = open_bundle(path)
-        calibration = None
-        if precision == "int8":
-            from sd_export.calibration import Calibration
-
-            calibration = Calibration.of(path, bundle.manifest, calibration_prompts)
-        wanted = {
-            (component, backend): engine_precision(
-                component, backend, entry=entry, precision=precision
-            )
-            for component, entry in bundle.manifest.components.items()
-            for backend in backends
-        }
-        engines: list[EngineEntry] = []
-        certificate: list[CertificateEntry] = []
         for component, entry in bundle.manifest.components.items():
-            with log.stage(component, "check") as result:
-                bundle.verified_path(component)
-                result.bytes = sum(file.bytes for file in entry.files.values())
-            proof = cache(partial(bundle_proof, bundle, component))
-            for backend in backends:
-                precision_or_none = wanted[component, backend]
-                if _is_there(
-                    bundle,
-                    component,
-                    backend,
-                    precision_or_none or entry.precision,
-                    target=target,
-                    calibration=calibration,
-                ):
-                    log.skipped(component, f"build {backend}", detail="already there")
-                    continue
-                engine, measured = recorded_engine(
-                    work,
-                    backend,
-                    path / entry.file,
-                    component=component,
-                    entry=entry,
-                    profile=bundle.manifest.profile,
-                    precision=precision_or_none,
-                    target=target,
-                    calibration=calibration,
-                    proof=proof,
-                    log=log,
+            for backend in backends:  # says so before anything is built where it cannot be
+                engine_precision(component, backend, entry=entry, precision=precision)
+        built: set[str] = set()
+        made = []
+        for profile in [size.profile for size in bundle.manifest.all_sizes]:
+            sized = bundle.at(profile.height, profile.width)
+            graphs = sized.manifest.components
+            engines, certificate = _missing_engines(
+                sized,
+                [component for component, entry in graphs.items() if entry.file not in built],
+                backends=backends,
+                precision=precision,
+                target=target,
+                calibration_prompts=calibration_prompts,
+                work=work,
+                log=log.about(f"{profile.width}x{profile.height}") if built else log,
+            )
+            built |= {entry.file for entry in graphs.values()}
+            if engines:
+                made.append((profile, engines, certificate))
+        manifest = bundle.manifest
+        for profile, engines, certificate in made:
+            with log.stage("bundle", "seal"):
+                manifest = add_engines(
+                    path,
+                    work.bundle,
+                    engines=engines,
+                    certificate=certificate,
+                    height=profile.height,
+                    width=profile.width,
                 )
-                engines.append(engine)
-                certificate += measured
-        if not engines:
-            return bundle.manifest
-        with log.stage("bundle", "seal"):
-            return add_engines(path, work.bundle, engines=engines, certificate=certificate)
+        return manifest
+
+
+def _missing_engines(
+    bundle: Bundle,
+    components: Sequence[str],
+    *,
+    backends: Sequence[str],
+    precision: Precision | None,
+    target: str | None,
+    calibration_prompts: Sequence[str] | None,
+    work: WorkFolder,
+    log: StageLog,
+) -> tuple[list[EngineEntry], list[CertificateEntry]]:
+    """Engines that ``bundle`` lacks for its own size, and what was measured of them."""
+    calibration = None
+    if precision == "int8":
+        from sd_export.calibration import Calibration
+
+        calibration = Calibration.of(bundle.path, bundle.manifest, calibration_prompts)
+    engines: list[EngineEntry] = []
+    certificate: list[CertificateEntry] = []
+    for component in components:
+        entry = bundle.manifest.components[component]
+        with log.stage(component, "check") as result:
+            bundle.verified_path(component)
+            result.bytes = sum(file.bytes for file in entry.files.values())
+        proof = cache(partial(bundle_proof, bundle, component))
+        for backend in backends:
+            wanted = engine_precision(component, backend, entry=entry, precision=precision)
+            if _is_there(
+                bundle,
+                component,
+                backend,
+                wanted or entry.precision,
+                target=target,
+                calibration=calibration,
+            ):
+                log.skipped(component, f"build {backend}", detail="already there")
+                continue
+            engine, measured = recorded_engine(
+                work,
+                backend,
+                bundle.path / entry.file,
+                component=component,
+                entry=entry,
+                profile=bundle.manifest.profile,
+                precision=wanted,
+                target=target,
+                calibration=calibration,
+                proof=proof,
+                log=log,
+            )
+            engines.append(engine)
+            certificate += measured
+    return engines, certificate
 
 
 def recorded_engine(
@@ -130,12 +168,12 @@ def recorded_engine(
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
     """`make_engine`, or what an interrupted run recorded of it."""
-    stage = f"{component} {backend}"
+    stage = f"{entry.file} {backend}"
     key = key_of(
         {
             "graph": asdict(entry),
             "precision": precision,
-            "profile": asdict(profile),
+            "batch_size": profile.batch_size,
             "calibration": calibration.digest if calibration is not None else None,
             "target": target,
             "versions": versions((backend,)),

@@ -61,6 +61,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @_shared
 @click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
+@click.option(
+    "--size", "sizes", multiple=True, metavar="WIDTHxHEIGHT", help="One more to draw; repeatable."
+)
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per call.")
 @click.option("--revision", help="Branch, tag or commit on the Hub. [default: main]")
 @click.option("--variant", help="Such as fp16: takes *.fp16.safetensors.")
@@ -117,6 +120,7 @@ def export_command(
     calibration_prompts: Path | None,
     height: int | None,
     width: int | None,
+    sizes: tuple[str, ...],
     batch_size: int,
     revision: str | None,
     variant: str | None,
@@ -158,6 +162,7 @@ def export_command(
         calibration_prompts=_prompts(calibration_prompts),
         height=height,
         width=width,
+        sizes=[_height_and_width(size) for size in sizes],
         batch_size=batch_size,
         revision=revision,
         variant=variant,
@@ -279,6 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(export_command, arguments, interrupted=words)
 
 
+def _height_and_width(size: str) -> tuple[int, int]:
+    """Of ``768x512``, the width first as everywhere in the field: 512 and 768."""
+    width, times, height = size.lower().partition("x")
+    if not (times and width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size {size!r} is no size", "Write WIDTHxHEIGHT, such as 768x512.")
+    return int(height), int(width)
+
+
 def _prompts(path: Path | None) -> list[str] | None:
     """The lines of ``path``; `ConfigError` where it cannot be read or holds none."""
     from sd_runtime.prompts import prompts_from_text
@@ -310,14 +323,16 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _show_certificate(manifest: Manifest) -> None:
-    click.echo("Certificate:", err=True)
-    for entry in manifest.certificate:
-        click.echo(
-            f"  {entry.component:<14} {entry.backend:<12} {entry.precision:<5} "
-            f"{entry.metric} {entry.figure:.3g} (tolerance {entry.tolerance:g}) "
-            f"against {entry.reference}",
-            err=True,
-        )
+    for size in manifest.all_sizes:
+        profile = f" of {size.profile.width}x{size.profile.height}" if manifest.sizes else ""
+        click.echo(f"Certificate{profile}:", err=True)
+        for entry in size.certificate:
+            click.echo(
+                f"  {entry.component:<14} {entry.backend:<12} {entry.precision:<5} "
+                f"{entry.metric} {entry.figure:.3g} (tolerance {entry.tolerance:g}) "
+                f"against {entry.reference}",
+                err=True,
+            )
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:
@@ -325,6 +340,7 @@ def _described(manifest: Manifest) -> dict[str, Any]:
         "profile": asdict(manifest.profile),
         "engines": [asdict(engine) for engine in manifest.engines],
         "certificate": [asdict(entry) for entry in manifest.certificate],
+        "sizes": [asdict(size) for size in manifest.sizes],
     }
 
 

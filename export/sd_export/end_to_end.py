@@ -53,7 +53,8 @@ def prove_end_to_end(
     misses its tolerance.
     """
     key = key_of({"job": key, "engines": [asdict(engine) for engine in manifest.engines]})
-    done = work.finished("end to end", key)
+    stage = f"end to end {manifest.profile.width}x{manifest.profile.height}"
+    done = work.finished(stage, key)
     if done is not None:
         log.skipped("end_to_end", "verify")
         return [CertificateEntry(**measured) for measured in done["certificate"]]
@@ -98,7 +99,7 @@ def prove_end_to_end(
     finally:
         path.unlink()
     data = {"certificate": [asdict(measured) for measured in certificate]}
-    work.finish("end to end", key, files=[], data=data)
+    work.finish(stage, key, files=[], data=data)
     return certificate
 
 

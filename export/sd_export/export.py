@@ -53,6 +53,7 @@ def export(
     precision: Precision | None = None,
     height: int | None = None,
     width: int | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
     batch_size: int = 1,
     revision: str | None = None,
     variant: str | None = None,
@@ -71,7 +72,8 @@ def export(
 ) -> ExportReport:
     """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
 
-    ``height`` and ``width`` in pixels; None means the checkpoint's own sample size.
+    ``height`` and ``width`` in pixels; None means the checkpoint's own sample size. ``sizes`` are
+    others that the bundle is to draw as well, height and width of each.
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
@@ -162,7 +164,12 @@ def export(
                 reads_text(checkpoint.configs["unet"])  # refuses what cannot be cut
         job = Job(
             checkpoint,
-            _profile(checkpoint, height=height, width=width, batch_size=batch_size),
+            tuple(
+                dict.fromkeys(
+                    _profile(checkpoint, height=rows, width=columns, batch_size=batch_size)
+                    for rows, columns in ((height, width), *sizes)
+                )
+            ),
             backends,
             precision,
             calibration_prompts=calibration_prompts,
@@ -214,9 +221,10 @@ def _profile(
 ) -> Profile:
     """The shapes asked for; the checkpoint's own sample size where nothing is."""
     factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
-    # Of a small picture whose sides are no multiples of the factor diffusers leaves something out.
-    step = factor * (factor if checkpoint.is_upscaler else 1)
-    step *= 2 if checkpoint.is_latent_upscaler else 1
+    step = max(factor, 8)  # diffusers draws no other, whatever the VAE
+    if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
+        # Of a small picture whose sides are no multiples of it diffusers leaves something out.
+        step = factor * (factor if checkpoint.is_upscaler else 2)
     sample = checkpoint.configs["unet"].get("sample_size") or 64
     rows, columns = (sample, sample) if isinstance(sample, int) else sample
     height = rows * factor if height is None else height

@@ -27,6 +27,7 @@ def recorded_graph(
     work: WorkFolder,
     component: str,
     *,
+    file: str,
     checkpoint: Checkpoint,
     profile: Profile,
     precision: Precision,
@@ -36,16 +37,18 @@ def recorded_graph(
 ) -> ComponentEntry:
     """The component's ONNX below ``work.bundle``, made now or recorded by an interrupted run.
 
-    ``key`` is over all that the graph depends on.
+    ``file`` is its path there: one that is not called `MODEL_FILE` lies beside one that is, and
+    shares its weights. ``key`` is over all that the graph depends on.
     """
-    stage = f"{component} onnx"
+    stage = f"{file} onnx"
     done = work.finished(stage, key)
     if done is not None:
         entry = _entry(done)
         log.skipped(component, "trace", size=sum(file.bytes for file in entry.files.values()))
         return entry
-    border = _make(
+    data = _make(
         component,
+        file=file,
         checkpoint=checkpoint,
         profile=profile,
         precision=precision,
@@ -54,27 +57,19 @@ def recorded_graph(
         log=log,
     )
     release()
-    folder = work.bundle / component
-    names = [f"{component}/{path.name}" for path in sorted(folder.iterdir())]
-    data = {
-        **border,
-        "file": f"{component}/model.onnx",
-        "files": {n: asdict(e) for n, e in hash_files(work.bundle, names).items()},
-        "precision": precision,
-    }
-    made = [f"bundle/{name}" for name in names]
-    reference = _reference_path(work, component).relative_to(work.path).as_posix()
+    made = [f"bundle/{name}" for name in data["files"]]
+    reference = _reference_path(work, file).relative_to(work.path).as_posix()
     work.finish(stage, key, files=[*made, reference], data=data)
     return _entry(data)
 
 
-def stored_proof(work: WorkFolder, component: str, *, reference_name: str) -> Proof:
-    """What the original gave for the component's inputs when its graph was made."""
+def stored_proof(work: WorkFolder, file: str, *, reference_name: str) -> Proof:
+    """What the original gave for the inputs of the graph ``file`` when that was made."""
     from safetensors.numpy import load_file
 
     from sd_export.verify import Proof
 
-    arrays = load_file(_reference_path(work, component))
+    arrays = load_file(_reference_path(work, file))
     return Proof(
         inputs={n.removeprefix("in."): a for n, a in arrays.items() if n.startswith("in.")},
         reference={n.removeprefix("out."): a for n, a in arrays.items() if n.startswith("out.")},
@@ -85,6 +80,7 @@ def stored_proof(work: WorkFolder, component: str, *, reference_name: str) -> Pr
 def _make(
     component: str,
     *,
+    file: str,
     checkpoint: Checkpoint,
     profile: Profile,
     precision: Precision,
@@ -92,14 +88,14 @@ def _make(
     work: WorkFolder,
     log: StageLog,
 ) -> dict[str, Any]:
-    """Load, run for reference, trace, convert and save; returns the border."""
+    """Load, run for reference, trace, convert and save; returns the fields of its entry."""
     import numpy as np
     from safetensors.numpy import save as to_safetensors
 
     from sd_export import verify, wrappers
     from sd_export.layer_table import write_layer_table
     from sd_export.load import load_model
-    from sd_export.onnx_export import OPSET, save, trace
+    from sd_export.onnx_export import MODEL_FILE, OPSET, save, save_beside, trace
     from sd_export.onnx_passes import to_half
 
     with log.stage(component, "load") as result:
@@ -120,8 +116,8 @@ def _make(
         )
         tensors = {f"in.{name}": array for name, array in probe.items()}
         tensors |= {f"out.{name}": array for name, array in reference.items()}
-        path = _reference_path(work, component)
-        path.parent.mkdir(exist_ok=True)
+        path = _reference_path(work, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(  # written by us: a full disk is then an OSError
             to_safetensors({n: np.ascontiguousarray(array) for n, array in tensors.items()})
         )
@@ -132,23 +128,29 @@ def _make(
         with log.stage(component, f"convert to {precision}"):
             to_half(graph, precision)
     with log.stage(component, "save") as result:
-        result.bytes = save(graph, work.bundle / component)
-        write_layer_table(work.bundle / component, module=module, model=model)
+        path = work.bundle / file
+        saved = save(graph, path.parent) if path.name == MODEL_FILE else save_beside(graph, path)
+        saved.append(write_layer_table(path, module=module, model=model))
+        result.bytes = sum(path.stat().st_size for path in saved)
     # onnxscript's rewriter remembers its last match, through it the whole graph, and onnx_ir every
     # value that was ever an initializer: what they remember must not hold the weights
     for value in (*values, *graph.graph.initializers.values()):
         value.const_value = None
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.new_empty(0)
+    names = [path.relative_to(work.bundle).as_posix() for path in sorted(saved)]
     return {
+        "file": file,
+        "files": {name: asdict(entry) for name, entry in hash_files(work.bundle, names).items()},
+        "precision": precision,
         "opset": OPSET,
         "inputs": [asdict(spec) for spec in inputs],
         "outputs": [asdict(spec) for spec in outputs],
     }
 
 
-def _reference_path(work: WorkFolder, component: str) -> Path:
-    return work.path / "reference" / f"{component}.safetensors"
+def _reference_path(work: WorkFolder, file: str) -> Path:
+    return (work.path / "reference" / file).with_suffix(".safetensors")
 
 
 def _entry(data: Mapping[str, Any]) -> ComponentEntry:

@@ -38,8 +38,9 @@ def half_graph(
     folder = output_dir.parent / "half" / component
     try:
         with log.stage(component, f"convert to {precision}") as result:
-            result.bytes = save(to_half(ir.load(onnx_path), precision), folder)
-        yield folder / onnx_path.name
+            saved = save(to_half(ir.load(onnx_path), precision), folder)
+            result.bytes = sum(path.stat().st_size for path in saved)
+        yield saved[0]
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 

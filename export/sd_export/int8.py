@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.bundle import EngineEntry, engine_entry, hash_files
+from sd_engines.bundle import EngineEntry, engine_entry, engine_file, hash_files
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.memory import release
 
@@ -60,7 +60,8 @@ def int8_engine(
     if target not in (None, openvino.TARGET):
         raise ConfigError(f"unknown target {target!r}", f"OpenVINO runs on: {openvino.TARGET}.")
     version = openvino.version()
-    file = f"engines/openvino-{version}-{openvino.TARGET}/{component}.engine"
+    target = openvino.TARGET
+    file = engine_file(component, entry, openvino.BACKEND, version=version, target=target)
     path = output_dir / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with log.stage(component, "calibrate") as result:
@@ -77,7 +78,7 @@ def int8_engine(
         profile,
         openvino.BACKEND,
         version=version,
-        target=openvino.TARGET,
+        target=target,
         precision="int8",
         file=file,
         built=built,

@@ -23,6 +23,7 @@ from sd_engines.bundle import (
     hash_files,
 )
 from sd_engines.errors import ExportError
+from sd_engines.files import listed_files
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
 from sd_export.build import recorded_engine
@@ -42,7 +43,7 @@ from sd_export.small_files import write_small_files
 from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from sd_engines.spec import Precision, Profile
     from sd_export.progress import StageLog
@@ -60,7 +61,7 @@ class Job:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        profile: Profile,
+        profiles: tuple[Profile, ...],
         backends: tuple[str, ...],
         precision: Precision | None,
         *,
@@ -70,7 +71,7 @@ class Job:
         log: StageLog,
     ) -> None:
         self.checkpoint = checkpoint
-        self.profile = profile
+        self.profiles = profiles
         self.backends = backends
         self.precision = precision
         self.calibration_prompts = calibration_prompts
@@ -89,7 +90,6 @@ class Job:
             **self._additions,
             "controlnets": checkpoint.controlnets,
             "max_prompt_chunks": checkpoint.max_prompt_chunks,
-            "profile": asdict(profile),
             "versions": self.versions,
         }
         self.key = key_of(
@@ -102,6 +102,7 @@ class Job:
                 "license": checkpoint.license,
                 "licenses": [path.read_text("utf-8", "replace") for path in checkpoint.licenses],
                 "precision": precision,
+                "profiles": [asdict(profile) for profile in profiles],
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
                 "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
@@ -126,32 +127,51 @@ class Job:
 
     def run(self) -> Manifest:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
-        from sd_export.controlnet import control_components
-        from sd_export.wrappers import components_of
-
         files = write_small_files(self.checkpoint, self.work.bundle)
-        manifest = Manifest(
+        blank = Manifest(
             model=self._model(),
-            profile=self.profile,
+            profile=self.profiles[0],
             components={},
-            engines=(),
-            certificate=(),
             files=files,
             versions=self.versions,
         )
+        manifest = self._sized(blank, None)
+        others = [self._sized(replace(blank, profile=p), manifest) for p in self.profiles[1:]]
+        self._check_unchanged()
+        files |= self._write_record()
+        manifest = replace(
+            manifest, sizes=tuple(other.all_sizes[0] for other in others), files=files
+        )
+        self.work.remove_strays(set(listed_files(manifest)))
+        return manifest
+
+    def _sized(self, manifest: Manifest, first: Manifest | None) -> Manifest:
+        """``manifest`` with all that its size needs, proven.
+
+        Of the ``first`` size, where this is another, come the weights, and every component that
+        is the same for both.
+        """
+        from sd_export.controlnet import control_components
+        from sd_export.wrappers import components_of
+
+        profile, log, ending = manifest.profile, self.log, ""
+        if first is not None:
+            ending = f"-{profile.width}x{profile.height}"
+            log = log.about(ending[1:])
         own = components_of(self.checkpoint, feature_cache=self.feature_cache)
         for component in (*own, *control_components(self.checkpoint)):
+            if first is not None and self._is_shared(component, profile, first.profile):
+                entry = first.components[component]
+                engines = [e for e in first.engines if e.component == component]
+                certificate = [c for c in first.certificate if c.component == component]
+                manifest = _with(manifest, component, entry, engines, certificate)
+                continue
             self._check_unchanged()
-            components = {**manifest.components, component: self._graph(component)}
-            manifest = replace(manifest, components=components)
-            engines, certificate = self._engines(component, manifest)
+            entry = self._graph(component, f"{component}/model{ending}.onnx", profile, log)
+            manifest = _with(manifest, component, entry, (), ())
+            engines, certificate = self._engines(component, manifest, log)
+            manifest = _with(manifest, component, entry, engines, certificate)
             release()
-            manifest = replace(
-                manifest,
-                engines=(*manifest.engines, *engines),
-                certificate=(*manifest.certificate, *certificate),
-            )
-        self._check_unchanged()
         measured = prove_end_to_end(
             manifest,
             checkpoint=self.checkpoint,
@@ -159,14 +179,27 @@ class Job:
             reference_name=self._reference_name(),
             key=self.key,
             work=self.work,
-            log=self.log,
+            log=log,
         )
-        files |= self._write_record()
-        listed = {*files, *(e.file for e in manifest.engines)}
-        for entry in manifest.components.values():
-            listed.update(entry.files)
-        self.work.remove_strays(listed)
-        return replace(manifest, certificate=(*manifest.certificate, *measured), files=files)
+        return replace(manifest, certificate=(*manifest.certificate, *measured))
+
+    def _is_shared(self, component: str, profile: Profile, first: Profile) -> bool:
+        """Whether its graph does not depend on the size: nothing at its border does."""
+        from sd_export.wrappers import borders
+
+        ours, theirs = (
+            borders(
+                component,
+                checkpoint=self.checkpoint,
+                profile=each,
+                feature_cache=self._caches(component),
+            )
+            for each in (profile, first)
+        )
+        return ours == theirs
+
+    def _caches(self, component: str) -> bool:
+        return component == "unet" and self.feature_cache
 
     def _check_unchanged(self) -> None:
         """`ExportError` where someone wrote to the checkpoint since it was hashed."""
@@ -178,34 +211,35 @@ class Job:
                 stage="load",
             )
 
-    def _graph(self, component: str) -> ComponentEntry:
+    def _graph(self, component: str, file: str, profile: Profile, log: StageLog) -> ComponentEntry:
         from sd_export.wrappers import model_of
 
         precision = graph_precision(component, self.backends, self.precision)
-        feature_cache = component == "unet" and self.feature_cache
         made_of = {
             **self._made_of,
             "component": component,
-            "feature_cache": feature_cache,
+            "feature_cache": self._caches(component),
             "precision": precision,
+            "profile": asdict(profile),
             "weights": self._weights[model_of(component)],
         }
         return recorded_graph(
             self.work,
             component,
+            file=file,
             checkpoint=self.checkpoint,
-            profile=self.profile,
+            profile=profile,
             precision=precision,
-            feature_cache=feature_cache,
+            feature_cache=self._caches(component),
             key=key_of(made_of),
-            log=self.log,
+            log=log,
         )
 
     def _engines(
-        self, component: str, manifest: Manifest
+        self, component: str, manifest: Manifest, log: StageLog
     ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
         """Engines of all backends, and what was measured of them."""
-        entry = manifest.components[component]
+        entry, profile = manifest.components[component], manifest.profile
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
@@ -215,23 +249,23 @@ class Job:
 
             calibration = Calibration.of(self.work.bundle, manifest, self.calibration_prompts)
         proof = cache(
-            partial(stored_proof, self.work, component, reference_name=self._reference_name())
+            partial(stored_proof, self.work, entry.file, reference_name=self._reference_name())
         )
         made_of = {"graph": asdict(entry), "versions": self.versions}
         if not any(backend in PORTABLE_BACKENDS for backend in self.backends):
             key = key_of(made_of)
-            done = self.work.finished(f"{component} proof", key)
+            done = self.work.finished(f"{entry.file} proof", key)
             if done is None:
                 measured = verify_graph(
                     onnx_path,
                     component=component,
                     entry=entry,
-                    profile=self.profile,
+                    profile=profile,
                     proof=proof,
-                    log=self.log,
+                    log=log,
                 )
                 done = {"certificate": asdict(measured)}
-                self.work.finish(f"{component} proof", key, files=[], data=done)
+                self.work.finish(f"{entry.file} proof", key, files=[], data=done)
             certificate.append(CertificateEntry(**done["certificate"]))
         for backend in self.backends:
             engine, measures = recorded_engine(
@@ -240,13 +274,13 @@ class Job:
                 onnx_path,
                 component=component,
                 entry=entry,
-                profile=self.profile,
+                profile=profile,
                 precision=engine_precision(
                     component, backend, entry=entry, precision=self.precision
                 ),
                 calibration=calibration,
                 proof=proof,
-                log=self.log,
+                log=log,
             )
             engines.append(engine)
             certificate += measures
@@ -294,3 +328,18 @@ class Job:
 
     def _reference_name(self) -> str:
         return f"diffusers {self.versions['diffusers']}, fp32"
+
+
+def _with(
+    manifest: Manifest,
+    component: str,
+    entry: ComponentEntry,
+    engines: Iterable[EngineEntry],
+    certificate: Iterable[CertificateEntry],
+) -> Manifest:
+    return replace(
+        manifest,
+        components={**manifest.components, component: entry},
+        engines=(*manifest.engines, *engines),
+        certificate=(*manifest.certificate, *certificate),
+    )

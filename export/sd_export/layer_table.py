@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import onnx
 import torch
 
-from sd_export.onnx_export import MODEL_FILE
 from sd_export.onnx_passes import TRANSPOSED
-from sd_runtime.layer_table import TABLE_FILE
+from sd_runtime.layer_table import table_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
 _HALF_NAMES = (".float16", ".bfloat16")
 
 
-def write_layer_table(folder: Path, *, module: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Describe the graph in ``folder``, traced from ``module``, by the layers of ``model``."""
+def write_layer_table(onnx_path: Path, *, module: torch.nn.Module, model: torch.nn.Module) -> Path:
+    """Describe the graph at ``onnx_path``, traced from ``module``, by the layers of ``model``."""
     names = {id(layer): name for name, layer in model.named_modules()}
     layers = {
         name: names[id(layer)]
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
     }
-    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    graph = onnx.load(onnx_path, load_external_data=False).graph
     table = {}
     for tensor in graph.initializer:
         name = tensor.name
@@ -43,4 +42,6 @@ def write_layer_table(folder: Path, *, module: torch.nn.Module, model: torch.nn.
                 "file": external["location"],
                 "offset": int(external.get("offset", 0)),
             }
-    (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    path = onnx_path.with_name(table_file(onnx_path.name))
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return path

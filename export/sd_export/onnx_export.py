@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ OPSET = 23
 """Keeps Attention and GroupNormalization whole, which ONNX Runtime and OpenVINO run faster."""
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
+_SMALL_BYTES = 64  # tensors up to it, shapes and axes, stay inside the graph
 _TRACED_BATCH = 2  # any number but 1, which torch would fold into the graph
 _MAX_TRACED_BATCH = 63  # diffusers upsamples 64 rows another way, and torch would trace anew
 
@@ -92,26 +94,83 @@ def _dynamic_shapes(module: torch.nn.Module, shapes: list[dict[int, Any]]) -> tu
     return (*shapes[:named], tuple(shapes[named:]))
 
 
-def save(model: ir.Model, folder: Path) -> int:
-    """Write ``model`` and its weights below ``folder``, one file each; bytes written.
+def save(model: ir.Model, folder: Path) -> list[Path]:
+    """Write ``model`` and its weights below ``folder``, one file each; their paths.
 
     Only what a graph reads while it is loaded, shapes and axes, stays inside it. `OSError` where
     the disk is full, which onnx_ir does not always notice.
     """
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
-    _check_whole(folder)
-    return sum(path.stat().st_size for path in folder.iterdir())
+    path = folder / MODEL_FILE
+    ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_SMALL_BYTES)
+    return [path, *_check_whole(path)]
 
 
-def _check_whole(folder: Path) -> None:
-    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-    places = [{entry.key: entry.value for entry in t.external_data} for t in graph.initializer]
-    end = max((int(p["offset"]) + int(p["length"]) for p in places if p), default=0)
-    path = folder / DATA_FILE
-    if end and path.stat().st_size < end:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def save_beside(model: ir.Model, path: Path) -> list[Path]:
+    """Write ``model`` to ``path``, beside a graph that `save` wrote; the paths of all its files.
+
+    What that graph has to the byte it reads from the same file, the rest from one of its own.
+    """
+    known = _stored(path.with_name(MODEL_FILE))
+    own = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL_BYTES:
+            continue
+        place = known.get(hashlib.sha256(tensor.tobytes()).digest())
+        if place is None:
+            own.append(value)
+        else:
+            offset, length = place
+            value.const_value = ir.ExternalTensor(
+                DATA_FILE,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.numpy().shape),
+                name=value.name or "",
+                base_dir=path.parent,
+            )
+    tensors = [value.const_value for value in own if value.const_value is not None]
+    if tensors:
+        apart = ir.external_data.convert_tensors_to_external(
+            tensors, path.parent, f"{path.name}_data"
+        )
+        for value, tensor in zip(own, apart, strict=True):
+            value.const_value = tensor
+    ir.save(model, path)
+    return [path, *_check_whole(path)]
+
+
+def external_places(path: Path) -> dict[str, dict[str, str]]:
+    """Of each tensor outside the graph at ``path``: its ``location``, ``offset`` and ``length``."""
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}
+    return {name: place for name, place in places.items() if place}
+
+
+def _stored(path: Path) -> dict[bytes, tuple[int, int]]:
+    """Where the tensors of the graph at ``path`` lie, offset and length, by their SHA-256."""
+    stored = {}
+    places = external_places(path).values()
+    for offset, length in sorted((int(p.get("offset", 0)), int(p["length"])) for p in places):
+        with path.with_name(DATA_FILE).open("rb") as file:
+            file.seek(offset)
+            stored[hashlib.sha256(file.read(length)).digest()] = offset, length
+    return stored
+
+
+def _check_whole(path: Path) -> list[Path]:
+    """The files that the graph at ``path`` reads; `OSError` where one ends too early."""
+    ends: dict[str, int] = {}
+    for place in external_places(path).values():
+        end = int(place.get("offset", 0)) + int(place["length"])
+        ends[place["location"]] = max(end, ends.get(place["location"], 0))
+    for location, end in ends.items():
+        if path.with_name(location).stat().st_size < end:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.with_name(location)))
+    return [path.with_name(location) for location in sorted(ends)]
 
 
 def _check_border(

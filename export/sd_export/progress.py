@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sd_engines.memory import peak_memory_bytes
@@ -52,7 +53,14 @@ class StageLog:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._about = ""
         self.ended: list[StageEvent] = []
+
+    def about(self, words: str) -> StageLog:
+        """The same log, for stages whose details begin with ``words``."""
+        other = copy.copy(self)
+        other._about = words
+        return other
 
     @contextmanager
     def stage(self, component: str, stage: str) -> Iterator[StageResult]:
@@ -80,5 +88,6 @@ class StageLog:
         )
 
     def _end(self, event: StageEvent) -> None:
+        event = replace(event, detail=f"{self._about} {event.detail}".strip())
         self.ended.append(event)
         self._progress(event)

@@ -20,7 +20,7 @@ from sd_runtime.triton import GRAPHS, OPTIONS
 
 if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import TensorSpec
 
 MODEL = "stable_diffusion"

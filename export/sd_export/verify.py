@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile, TensorSpec
     from sd_export.source import Checkpoint
 

@@ -145,8 +145,8 @@ _FILE = click.Path(path_type=Path)
     help="Such as ddim, euler_a, dpm++_2m_karras, unipc. [default: the checkpoint's own]",
 )
 @click.option("--eta", type=float, help="Noise of ddim and tcd, 0 … 1. [default: 0]")
-@click.option("--height", type=int, help="In pixels, as the bundle was built.")
-@click.option("--width", type=int, help="In pixels, as the bundle was built.")
+@click.option("--height", type=int, help="In pixels: one of the bundle's sizes. [default: its own]")
+@click.option("--width", type=int, help="The same.")
 @click.option("--grid", is_flag=True, help="One file with all pictures side by side.")
 @click.option("--save-latents", type=_FILE, metavar="FILE.npy", help="Also write the latents.")
 @click.option(

@@ -26,7 +26,7 @@ from sd_runtime.prompts import (
     requests_from_jsonl,
     seed_requests,
 )
-from sd_runtime.recipe import INPUTS, fingerprint, recipes_from_text, text_from_recipes
+from sd_runtime.recipe import INPUTS, fingerprints, recipes_from_text, text_from_recipes
 from sd_runtime.request import Request
 from sd_runtime.task import gives_depth, reads_image
 from sd_runtime.timing import Timings, clock
@@ -182,7 +182,7 @@ def _order(job: Job, manifest: Manifest, refiner: Manifest | None) -> Order:
         for engine in unets:
             if (engine.backend, engine.precision) == (backend, drawn_by.precision):
                 precision = precision or engine.precision
-        if any(recipe.fingerprint != fingerprint(manifest) for recipe in recipes):
+        if {recipe.fingerprint for recipe in recipes} - fingerprints(manifest):
             logger.warning(
                 "%s was drawn with another bundle (%s): expect another picture",
                 job.from_image,
@@ -195,7 +195,7 @@ def _order(job: Job, manifest: Manifest, refiner: Manifest | None) -> Order:
                 ", ".join(recipes[0].loras) or "none",
             )
         refiners = {recipe.refiner_fingerprint for recipe in recipes} - {None}
-        if refiner is not None and refiners - {fingerprint(refiner)}:
+        if refiner is not None and refiners - fingerprints(refiner):
             logger.warning(
                 "%s was refined with another bundle (%s): expect another picture",
                 job.from_image,

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
 
-TABLE_FILE = "layers.json"
 _DTYPES = {"float": np.float32, "float16": np.float16}
+
+
+def table_file(onnx_file: str) -> str:
+    """What the table of the graph ``model….onnx`` is called: ``layers….json``."""
+    return onnx_file.replace("model", "layers", 1).removesuffix(".onnx") + ".json"
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,16 @@ class LayerTable:
     @classmethod
     def open(cls, bundle: Bundle, component: str) -> Self:
         """That of ``component``, checked; `BundleError` where there is none to be trusted."""
-        folder = bundle.verified_path(component).parent
+        graph = bundle.verified_path(component)
+        path = graph.with_name(table_file(graph.name))
         files = bundle.manifest.components[component].files
         hint = f"Make it again: sd-export --model {bundle.manifest.model.source} --output BUNDLE."
-        if f"{component}/{TABLE_FILE}" not in files:
+        if f"{component}/{path.name}" not in files:
             raise BundleError(
                 f"{bundle.path}: does not say where the weights of {component} lie", hint
             )
         try:
-            entries = json.loads((folder / TABLE_FILE).read_bytes())
+            entries = json.loads(path.read_bytes())
             layers = {
                 name: _Layer(**{**entry, "shape": tuple(map(int, entry["shape"]))})
                 for name, entry in entries.items()
@@ -64,8 +69,8 @@ class LayerTable:
             if not all(f"{component}/{layer.file}" in files for layer in layers.values()):
                 raise ValueError("names a file that the manifest does not list")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BundleError(f"{folder / TABLE_FILE}: {error}", hint) from error
-        return cls(folder, layers)
+            raise BundleError(f"{path}: {error}", hint) from error
+        return cls(path.parent, layers)
 
     def initializer(self, layer: str) -> str:
         """What the graph calls the weight of ``layer``."""

@@ -70,21 +70,22 @@ def picture_jobs(
 
     Raises as `plan` for a request that the bundle cannot do, and names its line.
     """
-    jobs, own_fingerprint = [], fingerprint(manifest)
+    jobs = []
     for line, request in enumerate(requests, start=1):
         try:
             planned = plan(request, manifest)
         except ConfigError as error:
             raise ConfigError(f"job {line}: {error.message}", error.hint) from error
+        sized = manifest.at(planned.profile.height, planned.profile.width)
         for number, image in enumerate(planned.request.images()):
             digest = recipe_of(
                 image,
                 planned,
-                manifest,
+                sized,
                 backend="",
                 precision="",
                 loras=loras,
-                fingerprint=own_fingerprint,
+                fingerprint=fingerprint(sized),
             ).digest
             single = replace(
                 planned.request,

@@ -32,12 +32,12 @@ from sd_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 
     from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
     from sd_runtime.conditioning import PromptEmbeds
     from sd_runtime.denoise import Row
@@ -67,10 +67,14 @@ class Pipeline(Closing):
         threads: int | None = None,
         loras: Sequence[Lora] = (),
         refiner: Pipeline | None = None,
+        borrowed: Collection[str] = (),
     ) -> None:
         self.bundle = bundle
         self.loras = tuple(loras)
         self.refiner = refiner
+        self._borrowed = frozenset(borrowed)
+        self._others: dict[tuple[int, int], Pipeline] = {}
+        self._backend, self._threads = backend, threads
         self._engines = dict(engines)
         self._tokenizers = dict(tokenizers)
         self._prompts = self._prompt_encoder()
@@ -95,6 +99,8 @@ class Pipeline(Closing):
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
 
+        It draws the size of ``request`` or, without one, the bundle's own; engines of its other
+        sizes are opened for the first request that asks for them, and kept.
         The VAE's encoder is opened for the first request that starts from a picture, and so is a
         depth estimator; the shallow UNet for the first with a cache_interval, a ControlNet for the
         first that it counts in.
@@ -119,6 +125,8 @@ class Pipeline(Closing):
         if request is not None:
             refining = None if second is None else second.manifest
             planned = plan(request, bundle.manifest, refiner=refining)
+            size = planned.profile.height, planned.profile.width
+            bundle, second = bundle.at(*size), None if second is None else second.at(*size)
         other = None
         if second is not None:
             refining_plan = planned.refining if planned else None
@@ -184,6 +192,7 @@ class Pipeline(Closing):
         is refused, everything stays as it is. Raises as `load`.
         """
         found = find_loras(loras)
+        self._close_others()
         with ExitStack() as opened:
             changed = {}
             for component, engine in self._engines.items():
@@ -218,7 +227,42 @@ class Pipeline(Closing):
         """The same, step by step: for progress, previews, and cancelling by ``close()``."""
         refiner = None if self.refiner is None else self.refiner.bundle.manifest
         planned = plan(request, self.bundle.manifest, refiner=refiner)
-        return self._stream(replace(planned, request=planned.request.seeded()))
+        sized = self._at(planned.profile.height, planned.profile.width)
+        return sized._stream(replace(planned, request=planned.request.seeded()))
+
+    def _at(self, height: int, width: int) -> Pipeline:
+        """The pipeline that draws this size: this one, or one beside it.
+
+        That one runs the engines of this one where its graphs are the same.
+        """
+        size = height, width
+        if size == (self.profile.height, self.profile.width):
+            return self
+        if size not in self._others:
+            bundle = self.bundle.at(*size)
+            graphs, ours = bundle.manifest.components, self.bundle.manifest.components
+            shared = {n: e for n, e in self._engines.items() if graphs[n] == ours[n]}
+            unet = self._engines["unet"].entry
+            engines = open_engines(
+                bundle,
+                [name for name in components_to_open(bundle, {}) if name not in shared],
+                backend=unet.backend,
+                threads=self._threads,
+                precision=unet.precision,
+                batches={},
+                loras=self.loras,
+            )
+            self._others[size] = type(self)(
+                bundle,
+                {**shared, **engines},
+                self._tokenizers,
+                backend=self._backend,
+                threads=self._threads,
+                loras=self.loras,
+                refiner=None if self.refiner is None else self.refiner._at(*size),
+                borrowed=shared,
+            )
+        return self._others[size]
 
     def _stream(self, plan: Plan) -> Generator[Step]:
         start, timings = clock(), Timings()
@@ -407,10 +451,19 @@ class Pipeline(Closing):
         self._controls.forget()
         if self.refiner is not None:
             self.refiner.forget_prompts()
+        for other in self._others.values():
+            other.forget_prompts()
 
     def close(self) -> None:
         """Free all engines, the refiner's too; the pipeline is of no use after it."""
-        if self.refiner is not None:
+        self._close_others()
+        if self.refiner is not None and not self._borrowed:
             self.refiner.close()
-        for engine in self._engines.values():
-            engine.close()
+        for name, engine in self._engines.items():
+            if name not in self._borrowed:
+                engine.close()
+
+    def _close_others(self) -> None:
+        for other in self._others.values():
+            other.close()
+        self._others.clear()

@@ -23,7 +23,7 @@ from sd_engines.spec import (
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.noise import NoiseStream
-from sd_runtime.refiner import HIGH_NOISE_FRAC, check_refiner
+from sd_runtime.refiner import HIGH_NOISE_FRAC, sized_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
 from sd_runtime.task import LATENT_UPSCALING, REFINING, UPSCALING, Task, task_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
+    from sd_engines.spec import Profile
     from sd_runtime.request import ImageRequest, Request
     from sd_runtime.safety_options import SafetyConfig
     from sd_runtime.upscaling import Upscaling
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 class Plan:
     """``request`` with nothing left open but its seed, and what follows from it.
 
+    ``profile`` is that of the size that is drawn, which a bundle may have beside others.
     ``unet_inputs`` hold for all pictures, float32 [1, …]: the guidance of a UNet that takes it as
     an input, `TIMESTEP_COND`; such a UNet has no ``guided_rows``. To a UNet of Stable Diffusion XL
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
@@ -54,6 +56,7 @@ class Plan:
     """
 
     request: Request
+    profile: Profile
     task: Task
     num_inference_steps: int
     guidance_scale: float
@@ -108,6 +111,9 @@ def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = Non
     and two bundles that do not; `BundleError` where the bundle lacks what the task needs.
     """
     task = task_of(request, manifest)
+    if task is not UPSCALING:  # whose tiles have a size, and whose pictures come out in any
+        manifest = manifest.at(request.height, request.width)
+        request = replace(request, height=manifest.profile.height, width=manifest.profile.width)
     if refiner is None:
         if request.high_noise_frac is not None:
             raise ConfigError(
@@ -115,7 +121,7 @@ def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = Non
                 "Give one: --refiner BUNDLE; or leave high_noise_frac out.",
             )
         return _plan(request, manifest, task)
-    check_refiner(request, manifest, refiner)
+    refiner = sized_refiner(request, manifest, refiner)
     share = HIGH_NOISE_FRAC if request.high_noise_frac is None else float(request.high_noise_frac)
     base = _plan(replace(request, high_noise_frac=share), manifest, task, denoising_end=share)
     second = replace(request, num_inference_steps=base.num_inference_steps)
@@ -133,8 +139,6 @@ def _plan(
 ) -> Plan:
     """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
     upscaling = upscaling_of(request, manifest) if task is UPSCALING else None
-    if upscaling is None:
-        request.check_profile(manifest.profile)
     upscales = task in (UPSCALING, LATENT_UPSCALING)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
@@ -204,6 +208,7 @@ def _plan(
         check_safety_guidance(request, is_guided=bool(guided_rows))
     return Plan(
         request=request,
+        profile=manifest.profile,
         task=task,
         num_inference_steps=steps,
         guidance_scale=float(scale),

@@ -253,7 +253,7 @@ def recipe_of(
     fingerprint: str,
 ) -> Recipe:
     """The recipe of one picture of a plan."""
-    model, profile, request = manifest.model, manifest.profile, plan.request
+    model, profile, request = manifest.model, plan.profile, plan.request
     height, width = plan.upscaling.size if plan.upscaling else (profile.height, profile.width)
     return Recipe(
         prompt=image.prompt,
@@ -321,12 +321,20 @@ def recipes_from_text(text: str) -> tuple[list[Recipe], int]:
 def fingerprint(manifest: Manifest) -> str:
     """SHA-256 over what decides a bundle's pictures: the hashes of all graphs and the tokenizer.
 
+    Of the graphs of its own size, where it has more.
+
     Engines added later, certificates and dates leave it as it is.
     """
     hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
     for component in manifest.components.values():
         hashes.update({name: entry.sha256 for name, entry in component.files.items()})
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprints(manifest: Manifest) -> set[str]:
+    """That of every size of the bundle."""
+    profiles = [size.profile for size in manifest.all_sizes]
+    return {fingerprint(manifest.at(profile.height, profile.width)) for profile in profiles}
 
 
 def _unreadable(why: str) -> ConfigError:

@@ -18,8 +18,11 @@ HIGH_NOISE_FRAC = 0.8
 """The share of the steps that the base draws where nobody says otherwise, as diffusers advises."""
 
 
-def check_refiner(request: Request, base: Manifest, refiner: Manifest) -> None:
-    """`ConfigError` where ``refiner`` cannot go on with what ``base`` draws of ``request``."""
+def sized_refiner(request: Request, base: Manifest, refiner: Manifest) -> Manifest:
+    """``refiner`` at the size of ``base``, to go on with what that draws of ``request``.
+
+    `ConfigError` where it cannot.
+    """
     if not refiner.model.requires_aesthetics_score:
         raise ConfigError(
             f"{refiner.model.source} is no refiner",
@@ -45,7 +48,13 @@ def check_refiner(request: Request, base: Manifest, refiner: Manifest) -> None:
             "safety guidance holds for every step, and a refiner's are another model's",
             "Leave safety_guidance out, or the refiner.",
         )
-    ours, theirs = base.profile, refiner.profile
+    ours = base.profile
+    if any(
+        (size.profile.height, size.profile.width) == (ours.height, ours.width)
+        for size in refiner.sizes
+    ):
+        refiner = refiner.at(ours.height, ours.width)
+    theirs = refiner.profile
     if (ours.height, ours.width, ours.vae_scale_factor, base.model.latent_channels) != (
         theirs.height,
         theirs.width,
@@ -64,3 +73,4 @@ def check_refiner(request: Request, base: Manifest, refiner: Manifest) -> None:
             f"Export the refiner anew: sd-export --model {refiner.model.source} "
             f"--batch-size {ours.batch_size} --output BUNDLE.",
         )
+    return refiner

@@ -17,7 +17,7 @@ from sd_runtime.prompt_weighting import weighted_parts
 from sd_runtime.safety_options import check_safety_options
 
 if TYPE_CHECKING:
-    from sd_engines.spec import Defaults, Profile
+    from sd_engines.spec import Defaults
     from sd_runtime.tiles import Tile
 
 MAX_SEED = 2**64 - 1
@@ -309,18 +309,6 @@ class Request:
             ImageRequest(prompt, negative, seed)
             for (prompt, negative), seed in zip(texts, seeds, strict=True)
         )
-
-    def check_profile(self, profile: Profile) -> None:
-        """Raise `ConfigError` when the bundle was not built for the size that is asked for."""
-        height = self.height or profile.height
-        width = self.width or profile.width
-        if (height, width) != (profile.height, profile.width):
-            raise ConfigError(
-                f"the bundle draws {profile.height}×{profile.width} (height × width), "
-                f"not {height}×{width}",
-                "Leave the size out, or export another bundle: "
-                f"sd-export --model MODEL --height {height} --width {width} --output BUNDLE.",
-            )
 
 
 def _check_texts(name: str, value: object, *, optional: bool = False) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sd_engines.border import Rows
     from sd_engines.engine import Array
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import TensorSpec
 
 GRAPHS = ("text_encoder", "unet", "vae_decoder", "safety_checker")

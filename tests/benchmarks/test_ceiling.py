@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.bundle import Bundle
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
 
 SIZE = 64

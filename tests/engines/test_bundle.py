@@ -131,7 +131,7 @@ def test_hash_files_is_sha256(tmp_path: Path) -> None:
 def test_key_depends_on_everything() -> None:
     def key(onnx: tuple[str, ...] = ("a", "b"), **changed: object) -> str:
         parts: dict[str, object] = {
-            "profile": PROFILE,
+            "batch_size": 2,
             "precision": "fp32",
             "backend": "tensorrt",
             "version": "11.4",
@@ -143,7 +143,7 @@ def test_key_depends_on_everything() -> None:
     assert key() == key(onnx=("b", "a"))
     others = [
         key(onnx=("a", "c")),
-        key(profile=replace(PROFILE, batch_size=3)),
+        key(batch_size=3),
         key(precision="fp16"),
         key(backend="tensorrt-rtx"),
         key(version="11.5"),
@@ -180,7 +180,7 @@ def test_stale_engine(tmp_path: Path) -> None:
     unet = bundle.manifest.components["unet"]
     key = engine_key(
         (entry.sha256 for entry in unet.files.values()),
-        profile=PROFILE,
+        batch_size=PROFILE.batch_size,
         precision="fp32",
         backend="tensorrt",
         version="11.4",
@@ -204,6 +204,7 @@ def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
         "components",
         "engines",
         "certificate",
+        "sizes",
         "files",
         "versions",
     ]

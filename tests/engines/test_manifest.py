@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sd_engines.entries import CertificateEntry
 from sd_engines.errors import BundleError
-from sd_engines.manifest import CertificateEntry, Manifest
+from sd_engines.manifest import Manifest
 from tiny_onnx import int8_engine, make_manifest
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ HOSTILE = {
     "noise level": (_set("model", "max_noise_level", -1), "max_noise_level: must be a whole"),
     "precision": (_set("components", "unet", "precision", "int3"), "'int3' is none of fp32"),
     "graph in int8": (_set("components", "unet", "precision", "int8"), "'int8' is none of fp32"),
-    "int8 that is no engine": (_set("engines", 1, "precision", "int8"), "one file is listed twice"),
+    "int8 that is no engine": (_set("engines", 1, "precision", "int8"), "is listed twice"),
     "dtype": (_set("components", "unet", "inputs", 0, "dtype", "object"), "'object' is none of"),
     "shape": (_set("components", "unet", "inputs", 0, "shape", ["batch", 0]), "axis 1 is 0"),
     "symbolic": (_set("components", "unet", "inputs", 0, "shape", [4, "batch"]), "axis 1 is 'b"),
@@ -131,7 +132,7 @@ HOSTILE = {
     "engine path": (_set("engines", 0, "file", "/tmp/x.engine"), "no path of a file"),  # noqa: S108
     "engine file": (_set("engines", 0, "file", "unet/model.onnx_data"), "is not the ONNX of"),
     "engine component": (_set("engines", 0, "component", "vae"), "'vae' is not in the bundle"),
-    "twice listed": (_file("unet/model.onnx"), "one file is listed twice"),
+    "twice listed": (_file("unet/model.onnx"), "is listed twice"),
 }
 
 

@@ -20,7 +20,7 @@ from sd_engines.spec import TensorSpec
 from tiny_onnx import PROFILE
 
 if TYPE_CHECKING:
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 without_cuda = pytest.mark.skipif(

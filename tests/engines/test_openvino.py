@@ -18,7 +18,7 @@ from tiny_onnx import PROFILE, needs, unet_arrays, unet_reference
 
 if TYPE_CHECKING:
     from sd_engines import Bundle
-    from sd_engines.manifest import EngineEntry
+    from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
 
 needs("openvino")

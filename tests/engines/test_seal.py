@@ -172,7 +172,7 @@ def _built(staging: Path, bundle: Bundle, *, content: bytes, target: str = "any"
         flags={},
         key=engine_key(
             (f.sha256 for f in bundle.manifest.components["unet"].files.values()),
-            profile=PROFILE,
+            batch_size=PROFILE.batch_size,
             precision="fp32",
             backend="tensorrt-rtx",
             version="1.7",

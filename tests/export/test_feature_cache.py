@@ -14,8 +14,8 @@ import sd_export
 from deep_cache import deep_features_kept
 from sd_engines.bundle import hash_files, open_bundle
 from sd_engines.engine import build_engine, load_engine
+from sd_engines.entries import ComponentEntry
 from sd_engines.errors import ExportError
-from sd_engines.manifest import ComponentEntry
 from sd_engines.spec import Profile
 from sd_export.load import load_model
 from sd_export.onnx_export import OPSET, save, trace

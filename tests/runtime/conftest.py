@@ -99,7 +99,10 @@ class TinyModel:
             kind = f"ControlNet{kind}"
         if kind != "Img2Img":  # which draws in its picture's size
             profile = self.pipeline.profile
-            inputs |= {"height": profile.height, "width": profile.width}
+            inputs |= {
+                "height": request.height or profile.height,
+                "width": request.width or profile.width,
+            }
         if kind:
             oracle = _for_task(oracle, kind, parts)
             oracle.set_progress_bar_config(disable=True)
@@ -218,6 +221,7 @@ def exported(
     controlnets: Sequence[dict[str, Any]] = (),
     height: int | None = None,
     width: int | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> Iterator[TinyModel]:
     """Export ``checkpoint`` to a folder beside it and open that; frees its engines at the end."""
     from diffusers import ControlNetModel, DiffusionPipeline
@@ -247,6 +251,7 @@ def exported(
             controlnets=list(map(str, made)),
             height=height,
             width=width,
+            sizes=sizes,
         )
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield TinyModel(checkpoint, bundle, pipeline, oracle, nets)
@@ -421,11 +426,14 @@ def ldm3d_model(
 
 
 @pytest.fixture(scope="session")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
-    """16×40 pictures, two at a time, of an XL checkpoint, which is told so; its own are square."""
-    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+def sized_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """16×40 and 24×16 pictures, two at a time, of an XL checkpoint, which is told so.
+
+    Its own are square.
+    """
+    folder = tmp_path_factory.mktemp("sized") / "checkpoint"
     make_xl_checkpoint(folder, block_out_channels=(16,))
-    with exported(folder, batch_size=2, height=16, width=40) as model:
+    with exported(folder, batch_size=2, height=16, width=40, sizes=[(24, 16)]) as model:
         yield model
 
 

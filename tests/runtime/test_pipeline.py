@@ -242,7 +242,7 @@ def test_requests_that_no_bundle_can_do(options: dict[str, Any], message: str) -
     [
         ({"scheduler": "eular"}, "Did you mean 'euler"),
         ({"height": 128}, "64×64 .*not 128×64"),
-        ({"width": 512}, "sd-export --model MODEL --height 64 --width 512"),
+        ({"width": 512}, "--size 512x64"),
         ({"num_inference_steps": 5000}, "5000|1000"),
         ({"cache_interval": 2}, "sd-export --model .* --feature-cache --output BUNDLE"),
     ],

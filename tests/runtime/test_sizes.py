@@ -1,13 +1,17 @@
-"""Pictures that are wider than high, against diffusers' own pipelines."""
+"""Pictures that are no squares, of two sizes from one bundle, against diffusers' own pipelines."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sd_engines.errors import ConfigError
 from sd_runtime import Request
+from sd_runtime.recipe import fingerprints
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -20,16 +24,42 @@ PICTURE = np.stack([ROWS * 12, COLUMNS * 5, 255 - ROWS * 7], axis=-1).astype(np.
 MASK = ((ROWS + COLUMNS > 30) * 255).astype(np.uint8)
 
 
+TEXT = Request(("a red circle", "a cat", "a dog"), seed=7, num_inference_steps=3)
+IMAGE = Request("a cat", seed=5, num_inference_steps=4, image=PICTURE, strength=0.6)
+MASKED = replace(IMAGE, num_inference_steps=3, mask=MASK, strength=None, guidance_scale=5)
+HIGH = {"height": 24, "width": 16}
+
+
 @pytest.mark.parametrize(
     "request_",
-    [
-        Request(("a red circle", "a cat", "a dog"), seed=7, num_inference_steps=3),
-        Request("a cat", seed=5, num_inference_steps=4, image=PICTURE, strength=0.6),
-        Request("a cat", seed=5, num_inference_steps=3, image=PICTURE, mask=MASK, guidance_scale=5),
-    ],
-    ids=["text", "image", "mask"],
+    [TEXT, IMAGE, MASKED, replace(TEXT, **HIGH), replace(TEXT, height=16, width=40)],
+    ids=["text", "image", "mask", "other size", "own size"],
 )
-def test_wide_pictures_are_those_of_diffusers(wide_model: TinyModel, request_: Request) -> None:
-    profile = wide_model.pipeline.profile
-    assert (profile.height, profile.width) == (16, 40)
-    wide_model.assert_same(request_)
+def test_pictures_are_those_of_diffusers(sized_model: TinyModel, request_: Request) -> None:
+    sized_model.assert_same(request_)
+
+
+def test_a_picture_is_redrawn_in_its_size(sized_model: TinyModel) -> None:
+    first = sized_model.pipeline.generate(replace(TEXT, **HIGH))
+    recipe = first.recipes[1]
+    assert (recipe.height, recipe.width) == (24, 16)
+    own = sized_model.pipeline.generate(TEXT).recipes[1]
+    manifest = sized_model.pipeline.bundle.manifest
+    assert fingerprints(manifest) == {recipe.fingerprint, own.fingerprint}
+    again = sized_model.pipeline.generate(recipe.request())
+    assert np.array_equal(again.pixels[0], first.pixels[1])
+
+
+def test_a_picture_is_resized_to_the_size_asked_for(sized_model: TinyModel) -> None:
+    request = replace(IMAGE, **HIGH)
+    image = Image.fromarray(PICTURE).resize((16, 24), Image.Resampling.LANCZOS)
+    resized = replace(request, image=np.asarray(image))
+    drawn = [sized_model.pipeline.generate(each) for each in (request, resized)]
+    assert drawn[0].pixels.shape == (1, 24, 16, 3)
+    assert np.array_equal(drawn[0].pixels, drawn[1].pixels)
+
+
+def test_a_size_that_the_bundle_has_not(sized_model: TinyModel) -> None:
+    with pytest.raises(ConfigError, match=r"draws 16×40, 24×16 .*, not 24×40") as caught:
+        sized_model.pipeline.generate(replace(TEXT, height=24))
+    assert "--size 40x24" in caught.value.hint

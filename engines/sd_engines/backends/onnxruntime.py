@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sd_engines.border import Rows
     from sd_engines.engine import Array, Progress
-    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
 
 BACKEND = "onnxruntime"

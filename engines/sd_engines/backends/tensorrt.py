@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from sd_engines.border import Rows
     from sd_engines.engine import Array
-    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
 
 __all__ = ["TensorRtBinding", "TensorRtEngine", "build", "check", "load"]
 

@@ -17,14 +17,14 @@ from sd_engines.backends.tensorrt_package import (
     package_log,
 )
 from sd_engines.border import shape_at
-from sd_engines.bundle import engine_entry, hash_files
+from sd_engines.bundle import engine_entry, engine_file, hash_files
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.engine import Progress
-    from sd_engines.manifest import ComponentEntry, EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
 
 
@@ -95,7 +95,7 @@ def build(
     if timing_cache is not None and timings is not None:
         timing_cache.write_bytes(memoryview(timings.serialize()))
 
-    file = f"engines/{backend}-{module.__version__}-{target}/{component}.engine"
+    file = engine_file(component, entry, backend, version=module.__version__, target=target)
     path = output_dir / file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,10 +42,10 @@ class Context(Closing):
         """Whether who asks is a callback."""
         return self._room.draws_in_this_thread
 
-    @property
-    def pixels_bytes(self) -> int:
-        """Bytes of one picture."""
-        return self._pipeline.profile.height * self._pipeline.profile.width * 3
+    def pixels_bytes(self, request: Request) -> int:
+        """Bytes of the pictures of ``request``; `ConfigError` for a size that is not drawn."""
+        sized = self._pipeline.bundle.manifest.at(request.height, request.width)
+        return request.num_images * sized.profile.height * sized.profile.width * 3
 
     def submit(
         self,
@@ -79,10 +79,11 @@ class Context(Closing):
 
     def info(self) -> dict[str, Any]:
         """What the bundle is, and what it runs on."""
-        model = self._pipeline.bundle.manifest.model
+        manifest = self._pipeline.bundle.manifest
         return {
-            "model": asdict(model),
+            "model": asdict(manifest.model),
             "profile": asdict(self._pipeline.profile),
+            "profiles": [asdict(size.profile) for size in manifest.all_sizes],
             "engines": {name: asdict(entry) for name, entry in self._pipeline.engines.items()},
             "schedulers": sorted(SCHEDULERS),
         }

@@ -139,7 +139,7 @@ class Door:
         format_ = self._text(request.format, "format")
         encoding = None if format_ is None else format_of(Path(f"picture.{format_}"))
         if request.pixels != self.ffi.NULL:
-            needed = asked.num_images * opened.pixels_bytes
+            needed = opened.pixels_bytes(asked)
             if request.pixels_bytes < needed:
                 raise ConfigError(
                     f"pixels has {request.pixels_bytes} bytes, and the pictures need {needed}",
