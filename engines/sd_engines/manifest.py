@@ -182,6 +182,7 @@ def _model(node: Node) -> ModelSpec:
         requires_aesthetics_score=node.optional_flag("requires_aesthetics_score"),
         low_res_scheduler=node.younger_mapping("low_res_scheduler"),
         max_noise_level=node.younger_integer("max_noise_level", high=65536),
+        controlnets=node.younger_texts("controlnets"),
     )
     node.end()
     return model

@@ -75,6 +75,13 @@ class Node:
         """The same, and None where it is not there: bundles of before the field have none."""
         return self.optional_text(key) if key in self._fields else None
 
+    def younger_texts(self, key: str) -> tuple[str, ...]:
+        """An array of texts, empty where the field is not there."""
+        if key not in self._fields:
+            return ()
+        texts = {str(index): text for index, text in enumerate(self.array(key))}
+        return tuple(Node(texts, self._at(key)).texts().values())
+
     def precision(self, *, of_graph: bool = False) -> Precision:
         """One of the precisions of `sd_engines.spec`; ``of_graph``: one that a graph can be in."""
         known = tuple(p for p in get_args(Precision) if not (of_graph and p == "int8"))

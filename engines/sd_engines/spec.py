@@ -124,3 +124,5 @@ class ModelSpec:
     requires_aesthetics_score: bool = False
     low_res_scheduler: dict[str, Any] | None = None
     max_noise_level: int | None = None
+    controlnets: tuple[str, ...] = ()
+    """Hub id, ``@`` and revision, or path of every ControlNet, in the order of their numbers."""

@@ -324,6 +324,7 @@ class Job:
             requires_aesthetics_score=checkpoint.is_refiner,
             low_res_scheduler=None if low_res_scheduler is None else dict(low_res_scheduler),
             max_noise_level=checkpoint.max_noise_level,
+            controlnets=tuple(checkpoint.controlnets.values()),
         )
 
     def _reference_name(self) -> str:

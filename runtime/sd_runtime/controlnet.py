@@ -6,8 +6,10 @@ what all of them say is added up.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from sd_runtime.input_image import InputImage
     from sd_runtime.request import Request
     from sd_runtime.timing import Timings
+
+
+_REVISION = re.compile(r"@[0-9a-f]{40}$")
+"""What follows the id of a ControlNet of the Hub."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,23 @@ class ControlEncoder:
             return to_host(binding.outputs["control_embeds"]).copy()
 
 
+def controlnet_names(manifest: Manifest) -> tuple[str, ...]:
+    """What people call the ControlNets of a bundle, in their order, each by a name of its own.
+
+    The last part of where it is from, or ``controlnet_0``, … where the bundle does not say or two
+    would be called alike.
+    """
+    components = [name for name in manifest.components if name.startswith(CONTROLNET)]
+    sources = [_REVISION.sub("", source) for source in manifest.model.controlnets]
+    names = [PurePath(source).name for source in sources]
+    if len(names) != len(components):
+        return tuple(components)
+    return tuple(
+        name if name and names.count(name) == 1 else component
+        for name, component in zip(names, components, strict=True)
+    )
+
+
 def controls_of(request: Request, manifest: Manifest, num_rows: int) -> tuple[Control, ...]:
     """The ControlNets of a bundle that ``request`` runs, on which of ``num_rows`` UNet calls.
 
@@ -125,8 +148,9 @@ def controls_of(request: Request, manifest: Manifest, num_rows: int) -> tuple[Co
         )
     if len(images) != len(names):
         raise ConfigError(
-            f"{len(images)} control pictures for the {len(names)} ControlNets of the bundle",
-            "Give a --control-image for each, in the order of the export; a scale of 0 in "
+            f"{len(images)} control pictures for the {len(names)} ControlNets of the bundle: "
+            f"{', '.join(controlnet_names(manifest))}",
+            "Give a --control-image for each, in this order; a scale of 0 in "
             "--controlnet-conditioning-scale leaves one out.",
         )
     options = [numbers(getattr(request, name)) for name in CONTROL_NUMBERS]

@@ -39,6 +39,7 @@ def test_a_manifest_of_before_has_the_defaults_of_then(manifest: Manifest) -> No
         assert data["model"].pop(name) is False
     for name in ("low_res_scheduler", "max_noise_level"):
         assert data["model"].pop(name) is None
+    assert data["model"].pop("controlnets") == []
     assert Manifest.from_json(json.dumps(data)) == manifest
     data["model"]["force_zeros_for_empty_prompt"] = 1
     with pytest.raises(BundleError, match="force_zeros_for_empty_prompt: must be true or false"):
@@ -110,6 +111,11 @@ HOSTILE = {
     "long": (_file("a/" * 600 + "b"), "no path of a file inside the bundle"),
     "manifest itself": (_file("bundle.json"), "no path of a file inside the bundle"),
     "surrogate": (_file("a\ud800"), "no path of a file inside the bundle"),
+    "controlnet 1": (
+        _set("model", "controlnets", ["canny", 1]),
+        "model.controlnets.1: must be a text",
+    ),
+    "controlnets as text": (_set("model", "controlnets", "canny"), "must be an array"),
     "terminal codes": (_set("model", "source", "\x1b[2J"), "model.source: holds control"),
     "coded field": (_set("\x1b[2J", 1), r"'\\x1b\[2J': is unknown"),
     "long field": (_set("x" * 10**5, 1), "…: is unknown"),

@@ -16,6 +16,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime import Pipeline, Request
 from sd_runtime.cli import main
+from sd_runtime.controlnet import controlnet_names
 from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
 from sd_runtime.recipe import Recipe, recipes_from_text
@@ -200,3 +201,21 @@ def test_a_bundle_without_controlnets_names_the_right_one(controlled_model: Tiny
     with pytest.raises(ConfigError, match="has no ControlNet") as caught:
         plan(request_for(), replace(manifest, components=components))
     assert "--controlnet CONTROLNET" in caught.value.hint
+
+
+def test_a_bundle_says_what_its_controlnets_are(controlled_model: TinyModel) -> None:
+    manifest = open_bundle(controlled_model.bundle).manifest
+    folder = controlled_model.bundle.parent
+    assert manifest.model.controlnets == (f"{folder}/controlnet0", f"{folder}/controlnet1")
+    for sources, names in (
+        (manifest.model.controlnets, ("controlnet0", "controlnet1")),
+        (
+            ("lllyasviel/sd-controlnet-canny@" + "a" * 40, "./depth@2"),
+            ("sd-controlnet-canny", "depth@2"),
+        ),
+        (("a/canny", "b/canny"), ("controlnet_0", "controlnet_1")),
+        (("a/canny", "/"), ("canny", "controlnet_1")),
+        ((), ("controlnet_0", "controlnet_1")),
+    ):
+        model = replace(manifest.model, controlnets=sources)
+        assert controlnet_names(replace(manifest, model=model)) == names
