@@ -6,6 +6,7 @@ WebP hold the text in EXIF's UserComment and the JSON in XMP. PNG and WebP keep 
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import re
@@ -106,6 +107,23 @@ def read_recipe_text(path: Path) -> str:
             "Only pictures that sd-run wrote, unedited, do; give the prompt yourself.",
         )
     return str(text)
+
+
+def bytes_from_base64(text: str) -> bytes:
+    """The bytes behind base64, bare or as a ``data:`` URL. No other URL is ever followed."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"the picture is no base64: {error}", "Send its bytes in base64; URLs are not read."
+        ) from error
+
+
+def picture_from_base64(text: str) -> Image:
+    """The same as a picture, as `picture_from_bytes`."""
+    return picture_from_bytes(bytes_from_base64(text))
 
 
 def picture_from_bytes(data: bytes) -> Image:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from sd_runtime.image import encode_image, read_parameters
-from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, PngInfo, TextToImage, bytes_of
+from sd_runtime.image import bytes_from_base64, encode_image, read_parameters
+from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, PngInfo, TextToImage
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
-    from sd_runtime.request import Request as DrawRequest
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
     from sd_runtime.serve.offer import Offer
@@ -30,20 +29,22 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
     @router.post("/txt2img", response_model=Drawn)
     async def txt2img(body: TextToImage, connection: Request) -> JSONResponse:
         """Draw pictures from a prompt."""
-        return await drawn(body, body.request(offer), connection)
+        return await drawn(body, connection)
 
     @router.post("/img2img", response_model=Drawn)
     async def img2img(body: ImageToImage, connection: Request) -> JSONResponse:
         """Draw pictures from a prompt and a picture, or only what a mask says of it."""
-        request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
-        return await drawn(body, request, connection)
+        return await drawn(body, connection)
 
-    async def drawn(body: TextToImage, request: DrawRequest, connection: Request) -> JSONResponse:
+    async def drawn(body: TextToImage, connection: Request) -> JSONResponse:
+        request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
         result = await Drawing(room, request).result(connection)
         images = []
         if body.send_images is not False:
             images = await asyncio.to_thread(_pictures, result)
-        parameters = body.model_dump(mode="json", exclude={"init_images", "mask"})
+        parameters = body.model_dump(
+            mode="json", exclude={"init_images", "mask", "alwayson_scripts"}
+        )
         answer = {"images": images, "parameters": parameters, "info": _info(result)}
         return JSONResponse(answer, headers=timing_header(result))
 
@@ -102,7 +103,7 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
     @router.post("/png-info")
     async def png_info(body: PngInfo) -> JSONResponse:
         """The text that a picture carries."""
-        info = await asyncio.to_thread(read_parameters, bytes_of(body.image))
+        info = await asyncio.to_thread(read_parameters, bytes_from_base64(body.image))
         return JSONResponse({"info": info, "items": {"parameters": info} if info else {}})
 
     return router

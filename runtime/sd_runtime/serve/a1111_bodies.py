@@ -6,16 +6,15 @@ refused, not ignored.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any, ClassVar, Literal
 
 from PIL import ImageOps
 from pydantic import BaseModel, Field
 
 from sd_engines.errors import ConfigError
-from sd_runtime.image import picture_from_bytes
+from sd_runtime.image import picture_from_base64
 from sd_runtime.request import MAX_SEED, Request
+from sd_runtime.serve.a1111_controlnet import AlwaysOnScripts
 from sd_runtime.serve.body import Body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
 
@@ -50,11 +49,14 @@ class TextToImage(Body):
     height: int | None = Field(None, ge=1)
     eta: float | None = Field(None, ge=0, le=1)
     send_images: bool | None = None
+    alwayson_scripts: AlwaysOnScripts | None = Field(
+        None, description="controlnet: its units' pictures are taken as control pictures."
+    )
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), _OFF),
         **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
-        **dict.fromkeys(("styles", "script_name", "script_args", "alwayson_scripts"), _OFF),
+        **dict.fromkeys(("styles", "script_name", "script_args"), _OFF),
         **dict.fromkeys(("override_settings", "refiner_checkpoint", "comments"), _OFF),
         **dict.fromkeys(("override_settings_restore_afterwards",), (True, False)),
         **dict.fromkeys(("disable_extra_networks",), (True, False)),
@@ -67,6 +69,9 @@ class TextToImage(Body):
     def request(self, offer: Offer) -> Request:
         """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
         own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True) | self.pictures()
+        if self.alwayson_scripts is not None:
+            size = (self.width or offer.width, self.height or offer.height)
+            own |= self.alwayson_scripts.options(offer, image=self.starts_from(), size=size)
         if self.seed not in (None, -1):
             own["seed"] = self.seed
         if self.cfg_scale is not None:
@@ -85,6 +90,10 @@ class TextToImage(Body):
     def pictures(self) -> dict[str, Any]:
         """What the drawing starts from, as a request names it."""
         return {}
+
+    def starts_from(self) -> str | None:
+        """Its picture as it was sent."""
+        return None
 
     def _scheduler(self) -> str | None:
         """Sampler and sigma spacing as one name: "DPM++ 2M" and "Karras" are dpm++_2m_karras."""
@@ -120,10 +129,14 @@ class ImageToImage(TextToImage):
         "image_cfg_scale": _ANY_NUMBER,
     }
 
+    def starts_from(self) -> str:
+        """Its picture as it was sent."""
+        return self.init_images[0]
+
     def pictures(self) -> dict[str, Any]:
         """The picture and its mask, decoded, and the strength."""
         pictures: dict[str, Any] = {
-            "image": picture_from_bytes(bytes_of(self.init_images[0])),
+            "image": picture_from_base64(self.init_images[0]),
             "strength": self.denoising_strength,
         }
         if self.mask is None:
@@ -134,7 +147,7 @@ class ImageToImage(TextToImage):
                     f"{name} is {given} with a mask, which this server cannot do",
                     f"Send {value}: masks are applied as they are, to the whole picture.",
                 )
-        mask = picture_from_bytes(bytes_of(self.mask)).convert("RGB")
+        mask = picture_from_base64(self.mask).convert("RGB")
         return {**pictures, "mask": ImageOps.invert(mask) if self.inpainting_mask_invert else mask}
 
 
@@ -150,15 +163,3 @@ class PngInfo(Body):
     """A picture to read."""
 
     image: str = Field(description="Base64, a data: URL or bare.")
-
-
-def bytes_of(text: str) -> bytes:
-    """The bytes behind base64, bare or as a ``data:`` URL. No other URL is ever followed."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ConfigError(
-            f"the picture is no base64: {error}", "Send its bytes in base64; URLs are not read."
-        ) from error

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from sd_runtime.serve.a1111 import a1111_routes
+from sd_runtime.serve.a1111_controlnet import controlnet_routes
 from sd_runtime.serve.access import Access
 from sd_runtime.serve.error_body import install_error_handlers
 from sd_runtime.serve.openai_images import openai_routes
@@ -39,6 +40,7 @@ def make_app(room: EngineRoom, offer: Offer, *, metrics: Metrics, api_key: str |
     install_error_handlers(app)
     app.include_router(openai_routes(room, offer))
     app.include_router(a1111_routes(room, offer))
+    app.include_router(controlnet_routes(offer))
     app.include_router(operation_routes(room, metrics))
     app.include_router(page_routes())
     return Access(app, metrics=metrics, api_key=api_key)

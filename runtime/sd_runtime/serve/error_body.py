@@ -41,7 +41,7 @@ def a1111_body(error: SdError) -> dict[str, Any]:
 
 def error_response(path: str, error: SdError) -> JSONResponse:
     """The answer to a request for ``path`` that ended in ``error``."""
-    body = a1111_body if path.startswith("/sdapi/") else openai_body
+    body = a1111_body if path.startswith(("/sdapi/", "/controlnet/")) else openai_body
     headers = dict(error.headers) if isinstance(error, RefusedError) else None
     return JSONResponse(body(error), status_code=status_of(error)[0], headers=headers)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.controlnet import controlnet_names
 from sd_runtime.plan import plan
 from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.table import SCHEDULERS
@@ -22,6 +23,10 @@ MAX_BODY_BYTES = 16 * 2**20
 """A picture of 12 MB in base64."""
 MAX_GUIDANCE_SCALE = 100.0
 """Beyond it pictures are noise, or no numbers at all."""
+
+
+MAX_CONDITIONING_SCALE = 10.0
+"""The same of a ControlNet's; clients' own sliders end at 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class Offer:
     schedulers: tuple[str, ...]
     default_steps: int
     default_guidance_scale: float
+    controlnets: tuple[str, ...]
     max_images: int
     max_steps: int
 
@@ -65,6 +71,7 @@ class Offer:
             scheduler=own.scheduler,
             default_steps=min(own.num_inference_steps, max_steps),
             default_guidance_scale=own.guidance_scale,
+            controlnets=controlnet_names(manifest),
             schedulers=tuple(
                 name for name in sorted(SCHEDULERS) if _fits(name, plainest, manifest)
             ),
@@ -83,6 +90,21 @@ class Offer:
                     f"{value} {name} in one request",
                     f"Ask for {limit} at most; sd-serve --max-images and --max-steps say so.",
                 )
+
+    def check_control_pictures(self, count: int) -> None:
+        """Raise `ConfigError` where there is not one for each ControlNet: before any is decoded."""
+        wanted = len(self.controlnets)
+        if wanted == 0:
+            raise ConfigError(
+                f"control pictures, and {self.model} has no ControlNet",
+                "Leave them out, or draw with a bundle that has: sd-export --controlnet.",
+            )
+        if count != wanted:
+            raise ConfigError(
+                f"{count} control pictures for the {wanted} ControlNets of {self.model}: "
+                f"{', '.join(self.controlnets)}",
+                "Send one for each, in this order; one whose scale is 0 does nothing.",
+            )
 
     def check_model(self, model: str | None) -> None:
         """Raise `RefusedError` (404) for another model than the one that is served."""

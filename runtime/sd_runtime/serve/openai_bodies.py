@@ -11,10 +11,16 @@ from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sd_engines.errors import ConfigError
-from sd_runtime.image import picture_from_bytes
+from sd_runtime.control_options import CONTROL_NUMBERS
+from sd_runtime.image import picture_from_base64, picture_from_bytes
 from sd_runtime.request import MAX_SEED, Request
 from sd_runtime.serve.body import Body
-from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+from sd_runtime.serve.offer import (
+    MAX_CONDITIONING_SCALE,
+    MAX_GUIDANCE_SCALE,
+    MAX_PROMPT_CHARS,
+    Offer,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,13 +28,17 @@ if TYPE_CHECKING:
 _AS_IN_REQUEST = {
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
     *("guidance_start", "guidance_stop", "cache_interval", "prompt_weighting"),
-    *("scheduler", "eta"),
+    *("scheduler", "eta", "guess_mode", *CONTROL_NUMBERS),
 }
+_LISTS = {"control_images", *CONTROL_NUMBERS}
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Scale = Annotated[
+    float, Field(ge=-MAX_CONDITIONING_SCALE, le=MAX_CONDITIONING_SCALE, allow_inf_nan=False)
+]
 
 
-class Generation(Body):
-    """What to draw. A field that is null or left out means the default."""
+class Asked(Body):
+    """What generations and edits have in common. A field that is null or left out: the default."""
 
     prompt: str = Field(max_length=MAX_PROMPT_CHARS)
     model: str | None = None
@@ -52,6 +62,7 @@ class Generation(Body):
     prompt_weighting: bool | None = Field(None, description="Brackets in prompts are weights.")
     scheduler: str | None = Field(None, max_length=100)
     eta: _Share | None = None
+    guess_mode: bool | None = Field(None, description="ControlNets count most, prompts less.")
     user: str | None = Field(None, description="Not used.")
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -64,7 +75,12 @@ class Generation(Body):
         """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
         if self.partial_images and not self.stream:
             raise ConfigError("partial_images without stream", "Set stream to true as well.")
+        sources = self.control_sources()
+        if sources is not None:
+            offer.check_control_pictures(len(sources))
         own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True) | self.pictures()
+        if sources is not None:
+            own["control_image"] = [_picture(source) for source in sources]
         if self.size not in (None, "auto"):
             own["width"], own["height"] = (int(part) for part in self.size.split("x"))
         request = Request.from_mapping(
@@ -81,12 +97,37 @@ class Generation(Body):
         """What the drawing starts from, as a request names it."""
         return {}
 
+    def control_sources(self) -> list[UploadFile | str] | None:
+        """What leads it, as it was sent."""
+        raise NotImplementedError
 
-class Edit(Generation):
+
+class Generation(Asked):
+    """What to draw. A field that is null or left out means the default."""
+
+    control_images: list[str] | None = Field(
+        None, description="One for each ControlNet of the model, in base64."
+    )
+    controlnet_conditioning_scale: _Scale | list[_Scale] | None = None
+    control_guidance_start: _Share | list[_Share] | None = None
+    control_guidance_end: _Share | list[_Share] | None = None
+
+    def control_sources(self) -> list[UploadFile | str] | None:
+        """The control pictures in base64."""
+        return None if self.control_images is None else [*self.control_images]
+
+
+class Edit(Asked):
     """What to make of a picture. A form, so that all of it but the pictures is text."""
 
     model_config = ConfigDict(strict=False)
 
+    control_images: list[UploadFile | str] | None = Field(
+        None, description="One for each ControlNet of the model: files, or base64."
+    )
+    controlnet_conditioning_scale: list[_Scale] | None = None
+    control_guidance_start: list[_Share] | None = None
+    control_guidance_end: list[_Share] | None = None
     image: UploadFile = Field(description="PNG, JPEG or WebP; clients may call it image[].")
     mask: UploadFile | None = Field(
         None,
@@ -101,18 +142,28 @@ class Edit(Generation):
     )
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
-        **Generation.neutral,
+        **Asked.neutral,
         "input_fidelity": ("low",),
     }
 
     @model_validator(mode="before")
     @classmethod
-    def take_one_of_a_list(cls, values: Any) -> Any:
-        """Clients that could send several pictures name one so."""
-        if isinstance(values, dict) and "image[]" in values:
-            values = {"image": values["image[]"]} | values
-            del values["image[]"]
-        return values
+    def take_lists(cls, values: Any) -> Any:
+        """Clients that could send several of something call it ``name[]``."""
+        if not isinstance(values, dict):
+            return values
+        taken = {name: value for name, value in values.items() if not name.endswith("[]")}
+        for listed in values.keys() - taken.keys():
+            name, value = listed.removesuffix("[]"), values[listed]
+            if name in taken:
+                raise ConfigError(f"{name} and {listed}", "Send one of them.")
+            several = name in _LISTS and not isinstance(value, list)
+            taken[name] = [value] if several else value
+        return taken
+
+    def control_sources(self) -> list[UploadFile | str] | None:
+        """The control pictures, as files or in base64."""
+        return self.control_images
 
     def pictures(self) -> dict[str, Any]:
         """The picture and its mask, decoded, and the strength."""
@@ -141,6 +192,12 @@ class Pictures(BaseModel):
     output_format: str
     size: str
     background: str
+
+
+def _picture(source: UploadFile | str) -> Image.Image:
+    if isinstance(source, str):
+        return picture_from_base64(source)
+    return picture_from_bytes(source.file.read())
 
 
 def _mask_from_bytes(data: bytes) -> Image.Image:

@@ -17,7 +17,7 @@ from sd_runtime.image import encode_image
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
 from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
-from sd_runtime.serve.openai_bodies import Edit, Generation, Pictures
+from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures
 from sd_runtime.serve.ticket import Progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from sd_runtime.request import Request as DrawRequest
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
 
@@ -61,19 +60,18 @@ def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
     @router.post("/v1/images/generations", **_ANSWERS)
     async def generate(body: Generation, connection: Request) -> Response:
         """Draw pictures from a prompt."""
-        offer.check_model(body.model)
-        return await drawn(body, body.request(offer), connection)
+        return await drawn(body, connection)
 
     @router.post("/v1/images/edits", **_ANSWERS)
     async def edit(
         body: Annotated[Edit, Form(media_type="multipart/form-data")], connection: Request
     ) -> Response:
         """Draw pictures from a prompt and a picture, or only what a mask says of it."""
+        return await drawn(body, connection)
+
+    async def drawn(body: Asked, connection: Request) -> Response:
         offer.check_model(body.model)
         request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
-        return await drawn(body, request, connection)
-
-    async def drawn(body: Generation, request: DrawRequest, connection: Request) -> Response:
         format_ = body.output_format or "png"
         if body.stream:
             drawing = Drawing(room, request, previews=body.partial_images or 0, steps=True)

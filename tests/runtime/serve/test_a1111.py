@@ -101,7 +101,8 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
     for wrong, words in (
         ({"sampler_name": "Eulr a"}, "Did you mean 'euler_a'"),
         ({"enable_hr": True}, "enable_hr is True, which this server cannot do"),
-        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),
+        ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "'ADetailer' in alwayson_scripts"),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"image": ""}]}}}, "has no ControlNet"),
         ({"stepps": 3}, "Did you mean 'steps'"),
         ({"width": 512, "height": 512}, "draws 64×64"),
         ({"steps": 41}, "Ask for 40 at most"),
@@ -110,6 +111,7 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         assert reply.status == 400
         assert words in reply.json["detail"]
     neutral = {"enable_hr": False, "override_settings": {}, "subseed": -1, "styles": None}
+    neutral["alwayson_scripts"] = {"ControlNet": {"args": []}}
     assert server.ask("/sdapi/v1/txt2img", BODY | neutral).status == 200
 
 
