@@ -28,10 +28,16 @@ class Context(Closing):
     """One bundle, one thread that draws, and any number of threads that ask."""
 
     def __init__(
-        self, bundle: str, *, backend: str = "auto", threads: int | None, queue_size: int
+        self,
+        bundle: str,
+        *,
+        backend: str = "auto",
+        threads: int | None,
+        queue_size: int,
+        loras: Sequence[str] = (),
     ) -> None:
         check_served(open_bundle(bundle).manifest)
-        self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads)
+        self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads, loras=loras)
         self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()

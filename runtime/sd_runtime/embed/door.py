@@ -105,12 +105,15 @@ class Door:
 
     def open(self, params: Any, context: Any) -> None:
         """Open a bundle; raises as `Pipeline.load`."""
-        bundle = os.fsdecode(self.ffi.string(params.bundle))
+        loras: list[str] = []
+        while params.loras != self.ffi.NULL and params.loras[len(loras)] != self.ffi.NULL:
+            loras.append(self._path(params.loras[len(loras)]))
         self._contexts[self._address(context)] = Context(
-            bundle,
+            self._path(params.bundle),
             backend=self._text(params.backend, "backend") or "auto",
             threads=params.threads or None,
             queue_size=params.queue_size or QUEUE_SIZE,
+            loras=loras,
         )
 
     def close(self, context: Any) -> None:
@@ -229,6 +232,9 @@ class Door:
 
     def _address(self, pointer: Any) -> int:
         return int(self.ffi.cast("uintptr_t", pointer))
+
+    def _path(self, pointer: Any) -> str:
+        return os.fsdecode(self.ffi.string(pointer))
 
     def _text(self, pointer: Any, name: str) -> str | None:
         if pointer == self.ffi.NULL:

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sd_engines.errors import ConfigError
-from sd_runtime import Request
+from sd_runtime import Pipeline, Request
 from sd_runtime.embed.cli import main
 from sd_runtime.embed.library import HEADER, build_library, symbols
 
@@ -32,6 +34,14 @@ OURS = re.compile(
 
 def link(library: Path) -> tuple[str, ...]:
     return f"-L{library.parent}", "-lsd_runtime", f"-Wl,-rpath,{library.parent}", "-pthread"
+
+
+def write_lora(path: Path) -> Path:
+    """A LoRA of kohya's, rank 1, for one layer of ``tiny_model``'s UNet."""
+    key = "lora_unet_conv_in"
+    down, up = torch.full((1, 4, 3, 3), 0.05), torch.full((32, 1, 1, 1), 0.5)
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, path)
+    return path
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,8 +84,8 @@ def test_jobs_in_cpp_do_not_race(
 ) -> None:
     monkeypatch.setenv("CFLAGS", "-fsanitize=thread")
     program = compiled("jobs.cpp", "-fsanitize=thread", *link(build()))
-    png = tmp_path / "drawn.png"
-    done = run(program, tiny_model.bundle, png, TSAN_OPTIONS="exitcode=0")
+    png, lora = tmp_path / "drawn.png", write_lora(tmp_path / "löra.safetensors")
+    done = run(program, tiny_model.bundle, png, lora, TSAN_OPTIONS="exitcode=0")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     # What was not compiled for it seems to race: what counts is who made the access.
     accesses = re.findall(r"(?:ead|rite) of size .*\n(?: +#.*\(libtsan.*\n)*( +#.*\n)", done.stderr)
@@ -93,7 +103,11 @@ def test_jobs_in_cpp_do_not_race(
     with Image.open(png) as image:
         assert json.loads(image.info["sd-toolkit"])["recipes"][0]["seed"] == 2**64 - 1
         drawn = np.asarray(image)
-    np.testing.assert_array_equal(drawn, tiny_model.pipeline.generate(request).pixels[1])
+    loras = [str(lora), f"{lora}=-0.5"]
+    options: dict[str, Any] = {"backend": "onnxruntime", "threads": 1, "loras": loras}
+    with Pipeline.load(tiny_model.bundle, **options) as pipeline:
+        np.testing.assert_array_equal(drawn, pipeline.generate(request).pixels[1])
+    assert (drawn != tiny_model.pipeline.generate(request).pixels[1]).any()
 
 
 def test_the_example_leaks_nothing(

@@ -72,6 +72,9 @@ typedef struct sd_open_params {
   void *user_data;
   sd_progress_callback on_progress; /* after every step but the last; NULL: none */
   sd_preview_callback on_preview;   /* as often as sd_request.previews says */
+  /* LoRAs to put on the engines, "FILE.safetensors" or "FILE.safetensors=SCALE" each, the last one
+   * followed by NULL; NULL: none. */
+  const char *const *loras;
 } sd_open_params;
 
 typedef struct sd_request {

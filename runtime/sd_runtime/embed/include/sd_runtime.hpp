@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "sd_runtime.h"
 
@@ -179,6 +180,7 @@ struct OpenParams {
   std::uint32_t queue_size = 0;
   std::function<void(sd_job*, const Progress&)> on_progress = {};
   std::function<void(sd_job*, const Preview&)> on_preview = {};
+  std::vector<std::string> loras = {};  // each "FILE.safetensors" or "FILE.safetensors=SCALE"
 };
 
 // An open bundle. Its end cancels all jobs; their results stay.
@@ -197,6 +199,10 @@ class Context {
     open.user_data = params_.get();
     if (params_->on_progress) open.on_progress = progressed;
     if (params_->on_preview) open.on_preview = previewed;
+    std::vector<const char*> loras;
+    for (const std::string& lora : params_->loras) loras.push_back(lora.c_str());
+    loras.push_back(nullptr);
+    open.loras = loras.data();
     sd_context* context = nullptr;
     detail::check(sd_context_open(&open, &context));
     context_.reset(context);

@@ -11,12 +11,13 @@ static sd_status *wrong(const char *message, const char *hint) {
   return status_new(SD_ERROR_CONFIG, message, hint);
 }
 
-/* Version 1 has no older struct; a newer one is taken as long as what we do not know is 0. */
-sd_status *params_copy(void *ours, size_t ours_bytes, const void *theirs, const char *name) {
+/* What an older struct lacks is 0; a newer one is taken as long as what we do not know is 0. */
+sd_status *params_copy(void *ours, size_t ours_bytes, size_t first_bytes, const void *theirs,
+                       const char *name) {
   char message[96];
   size_t bytes = 0;
   if (theirs != NULL) memcpy(&bytes, theirs, sizeof bytes);
-  if (bytes < ours_bytes || bytes > 4096) {
+  if (bytes < first_bytes || bytes > 4096) {
     snprintf(message, sizeof message, "%s is NULL or its struct_size is wrong", name);
     return wrong(message, "Set struct_size to sizeof of the struct, and all else to 0.");
   }
@@ -26,7 +27,8 @@ sd_status *params_copy(void *ours, size_t ours_bytes, const void *theirs, const 
       return wrong(message, "Build the library anew: it is older than the header.");
     }
   }
-  memcpy(ours, theirs, ours_bytes);
+  memset(ours, 0, ours_bytes);
+  memcpy(ours, theirs, bytes < ours_bytes ? bytes : ours_bytes);
   return NULL;
 }
 
@@ -34,7 +36,8 @@ sd_status *sd_context_open(const sd_open_params *params, sd_context **context) {
   if (context == NULL) return wrong("context is NULL", "Say where the context is to go.");
   *context = NULL;
   sd_open_params ours;
-  sd_status *status = params_copy(&ours, sizeof ours, params, "sd_open_params");
+  const size_t first_bytes = offsetof(sd_open_params, loras);
+  sd_status *status = params_copy(&ours, sizeof ours, first_bytes, params, "sd_open_params");
   if (status != NULL) return status;
   if (ours.bundle == NULL) return wrong("bundle is NULL", "Name the bundle's folder.");
   sd_context *made = malloc(sizeof *made);
@@ -77,7 +80,7 @@ sd_status *sd_job_submit(sd_context *context, const sd_request *request, sd_job 
   *job = NULL;
   if (context == NULL) return wrong("context is NULL", "Open one first.");
   sd_request ours;
-  sd_status *status = params_copy(&ours, sizeof ours, request, "sd_request");
+  sd_status *status = params_copy(&ours, sizeof ours, sizeof ours, request, "sd_request");
   if (status != NULL) return status;
   sd_job *made = job_new(context, &ours);
   if (made == NULL) return status_out_of_memory();

@@ -41,8 +41,9 @@ struct sd_context {
 /* Starts Python where none runs and loads door.py; NULL, or why not. */
 sd_status *interpreter_start(void);
 
-/* Copies a caller's struct of any version into ours, at most bytes of it. */
-sd_status *params_copy(void *ours, size_t ours_bytes, const void *theirs, const char *name);
+/* Copies a caller's struct of any version into ours; the first version had first_bytes. */
+sd_status *params_copy(void *ours, size_t ours_bytes, size_t first_bytes, const void *theirs,
+                       const char *name);
 
 /* A job with two owners, the caller and the library; NULL where memory is out. */
 sd_job *job_new(const sd_context *context, const sd_request *request);

@@ -95,6 +95,11 @@ int main(int argc, char **argv) {
   params.backend = "abacus";
   FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "abacus");
   params.backend = "onnxruntime";
+  const char *loras[] = {"/no/such/l\xc3\xb6ra.safetensors=0.5", NULL};
+  params.loras = loras;
+  FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "/no/such/l\xc3\xb6ra.safetensors");
+  CHECK(context == NULL);
+  params.struct_size = offsetof(sd_open_params, loras); /* a program of before: not read */
   params.threads = 1;
   params.on_progress = slow_down;
   CHECK(sd_context_open(&params, &context) == NULL);

@@ -1,6 +1,7 @@
-// Jobs under way, by the C++ wrapper: callbacks, cancelling, a full queue. jobs BUNDLE PNG writes
-// one picture's file and prints only what went wrong.
+// Jobs under way, by the C++ wrapper: callbacks, cancelling, a full queue. jobs BUNDLE PNG LORA
+// writes one picture's file, with two LoRAs, and prints only what went wrong.
 #include <atomic>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -23,7 +24,8 @@ static_assert(!std::is_copy_constructible_v<sd::Context> && !std::is_copy_constr
 static_assert(std::is_nothrow_move_constructible_v<sd::Context>);
 static_assert(std::is_nothrow_move_assignable_v<sd::Job>);
 // Frozen with SD_ABI_VERSION 1, on 64 bits.
-static_assert(sizeof(sd_open_params) == 56 && sizeof(sd_request) == 104);
+static_assert(sizeof(sd_open_params) == 64 && sizeof(sd_request) == 104);
+static_assert(offsetof(sd_open_params, loras) == 56);  // what it began with
 static_assert(sizeof(sd_result) == 72 && sizeof(sd_progress) == 16 && sizeof(sd_preview) == 32);
 
 namespace {
@@ -39,7 +41,7 @@ sd::Code code_of(Call&& call) {
   return static_cast<sd::Code>(SD_OK);
 }
 
-void draw(const char* bundle, const char* png) {
+void draw(const char* bundle, const char* png, const std::string& lora) {
   std::vector<std::uint32_t> steps, previews;
   std::thread::id caller = std::this_thread::get_id(), drawer;
   sd::Context first({.bundle = bundle,
@@ -57,7 +59,8 @@ void draw(const char* bundle, const char* png) {
                            CHECK(preview.pixels.size() == 2 * 64 * 64 * 3);
                            CHECK(drawer == std::this_thread::get_id());
                            previews.push_back(steps.back());
-                         }});
+                         },
+                     .loras = {lora, lora + "=-0.5"}});
   const sd::Context context = std::move(first);
   sd::Job job = context.submit({.prompt = "a cat",
                                 .negative_prompt = "a dog",
@@ -158,8 +161,8 @@ void crowd(const char* bundle) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CHECK(argc == 3);
-  draw(argv[1], argv[2]);
+  CHECK(argc == 4);
+  draw(argv[1], argv[2], argv[3]);
   stop(argv[1]);
   crowd(argv[1]);
 }
