@@ -66,7 +66,7 @@ def test_the_manifest() -> None:
     _, *arguments = entrypoint(DEPLOY / "cpu.Dockerfile")
     options = parsed([*arguments, *container["args"]])
     mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
-    assert options["bundle"] == mounts["bundles"]
+    assert options["bundles"] == (mounts["bundles"],)
     assert options["api_key_file"].parent == mounts["key"]
     assert options["port"] == container["ports"][0]["containerPort"]
     assert str(options["threads"]) == container["resources"]["limits"]["cpu"]

@@ -1,4 +1,4 @@
-"""``sd-serve``: a bundle behind HTTP. Several doors, one engine room: `EngineRoom`.
+"""``sd-serve``: bundles behind HTTP. Several doors, one engine room: `EngineRoom`.
 
 Nothing else of `sd_runtime` imports this package, which alone needs the extra ``serve``.
 """

@@ -11,18 +11,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from sd_runtime.image import bytes_from_base64, encode_image, read_parameters
-from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, PngInfo, TextToImage
+from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, Options, PngInfo, TextToImage
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
     from sd_runtime.result import Result
+    from sd_runtime.serve.a1111_checkpoint import Checkpoint
     from sd_runtime.serve.engine_room import EngineRoom
-    from sd_runtime.serve.offer import Offer
+    from sd_runtime.serve.models import Model
     from sd_runtime.serve.ticket import Ticket
 
 
-def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
+def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
     """The routes of this door."""
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 
@@ -37,8 +38,12 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
         return await drawn(body, connection)
 
     async def drawn(body: TextToImage, connection: Request) -> JSONResponse:
-        request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
-        result = await Drawing(room, request).result(connection)
+        model = checkpoint.of(body.override_settings)
+        request = await asyncio.to_thread(body.request, model.offer)  # it decodes the pictures
+        drawing = Drawing(room, request, model.pipeline)
+        if body.override_settings_restore_afterwards is False:
+            checkpoint.current = model
+        result = await drawing.result(connection)
         images = []
         if body.send_images is not False:
             images = await asyncio.to_thread(_pictures, result)
@@ -50,27 +55,19 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
 
     @router.get("/samplers")
     async def samplers() -> JSONResponse:
-        """Every sampler of the bundle, by names that txt2img takes."""
-        return JSONResponse(
-            [{"name": name, "aliases": [], "options": {}} for name in offer.schedulers]
-        )
+        """Every sampler of the checkpoint that draws, by names that txt2img takes."""
+        names = checkpoint.current.offer.schedulers
+        return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in names])
 
     @router.get("/sd-models")
     async def sd_models() -> JSONResponse:
-        """The one model that is served."""
-        model = {
-            "title": offer.model,
-            "model_name": offer.model,
-            "hash": offer.fingerprint[:10],
-            "sha256": offer.fingerprint,
-            "filename": offer.model,
-            "config": None,
-        }
-        return JSONResponse([model])
+        """The models that are served."""
+        return JSONResponse([_sd_model(model) for model in checkpoint.models])
 
     @router.get("/options")
     async def options() -> JSONResponse:
-        """The settings that clients ask for; none can be changed."""
+        """The settings that clients ask for."""
+        offer = checkpoint.current.offer
         return JSONResponse(
             {
                 "sd_model_checkpoint": offer.model,
@@ -79,6 +76,12 @@ def a1111_routes(room: EngineRoom, offer: Offer) -> APIRouter:
                 "CLIP_stop_at_last_layers": 1,
             }
         )
+
+    @router.post("/options")
+    async def set_options(body: Options) -> JSONResponse:
+        """Choose the checkpoint that draws for all clients of this door that do not say."""
+        checkpoint.current = checkpoint.of(body)
+        return JSONResponse(None)
 
     @router.get("/progress")
     async def progress(skip_current_image: bool = False) -> JSONResponse:
@@ -138,6 +141,18 @@ def _info(result: Result) -> str:
 
 
 _Json: TypeAlias = dict[str, Any]
+
+
+def _sd_model(model: Model) -> _Json:
+    offer = model.offer
+    return {
+        "title": offer.model,
+        "model_name": offer.model,
+        "hash": offer.fingerprint[:10],
+        "sha256": offer.fingerprint,
+        "filename": offer.model,
+        "config": None,
+    }
 
 
 def _progress(ticket: Ticket | None, *, job_count: int) -> _Json:

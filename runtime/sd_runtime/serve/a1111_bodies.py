@@ -32,6 +32,21 @@ _ANY_NUMBER: tuple[object, ...] = (-1, 0, 0.0, 1, 1.0, 0.5, 0.7, 0.75)
 """What clients send of numbers that have no effect while their feature is off."""
 
 
+class Options(Body):
+    """Settings. The model can be chosen; all else is as it is."""
+
+    sd_model_checkpoint: str | None = Field(None, description="A model, by its title.")
+    sd_checkpoint_hash: str | None = Field(None, description="Not used.")
+
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        "CLIP_stop_at_last_layers": (1,),
+        "sd_vae": ("", "None", "Automatic"),
+        "samples_format": ("png",),
+        "eta_noise_seed_delta": (0,),
+        **dict.fromkeys(("samples_save", "grid_save", "return_grid"), (True, False)),
+    }
+
+
 class TextToImage(Body):
     """What to draw. A field that is null or left out means the default."""
 
@@ -49,6 +64,10 @@ class TextToImage(Body):
     height: int | None = Field(None, ge=1)
     eta: float | None = Field(None, ge=0, le=1)
     send_images: bool | None = None
+    override_settings: Options | None = Field(None, description="For this request.")
+    override_settings_restore_afterwards: bool | None = Field(
+        None, description="False: for those after it as well."
+    )
     alwayson_scripts: AlwaysOnScripts | None = Field(
         None, description="controlnet: its units' pictures are taken as control pictures."
     )
@@ -57,8 +76,7 @@ class TextToImage(Body):
         **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), _OFF),
         **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
         **dict.fromkeys(("styles", "script_name", "script_args"), _OFF),
-        **dict.fromkeys(("override_settings", "refiner_checkpoint", "comments"), _OFF),
-        **dict.fromkeys(("override_settings_restore_afterwards",), (True, False)),
+        **dict.fromkeys(("refiner_checkpoint", "comments"), _OFF),
         **dict.fromkeys(("disable_extra_networks",), (True, False)),
         **dict.fromkeys(("subseed", "seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
         **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), _OFF),

@@ -6,7 +6,6 @@ what would make one of it (a preprocessor) is refused by name.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import APIRouter
@@ -16,15 +15,16 @@ from pydantic import Field, model_validator
 from sd_engines.errors import ConfigError, nearest
 from sd_engines.spec import CONTROLNET
 from sd_runtime.image import picture_from_base64
+from sd_runtime.serve.a1111_checkpoint import without_hash
 from sd_runtime.serve.body import Body
 from sd_runtime.serve.offer import MAX_CONDITIONING_SCALE, Offer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sd_runtime.serve.a1111_checkpoint import Checkpoint
+
 _OFF: tuple[object, ...] = (False, 0, "", [], {})
-_HASH = re.compile(r" \[[0-9a-f]+\]$")
-"""What that web UI shows behind the name of a model."""
 _JUST_RESIZE = (0, "Just Resize")
 _RESIZE_MODES = (
     *(None, *_JUST_RESIZE, 1, 2, "Crop and Resize", "Resize and Fill"),
@@ -178,7 +178,7 @@ def in_order(units: list[ControlUnit], names: tuple[str, ...]) -> list[ControlUn
     placed: dict[int, ControlUnit] = {}
     unnamed = []
     for unit in units:
-        name = _HASH.sub("", unit.model or "")
+        name = without_hash(unit.model or "")
         if name.lower() in ("", "none"):
             unnamed.append(unit)
             continue
@@ -193,7 +193,7 @@ def in_order(units: list[ControlUnit], names: tuple[str, ...]) -> list[ControlUn
     return [placed[index] if index in placed else next(left) for index in range(len(names))]
 
 
-def controlnet_routes(offer: Offer) -> APIRouter:
+def controlnet_routes(checkpoint: Checkpoint) -> APIRouter:
     """What clients of the extension ask before they send a unit."""
     router = APIRouter(prefix="/controlnet", tags=["AUTOMATIC1111"])
 
@@ -204,8 +204,8 @@ def controlnet_routes(offer: Offer) -> APIRouter:
 
     @router.get("/model_list")
     async def model_list() -> JSONResponse:
-        """The ControlNets of the bundle, by names that a unit takes."""
-        return JSONResponse({"model_list": list(offer.controlnets)})
+        """The ControlNets of the checkpoint that draws, by names that a unit takes."""
+        return JSONResponse({"model_list": list(checkpoint.current.offer.controlnets)})
 
     @router.get("/module_list")
     async def module_list() -> JSONResponse:
@@ -216,7 +216,8 @@ def controlnet_routes(offer: Offer) -> APIRouter:
     @router.get("/settings")
     async def settings() -> JSONResponse:
         """How many units a request may have."""
-        return JSONResponse({"control_net_unit_count": len(offer.controlnets)})
+        count = len(checkpoint.current.offer.controlnets)
+        return JSONResponse({"control_net_unit_count": count})
 
     return router
 

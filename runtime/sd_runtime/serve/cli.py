@@ -1,4 +1,4 @@
-"""``sd-serve``: a bundle behind HTTP.
+"""``sd-serve``: bundles behind HTTP.
 
 Its address on stdout once it listens, words for people on stderr. Everything heavy is imported
 when it is needed, so that ``--help`` answers at once.
@@ -23,7 +23,9 @@ _POSITIVE = click.IntRange(min=1)
 
 
 @click.command("sd-serve", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument(
+    "bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path)
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -48,11 +50,15 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--backend",
     default="auto",
-    help="One of the bundle's. [default: the fastest that runs here]",
+    help="One of the bundles'. [default: the fastest that runs here]",
 )
 @click.option("--threads", type=_POSITIVE, help="For backends on the CPU.")
 @click.option(
-    "--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="Put on the engines; repeatable."
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=SCALE]",
+    help="Put on the engines of all; repeatable.",
 )
 @click.option(
     "--api-key-file",
@@ -65,7 +71,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.version_option(package_name="sd-toolkit", message="%(version)s")
 def serve_command(
     *,
-    bundle: Path,
+    bundles: tuple[Path, ...],
     host: str,
     port: int,
     queue_size: int,
@@ -79,7 +85,9 @@ def serve_command(
 ) -> int:
     """Answer HTTP requests with the engines in BUNDLE, which sd-export made.
 
-    Example: sd-serve bundle --port 8000
+    Of several bundles, all are open at once; a request chooses one by its model, the folder's name.
+
+    Example: sd-serve sd14.bundle --port 8000
 
     SIGTERM and Ctrl-C end it in order: what was accepted is drawn first.
     """
@@ -107,7 +115,7 @@ def serve_command(
         loras=loras,
         api_key=api_key,
     )
-    return serve(bundle, settings)
+    return serve(bundles, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request as Connection
 
+    from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
@@ -26,12 +27,21 @@ class Drawing:
     """
 
     def __init__(
-        self, room: EngineRoom, request: Request, *, previews: int = 0, steps: bool = False
+        self,
+        room: EngineRoom,
+        request: Request,
+        pipeline: Pipeline,
+        *,
+        previews: int = 0,
+        steps: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Future[Result]] = asyncio.Queue()
         self.ticket = room.submit(
-            request, previews=previews, on_progress=self._put if steps else None
+            request,
+            pipeline=pipeline,
+            previews=previews,
+            on_progress=self._put if steps else None,
         )
         self.ticket.result.add_done_callback(self._put)
 

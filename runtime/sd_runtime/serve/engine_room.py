@@ -1,4 +1,4 @@
-"""The engine room: one pipeline, one thread that draws with it, and a bounded queue before it.
+"""The engine room: one thread that draws, and a bounded queue before it.
 
 It knows nothing of HTTP. Every door brings its requests here, and nothing else draws.
 """
@@ -35,7 +35,8 @@ class EngineRoom(Closing):
 
     Requests of the same settings that wait at the same moment share a batch where the bundle was
     built for more than one picture a call. ``on_drawn`` gets every batch and its timings, in the
-    thread that draws. The pipeline stays the caller's, who closes it after the room.
+    thread that draws. ``pipeline`` draws what is not submitted for another one; all of them stay
+    the caller's, who closes them after the room.
     """
 
     def __init__(
@@ -60,18 +61,20 @@ class EngineRoom(Closing):
         self,
         request: Request,
         *,
+        pipeline: Pipeline | None = None,
         previews: int = 0,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Ticket:
-        """Accept ``request``, or refuse it at once.
+        """Accept ``request``, or refuse it at once. ``pipeline`` None: the room's own.
 
         Raises `ConfigError` for what the bundle cannot draw, `RefusedError` with status 429 where
         the queue is full and 503 once the room is draining.
         """
         with self._changed:
             self._check_room()  # before the work of checking the request
-        planned = plan(request, self.pipeline.bundle.manifest).request
-        ticket = Ticket(planned.seeded(), previews=previews, on_progress=on_progress)
+        pipeline = pipeline or self.pipeline
+        planned = plan(request, pipeline.bundle.manifest).request
+        ticket = Ticket(planned.seeded(), pipeline, previews=previews, on_progress=on_progress)
         with self._changed:
             self._check_room()
             self._waiting.append(ticket)
@@ -155,8 +158,10 @@ class EngineRoom(Closing):
                 self._changed.wait()
             first, *others = self._waiting
             settings, taken = settings_of(first.request), [first]
-            left = self.pipeline.profile.batch_size - first.request.num_images
+            left = first.pipeline.profile.batch_size - first.request.num_images
             for ticket in others:
+                if ticket.pipeline is not first.pipeline:
+                    continue
                 if ticket.request.num_images <= left and settings_of(ticket.request) == settings:
                     left -= ticket.request.num_images
                     taken.append(ticket)
@@ -202,7 +207,7 @@ class EngineRoom(Closing):
 
     def _drawn(self, tickets: Sequence[Ticket]) -> Result:
         request = join_requests([ticket.request for ticket in tickets])
-        with closing(self.pipeline.stream(request)) as steps:
+        with closing(tickets[0].pipeline.stream(request)) as steps:
             for step in steps:
                 if step.result is not None:
                     return step.result

@@ -1,4 +1,4 @@
-"""What a server offers: one model, what its bundle can draw, and how much of it one may ask for."""
+"""What a server offers of a model: what its bundle can draw, and how much one may ask for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Self
 from sd_engines.errors import ConfigError
 from sd_runtime.controlnet import controlnet_names
 from sd_runtime.plan import plan
-from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.table import SCHEDULERS
 from sd_runtime.task import plainest_request, reads_image, tasks_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sd_engines.manifest import Manifest
     from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
@@ -31,7 +32,7 @@ MAX_CONDITIONING_SCALE = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """The one model behind a server: what it is called, and what a request for it may hold.
+    """A model behind a server: what it is called, and what a request for it may hold.
 
     ``height`` and ``width`` are in pixels; ``created`` is a Unix time in seconds.
     """
@@ -60,7 +61,7 @@ class Offer:
         plainest = plainest_request(manifest)
         own = plan(plainest, manifest)
         return cls(
-            model=path.name.removesuffix(".bundle"),
+            model=model_name(path),
             created=int((path / "bundle.json").stat().st_mtime),
             fingerprint=pipeline.fingerprint,
             backend=unet.backend,
@@ -106,15 +107,10 @@ class Offer:
                 "Send one for each, in this order; one whose scale is 0 does nothing.",
             )
 
-    def check_model(self, model: str | None) -> None:
-        """Raise `RefusedError` (404) for another model than the one that is served."""
-        if model not in (None, self.model):
-            raise RefusedError(
-                f"there is no model {model!r} here",
-                f"Leave it out, or name the one that is served: {self.model}.",
-                status=404,
-                code="model_not_found",
-            )
+
+def model_name(path: Path) -> str:
+    """What requests call the bundle in the folder ``path``: the folder's name."""
+    return path.resolve().name.removesuffix(".bundle")
 
 
 def first_request(manifest: Manifest) -> Request:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
+    from sd_runtime.serve.models import Models
 
 _ANSWERS: dict[str, Any] = {
     "response_model": Pictures,
@@ -53,7 +54,7 @@ class DrawingStream(StreamingResponse):
             self._drawing.cancel()
 
 
-def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
+def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     """The routes of this door."""
     router = APIRouter(tags=["OpenAI"])
 
@@ -70,27 +71,29 @@ def openai_routes(room: EngineRoom, offer: Offer) -> APIRouter:
         return await drawn(body, connection)
 
     async def drawn(body: Asked, connection: Request) -> Response:
-        offer.check_model(body.model)
+        model = models.find(body.model)
+        offer, pipeline = model.offer, model.pipeline
         request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
         format_ = body.output_format or "png"
         if body.stream:
-            drawing = Drawing(room, request, previews=body.partial_images or 0, steps=True)
+            previews = body.partial_images or 0
+            drawing = Drawing(room, request, pipeline, previews=previews, steps=True)
             return DrawingStream(drawing, _events(drawing, room, offer, format_))
-        result = await Drawing(room, request).result(connection)
+        result = await Drawing(room, request, pipeline).result(connection)
         pictures = await asyncio.to_thread(_pictures, result, format_)
         answer = {"data": pictures, **_form(offer, format_, "created")}
         return JSONResponse(answer, headers=timing_header(result))
 
     @router.get("/v1/models")
-    async def models() -> JSONResponse:
-        """The one model that is served, and what one may ask of it."""
-        return JSONResponse({"object": "list", "data": [_model(offer)]})
+    async def list_models() -> JSONResponse:
+        """The models that are served, and what one may ask of each; the first is the default."""
+        data = [_model(model.offer) for model in models]
+        return JSONResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{model}")
     async def model(model: str) -> JSONResponse:
-        """The same, by name."""
-        offer.check_model(model)
-        return JSONResponse(_model(offer))
+        """One of them, by name."""
+        return JSONResponse(_model(models.find(model).offer))
 
     return router
 

@@ -1,7 +1,7 @@
 """``sd_runtime.serve.ray:app``: the doors of ``sd-serve`` as an application of Ray Serve.
 
-Ray starts and ends the replicas, spreads the requests and scales; each replica is one pipeline
-with its own engine room.
+Ray starts and ends the replicas, spreads the requests and scales; each replica has all bundles
+open, and its own engine room.
 
     serve run sd_runtime.serve.ray:app bundle=/srv/sd14.bundle max_replicas=4
 """
@@ -11,18 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime.lora import find_lora
-from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.api_key import load_api_key
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
-from sd_runtime.serve.offer import Offer, first_request
-from sd_runtime.task import check_served
+from sd_runtime.serve.models import Models, check_bundles
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,13 +32,13 @@ SHUTDOWN_S = 120
 class ReplicaSettings(BaseModel):
     """The arguments of `app`: those of ``sd-serve``, and what a replica takes of the cluster.
 
-    ``bundle``, ``loras`` and ``api_key_file`` lie where every machine sees them. ``threads`` None:
-    as many as ``num_cpus``.
+    ``bundle`` is one or a list. It, ``loras`` and ``api_key_file`` lie where every machine sees
+    them. ``threads`` None: as many as ``num_cpus``.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    bundle: Path
+    bundle: tuple[Path, ...] = Field(min_length=1)
     backend: str = "auto"
     threads: int | None = Field(None, ge=1)
     loras: tuple[str, ...] = ()
@@ -54,6 +50,12 @@ class ReplicaSettings(BaseModel):
     max_replicas: int = Field(1, ge=1)
     num_cpus: int = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def take_one(cls, value: Any) -> Any:
+        """One bundle is a list of one."""
+        return (value,) if isinstance(value, str | Path) else value
 
 
 def app(arguments: dict[str, Any]) -> Any:
@@ -75,10 +77,8 @@ def app(arguments: dict[str, Any]) -> Any:
             f"min_replicas is {settings.min_replicas}, max_replicas {settings.max_replicas}",
             "Give both, the greater as max_replicas.",
         )
-    open_bundle(settings.bundle)
+    check_bundles(settings.bundle, loras=settings.loras)
     load_api_key(settings.api_key_file)
-    for lora in settings.loras:
-        find_lora(lora)
     from ray import serve
 
     def replica_app() -> ASGIApp:
@@ -104,24 +104,22 @@ class Replica:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         metrics = Metrics()
-        manifest = open_bundle(settings.bundle).manifest
-        check_served(manifest)
-        self._pipeline = Pipeline.load(
+        self._models = Models.load(
             settings.bundle,
             backend=settings.backend,
             threads=settings.threads or settings.num_cpus or None,
-            request=first_request(manifest),
             loras=settings.loras,
+            max_images=settings.max_images,
+            max_steps=settings.max_steps,
         )
         self._room = EngineRoom(
-            self._pipeline, queue_size=settings.queue_size, on_drawn=metrics.count_batch
+            self._models.default.pipeline,
+            queue_size=settings.queue_size,
+            on_drawn=metrics.count_batch,
         )
         metrics.watch(self._room)
-        offer = Offer.from_pipeline(
-            self._pipeline, max_images=settings.max_images, max_steps=settings.max_steps
-        )
         key = load_api_key(settings.api_key_file)
-        self._app = make_app(self._room, offer, metrics=metrics, api_key=key)
+        self._app = make_app(self._room, self._models, metrics=metrics, api_key=key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, below whatever ``route_prefix`` the application has; or end."""
@@ -134,5 +132,5 @@ class Replica:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self._room.close()  # Ray has waited for what was being answered
-        self._pipeline.close()
+        self._models.close()
         await send({"type": "lifespan.shutdown.complete"})

@@ -1,4 +1,4 @@
-"""The process: a socket, a pipeline, the application, and an orderly end."""
+"""The process: a socket, the bundles, the application, and an orderly end."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 import click
 import uvicorn
 
-from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
-from sd_runtime.serve.offer import Offer, first_request
-from sd_runtime.task import check_served
+from sd_runtime.serve.models import Models
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import FrameType
 
@@ -77,35 +75,32 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(bundle: Path, settings: Settings) -> int:
-    """Serve ``bundle`` until a signal comes; the exit code: 0, or 130 and 143 after a second one.
+def serve(bundles: Sequence[Path], settings: Settings) -> int:
+    """Serve ``bundles`` until a signal comes; the exit code: 0, or 130 and 143 after a second one.
 
-    Raises `ConfigError` where the address cannot be listened on or the bundle is an upscaler, and
-    as `Pipeline.load`.
+    Raises `ConfigError` where the address cannot be listened on, and as `Models.load`.
     """
     metrics = Metrics()
     with _bound_socket(settings.host, settings.port) as listener:
         _warn_of_strangers(listener, settings.api_key)
-        manifest = open_bundle(bundle).manifest
-        check_served(manifest)
         with (
-            Pipeline.load(
-                bundle,
+            Models.load(
+                bundles,
                 backend=settings.backend,
                 threads=settings.threads,
-                request=first_request(manifest),
                 loras=settings.loras,
-            ) as pipeline,
+                max_images=settings.max_images,
+                max_steps=settings.max_steps,
+            ) as models,
             EngineRoom(
-                pipeline, queue_size=settings.queue_size, on_drawn=metrics.count_batch
+                models.default.pipeline,
+                queue_size=settings.queue_size,
+                on_drawn=metrics.count_batch,
             ) as room,
         ):
-            offer = Offer.from_pipeline(
-                pipeline, max_images=settings.max_images, max_steps=settings.max_steps
-            )
             metrics.watch(room)
             config = uvicorn.Config(
-                make_app(room, offer, metrics=metrics, api_key=settings.api_key),
+                make_app(room, models, metrics=metrics, api_key=settings.api_key),
                 http="h11",
                 ws="none",
                 loop="asyncio",

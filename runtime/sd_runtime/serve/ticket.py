@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
     from sd_runtime.result import Result
 
@@ -34,7 +35,7 @@ class Progress:
 
 
 class Ticket:
-    """The owner's end of a request in the engine room. Safe to use from any thread.
+    """The owner's end of a request that ``pipeline`` is to draw. Safe to use from any thread.
 
     ``result`` gets the `Result`, or the error; its callbacks and ``on_progress`` run in the thread
     that draws, so they must be short. ``previews`` of them are made on the way, evenly spread.
@@ -43,11 +44,13 @@ class Ticket:
     def __init__(
         self,
         request: Request,
+        pipeline: Pipeline,
         *,
         previews: int = 0,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.request = request
+        self.pipeline = pipeline
         self.result: Future[Result] = Future()
         self.accepted_s = clock()
         self.started_s: float | None = None

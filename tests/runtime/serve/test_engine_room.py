@@ -161,6 +161,28 @@ def test_requests_that_wait_together_share_a_batch(tiny_model: TinyModel) -> Non
         assert result.recipes == alone.recipes
 
 
+def test_pipelines_take_turns_and_share_no_batch(
+    tiny_model: TinyModel, guarded_model: TinyModel
+) -> None:
+    batches: list[int] = []
+    pipelines = [tiny_model.pipeline, guarded_model.pipeline, None]
+    request = replace(REQUEST, num_inference_steps=2)
+    with EngineRoom(
+        tiny_model.pipeline, on_drawn=lambda joined, _: batches.append(len(joined))
+    ) as room:
+        running, go_on = blocked(room)
+        tickets = [room.submit(request, pipeline=pipeline) for pipeline in pipelines]
+        with pytest.raises(ConfigError, match="draws 24×24"):
+            room.submit(replace(request, height=64), pipeline=guarded_model.pipeline)
+        running.cancel()
+        go_on.set()
+        results = [ticket.result.result(WAIT_S) for ticket in tickets]
+    assert batches == [2, 1]
+    for result, pipeline in zip(results, pipelines, strict=True):
+        expected = (pipeline or tiny_model.pipeline).generate(request).pixels
+        assert np.abs(result.pixels.astype(int) - expected).max() <= 1
+
+
 def test_flags_of_a_shared_batch_go_to_their_owners(
     guarded_model: TinyModel, suspect: Request
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -62,20 +63,21 @@ def free_port() -> int:
 
 @pytest.mark.slow  # as long as the one that kills a worker
 def test_two_replicas_answer(
-    tiny_model: TinyModel, ray_cluster: RayCluster, tmp_path: Path
+    tiny_model: TinyModel, guarded_model: TinyModel, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
+    second = shutil.copytree(guarded_model.bundle, tmp_path / "second.bundle")
     key = tmp_path / "key"
     key.write_text("secret")
     arguments = {
-        "bundle": str(tiny_model.bundle),
+        "bundle": [str(tiny_model.bundle), str(second)],
         "backend": "onnxruntime",
         "api_key_file": str(key),
         "min_replicas": 2,
         "max_replicas": 2,
     }
-    expected = tiny_model.pipeline.generate(Request("a cat", seed=7, num_inference_steps=2)).pixels[
-        0
-    ]
+    request = Request("a cat", seed=7, num_inference_steps=2)
+    models = [("bundle", tiny_model), ("second", guarded_model)]
+    expected = {name: model.pipeline.generate(request).pixels[0] for name, model in models}
     port, log = free_port(), tmp_path / "stderr.txt"
     with (
         log.open("w") as stderr,
@@ -96,12 +98,14 @@ def test_two_replicas_answer(
         assert json.loads(reply)["ready"]
         assert ask(f"{url}/v1/models")[0] == 401
         body = {"prompt": "a cat", "seed": 7, "num_inference_steps": 2}
-        for _ in range(3):
-            status, reply = ask(f"{url}/v1/images/generations", body, key="secret")
+        for name in ("bundle", "second", "second", "bundle"):
+            status, reply = ask(
+                f"{url}/v1/images/generations", {**body, "model": name}, key="secret"
+            )
             assert status == 200, reply
             picture = base64.b64decode(json.loads(reply)["data"][0]["b64_json"])
             with Image.open(io.BytesIO(picture)) as image:
-                np.testing.assert_array_equal(np.asarray(image), expected)
+                np.testing.assert_array_equal(np.asarray(image), expected[name])
         _, reply = ask(f"{url}/v1/images/generations", {**body, "stream": True}, key="secret")
         assert b"event: image_generation.completed" in reply
         status, reply = ask(f"{url}/sdapi/v1/txt2img", {"prompt": "a", "steps": 999}, key="secret")
@@ -119,13 +123,15 @@ def test_two_replicas_answer(
         ({"bundle": "BUNDLE", "replicas": 2}, "'replicas'"),
         ({"bundle": "BUNDLE", "min_replicas": 2}, "the greater as max_replicas"),
         ({"bundle": "missing"}, "is no folder"),
+        ({"bundle": ["BUNDLE", "missing"]}, "is no folder"),
+        ({"bundle": ["BUNDLE", "BUNDLE"]}, "two bundles are called bundle"),
+        ({"bundle": []}, "at least 1 item"),
     ],
 )
 def test_bad_arguments(tiny_model: TinyModel, arguments: dict[str, object], words: str) -> None:
     from sd_runtime.serve.ray import app
 
-    if arguments.get("bundle") == "BUNDLE":
-        arguments = {**arguments, "bundle": str(tiny_model.bundle)}
+    arguments = json.loads(json.dumps(arguments).replace("BUNDLE", str(tiny_model.bundle)))
     with pytest.raises(SdError) as caught:
         app(arguments)
     assert words in str(caught.value)
