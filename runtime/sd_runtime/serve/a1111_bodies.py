@@ -83,6 +83,13 @@ class TextToImage(Body):
         **dict.fromkeys(("s_noise", "s_tmax"), (0, 1)),
         **dict.fromkeys(("denoising_strength", "refiner_switch_at"), _ANY_NUMBER),
     }
+    unused: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
+            *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt"),
+            *("hr_negative_prompt", "hr_cfg", "firstphase_width", "firstphase_height"),
+        }
+    )
 
     def request(self, offer: Offer) -> Request:
         """The same for a pipeline; `ConfigError` where it is more than ``offer``."""

@@ -13,11 +13,13 @@ class Body(BaseModel):
     """A JSON object whose fields are checked before anything else happens.
 
     An unknown field is a `ConfigError` that names the nearest, unless it is one of ``neutral``:
-    fields of other servers that are let through with the values that change nothing here.
+    fields of other servers that are let through with the values that change nothing here; or of
+    ``unused``: those that say how to do what another field would switch on, and cannot.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+    unused: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -26,7 +28,7 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values  # pydantic says what it should be
         for name, value in values.items():
-            if name in cls.model_fields:
+            if name in cls.model_fields or name in cls.unused:
                 continue
             if name not in cls.neutral:
                 raise ConfigError(f"unknown field {name!r}", nearest(name, cls.model_fields))

@@ -100,7 +100,7 @@ def test_png_info_refuses_what_is_no_picture(server: Server, image: str, words: 
 def test_a_wrong_request_says_what_to_do(server: Server) -> None:
     for wrong, words in (
         ({"sampler_name": "Eulr a"}, "Did you mean 'euler_a'"),
-        ({"enable_hr": True}, "enable_hr is True, which this server cannot do"),
+        ({"enable_hr": True, "hr_scale": 2}, "enable_hr is True, which this server cannot do"),
         ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "'ADetailer' in alwayson_scripts"),
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": ""}]}}}, "has no ControlNet"),
         ({"stepps": 3}, "Did you mean 'steps'"),
@@ -112,6 +112,7 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         assert words in reply.json["detail"]
     neutral = {"enable_hr": False, "override_settings": {}, "subseed": -1, "styles": None}
     neutral["alwayson_scripts"] = {"ControlNet": {"args": []}}
+    neutral |= {"hr_scale": 2, "hr_upscaler": "Latent", "firstphase_width": 0}
     assert server.ask("/sdapi/v1/txt2img", BODY | neutral).status == 200
 
 
