@@ -15,6 +15,7 @@ from sd_engines.border import import_package
 from sd_engines.errors import BundleError
 from sd_engines.spec import BATCH, PICTURES
 from sd_runtime.plan import plan
+from sd_runtime.tiles import Tiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,9 +72,13 @@ def request_work(
             for batch, pictures in set(rows[name])
         }
         calls = [counted[call] for call in rows[name]]
+        tiles = 1
+        if name == "vae_decoder":
+            tile = (int(side) for side in components[name].inputs[0].shape[2:])
+            tiles = len(Tiling(*pipeline.latents_shape[1:], *tile).tiles)
         work[name] = {
-            "flops": sum(call.flops for call in calls) / len(calls),
-            "bytes": sum(call.bytes for call in calls) / len(calls),
+            "flops": tiles * sum(call.flops for call in calls) / len(calls),
+            "bytes": tiles * sum(call.bytes for call in calls) / len(calls),
             "calls": len(timings.spans[name]),
         }
     return work

@@ -64,6 +64,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--size", "sizes", multiple=True, metavar="WIDTHxHEIGHT", help="One more to draw; repeatable."
 )
+@click.option(
+    "--vae-tiling", is_flag=True, help="Decode what is larger than the VAE's own size by tiles."
+)
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per call.")
 @click.option("--revision", help="Branch, tag or commit on the Hub. [default: main]")
 @click.option("--variant", help="Such as fp16: takes *.fp16.safetensors.")
@@ -121,6 +124,7 @@ def export_command(
     height: int | None,
     width: int | None,
     sizes: tuple[str, ...],
+    vae_tiling: bool,
     batch_size: int,
     revision: str | None,
     variant: str | None,
@@ -163,6 +167,7 @@ def export_command(
         height=height,
         width=width,
         sizes=[_height_and_width(size) for size in sizes],
+        vae_tiling=vae_tiling,
         batch_size=batch_size,
         revision=revision,
         variant=variant,

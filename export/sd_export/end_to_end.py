@@ -67,7 +67,10 @@ def prove_end_to_end(
         **_inputs(checkpoint, manifest.profile),
     )
     with log.stage("end_to_end", "reference"):
-        reference = _reference_picture(checkpoint, manifest.profile, request)
+        (latents,) = manifest.components["vae_decoder"].inputs
+        reference = _reference_picture(
+            checkpoint, manifest.profile, request, tile=tuple(map(int, latents.shape[2:]))
+        )
     release()
     if not any(backend in PORTABLE_BACKENDS for backend in backends):
         manifest = _with_onnxruntime(manifest, work.bundle)
@@ -134,8 +137,14 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     return {**pictures, "strength": 1.0}  # so that every step of few is run
 
 
-def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Request) -> Arrays:
-    """Latents float32 and pixels uint8 that the unmodified diffusers pipeline draws."""
+def _reference_picture(
+    checkpoint: Checkpoint, profile: Profile, request: Request, *, tile: tuple[int, ...]
+) -> Arrays:
+    """Latents float32 and pixels uint8 that the unmodified diffusers pipeline draws.
+
+    ``tile`` is the latents' height and width that the VAE sees at once: with fewer than the
+    profile's it works by the tiles of `sd_runtime`, which lie otherwise than diffusers'.
+    """
     import numpy as np
     import torch
 
@@ -155,6 +164,10 @@ def _reference_picture(checkpoint: Checkpoint, profile: Profile, request: Reques
     if request.mask is not None:
         inputs["mask_image"] = request.mask.image
     pipeline = load_pipeline(checkpoint)
+    if tile != (profile.latent_height, profile.latent_width):
+        from sd_export.tiled_vae import work_in_tiles
+
+        work_in_tiles(pipeline.vae, *tile)
     last: dict[str, torch.Tensor] = {}
 
     def keep(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> Any:

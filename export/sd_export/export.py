@@ -54,6 +54,7 @@ def export(
     height: int | None = None,
     width: int | None = None,
     sizes: Sequence[tuple[int, int]] = (),
+    vae_tiling: bool = False,
     batch_size: int = 1,
     revision: str | None = None,
     variant: str | None = None,
@@ -73,7 +74,8 @@ def export(
     """Turn the checkpoint ``source`` into a bundle at ``output``, replacing an older bundle there.
 
     ``height`` and ``width`` in pixels; None means the checkpoint's own sample size. ``sizes`` are
-    others that the bundle is to draw as well, height and width of each.
+    others that the bundle is to draw as well, height and width of each. With ``vae_tiling`` a VAE
+    is made for the size in its config at most, and sees larger pictures by overlapping tiles.
     ``prediction_type`` is for a single file, as in `find_checkpoint`. ``num_inference_steps`` and
     ``guidance_scale`` are what requests to the bundle take that do not say; None means what the
     checkpoint's pipeline takes in diffusers, and distilled models want others. ``loras`` are files
@@ -121,6 +123,9 @@ def export(
             if checkpoint.reads_image:
                 asked_for["--lora"] = bool(loras)
                 _refuse(asked_for, "is for prompts, and the checkpoint reads a picture instead")
+            if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
+                tiled = {"--vae-tiling": vae_tiling}
+                _refuse(tiled, "is not for upscalers, whose tiles are another thing")
             if loras:
                 from sd_export.lora import find_lora
 
@@ -172,6 +177,7 @@ def export(
             ),
             backends,
             precision,
+            vae_tiling=vae_tiling,
             calibration_prompts=calibration_prompts,
             feature_cache=feature_cache,
             work=work,

@@ -55,6 +55,9 @@ RECORD_FILE = "export.json"
 is already what is asked for."""
 
 
+_VAE_SIDE = 512  # of a VAE whose config is silent: v1's
+
+
 class Job:
     """What is made, of what, and where."""
 
@@ -65,6 +68,7 @@ class Job:
         backends: tuple[str, ...],
         precision: Precision | None,
         *,
+        vae_tiling: bool,
         calibration_prompts: Sequence[str] | None,
         feature_cache: bool,
         work: WorkFolder,
@@ -74,6 +78,7 @@ class Job:
         self.profiles = profiles
         self.backends = backends
         self.precision = precision
+        self.vae_tiling = vae_tiling
         self.calibration_prompts = calibration_prompts
         self.feature_cache = feature_cache
         self.work = work
@@ -103,6 +108,7 @@ class Job:
                 "licenses": [path.read_text("utf-8", "replace") for path in checkpoint.licenses],
                 "precision": precision,
                 "profiles": [asdict(profile) for profile in profiles],
+                "vae_tiling": vae_tiling,
                 "revision": checkpoint.revision,
                 "source": checkpoint.source,
                 "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
@@ -191,12 +197,20 @@ class Job:
             borders(
                 component,
                 checkpoint=self.checkpoint,
-                profile=each,
+                profile=self._traced(component, each),
                 feature_cache=self._caches(component),
             )
             for each in (profile, first)
         )
         return ours == theirs
+
+    def _traced(self, component: str, profile: Profile) -> Profile:
+        """What the graph of ``component`` is made for: of a VAE in tiles, one of them."""
+        if not self.vae_tiling or component not in ("vae_decoder", "vae_encoder"):
+            return profile
+        side = int(self.checkpoint.configs["vae"].get("sample_size", _VAE_SIDE))
+        height, width = min(profile.height, side), min(profile.width, side)
+        return replace(profile, height=height, width=width)
 
     def _caches(self, component: str) -> bool:
         return component == "unet" and self.feature_cache
@@ -214,6 +228,7 @@ class Job:
     def _graph(self, component: str, file: str, profile: Profile, log: StageLog) -> ComponentEntry:
         from sd_export.wrappers import model_of
 
+        profile = self._traced(component, profile)
         precision = graph_precision(component, self.backends, self.precision)
         made_of = {
             **self._made_of,
@@ -239,7 +254,8 @@ class Job:
         self, component: str, manifest: Manifest, log: StageLog
     ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
         """Engines of all backends, and what was measured of them."""
-        entry, profile = manifest.components[component], manifest.profile
+        entry = manifest.components[component]
+        profile = self._traced(component, manifest.profile)
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []

@@ -11,6 +11,7 @@ from sd_engines.spec import DEPTH
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.denoise import predicted_original_sample
 from sd_runtime.task import gives_depth
+from sd_runtime.tiles import Tiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,11 +91,27 @@ class Decoder:
         return _pixels_from(to_host(self._decode(latents, by=self._previewer)["images"]))
 
     def _decode(self, latents: Array, *, by: str = "vae_decoder") -> Mapping[str, Array]:
-        """What the decoder gives, in its own buffers."""
-        decoder = self._engine(by).bind(len(latents))
-        copy_into(decoder.inputs["latents"], latents)
-        decoder.run()
-        return decoder.outputs
+        """What the decoder gives, in its own buffers; of larger latents than it takes, by tiles."""
+        engine = self._engine(by)
+        decoder = engine.bind(len(latents))
+        height, width = latents.shape[2:]
+        tile_height, tile_width = (int(size) for size in engine.inputs["latents"].shape[2:])
+        if (height, width) == (tile_height, tile_width):
+            copy_into(decoder.inputs["latents"], latents)
+            decoder.run()
+            return decoder.outputs
+        tiling = Tiling(height, width, tile_height, tile_width)
+        drawn: dict[str, list[NDArray[np.float32]]] = {name: [] for name in engine.outputs}
+        for top, left in tiling.tiles:
+            part = latents[:, :, top : top + tile_height, left : left + tile_width]
+            copy_into(decoder.inputs["latents"], part)
+            decoder.run()
+            for name, parts in drawn.items():
+                parts.append(to_host(decoder.outputs[name]).copy())
+        return {
+            name: np.stack([tiling.join(tiles) for tiles in np.stack(parts, axis=1)])
+            for name, parts in drawn.items()
+        }
 
 
 def depth_from_channels(channels: NDArray[np.float32]) -> NDArray[np.uint16]:

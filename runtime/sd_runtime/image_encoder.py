@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sd_engines.errors import ConfigError
+from sd_engines.spec import LOW_RES_LATENTS
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.recent import Recent
 from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, ENCODER
+from sd_runtime.tiles import Tiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.engine import Engine
+    from sd_engines.spec import Profile
     from sd_runtime.depth_map import DepthMap
     from sd_runtime.input_image import InputImage
     from sd_runtime.noise import NoiseStream
@@ -59,13 +62,17 @@ class Source:
 class ImageEncoder:
     """Encodes pictures one by one; its engines are opened when they are first needed.
 
-    ``engine`` opens a component's engine, or gives the one that is open. The last ``capacity``
+    ``engine`` opens a component's engine, or gives the one that is open; pictures take the size of
+    ``profile``, and where the encoder is made for less it sees them by tiles. The last ``capacity``
     sources are kept (of 64×64 latents, 260 KiB at most): a picture that many prompts start from is
     encoded once.
     """
 
-    def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 16) -> None:
+    def __init__(
+        self, engine: Callable[[str], Engine], profile: Profile, *, capacity: int = 16
+    ) -> None:
         self._engine = engine
+        self._profile = profile
         self._known: Recent[tuple[Task, tuple[str | None, ...]], Source] = Recent(capacity)
 
     def encode(
@@ -104,7 +111,12 @@ class ImageEncoder:
             engine = self._engine(ENCODER)
             if task.feeds_depth and depth_map is None:
                 self._engine(DEPTH_ESTIMATOR)
-        height, width = (int(size) for size in engine.inputs["images"].shape[1:3])
+        height, width = self._profile.height, self._profile.width
+        if LOW_RES_LATENTS in task.draws:
+            height, width = (int(size) for size in engine.inputs["images"].shape[1:3])
+        latent_height, latent_width = (
+            side // self._profile.vae_scale_factor for side in (height, width)
+        )
         pixels = np.divide(image.pixels(height, width), 255, dtype=np.float32)
         pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels, "low_res_latents": pixels}
         latent_mask = None
@@ -112,7 +124,7 @@ class ImageEncoder:
             repainted = mask.mask(height, width)
             grey = np.float32(0.5)  # 0 to the encoder: so diffusers masks
             pictures["masked_image"] = np.where(repainted[..., None], grey, pixels)
-            factor = height // int(engine.outputs["latents"].shape[2])
+            factor = self._profile.vae_scale_factor
             latent_mask = repainted[::factor, ::factor]  # torch's nearest: the upper left pixel
         posteriors = {
             name: self._posterior(engine, pictures[name], timings)
@@ -124,8 +136,7 @@ class ImageEncoder:
             if depth_map is None:
                 depth_mask = self._depth_mask(pixels, image.name, timings)
             else:
-                latent_height, latent_width = engine.outputs["latents"].shape[2:]
-                depth_mask = depth_map.normalized(int(latent_height), int(latent_width))
+                depth_mask = depth_map.normalized(latent_height, latent_width)
         return Source(posteriors, latent_mask, depth_mask)
 
     def _depth_mask(
@@ -147,9 +158,19 @@ class ImageEncoder:
     @staticmethod
     def _posterior(engine: Engine, picture: NDArray[np.float32], timings: Timings) -> Posterior:
         """Of a picture, float32 [H, W, 3] in 0 … 1."""
+        high, wide = (int(size) for size in engine.outputs["latents"].shape[2:])
+        factor = int(engine.inputs["images"].shape[1]) // high
+        tiling = Tiling(picture.shape[0] // factor, picture.shape[1] // factor, high, wide)
+        seen: dict[str, list[NDArray[np.float32]]] = {"latents": [], "latents_std": []}
         with timings.measure("vae_encoder"):
             binding = engine.bind(1)
-            copy_into(binding.inputs["images"], picture[None])
-            binding.run()
-            mean, std = (to_host(binding.outputs[name])[0] for name in ("latents", "latents_std"))
-            return Posterior(mean.copy(), std.copy())
+            for top, left in (factor * np.array(tiling.tiles)).tolist():
+                part = picture[top : top + factor * high, left : left + factor * wide]
+                copy_into(binding.inputs["images"], part[None])
+                binding.run()
+                for name, parts in seen.items():
+                    parts.append(to_host(binding.outputs[name])[0].copy())
+        if len(tiling.tiles) == 1:
+            return Posterior(*(parts[0] for parts in seen.values()))
+        channels_last = [np.stack(parts).transpose(0, 2, 3, 1) for parts in seen.values()]
+        return Posterior(*(tiling.join(parts).transpose(2, 0, 1) for parts in channels_last))

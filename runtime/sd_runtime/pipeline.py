@@ -80,7 +80,7 @@ class Pipeline(Closing):
         self._prompts = self._prompt_encoder()
         self._open_engine = partial(open_engine, bundle, backend=backend, threads=threads)
         self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
-        self._images = ImageEncoder(self._engine_on_demand)
+        self._images = ImageEncoder(self._engine_on_demand, bundle.manifest.profile)
         self._reader = PictureReader(self._engine_on_demand)
         self._controls = ControlEncoder(self._engine_on_demand)
         self.fingerprint = fingerprint(bundle.manifest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from sd_runtime.noise import NoiseStream
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_T = TypeVar("_T", bound=np.generic)
 _OVERLAP = 4
 """Neighbours share at least a tile's side divided by this."""
 
@@ -47,23 +48,23 @@ class Tiling:
             for left in _starts(self.width, self.tile_width)
         )
 
-    def cut(self, picture: NDArray[np.uint8], tile: Tile) -> NDArray[np.uint8]:
-        """One tile of ``picture`` uint8 [height, width, 3]; its edge is repeated beyond it."""
+    def cut(self, picture: NDArray[_T], tile: Tile) -> NDArray[_T]:
+        """One tile of ``picture`` [height, width, c]; its edge is repeated beyond it."""
         height, width = self.tile_height, self.tile_width
         part = picture[tile.top : tile.top + height, tile.left : tile.left + width]
         beyond = ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0))
         return np.pad(part, beyond, mode="edge")
 
-    def join(self, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The picture of what was drawn of its `tiles`, uint8 [n, f·tile_height, f·tile_width, 3].
+    def join(self, drawn: NDArray[Any]) -> NDArray[np.float32]:
+        """The picture of what was drawn of its `tiles`, [n, f·tile_height, f·tile_width, c].
 
-        It is f times as large as the one that was cut: uint8 [f·height, f·width, 3].
+        It is f times as large as the one that was cut: float32 [f·height, f·width, c].
         """
-        high, wide = drawn.shape[1:3]
+        high, wide, channels = drawn.shape[1:]
         scale = high // self.tile_height
         weight = np.outer(_depths(high), _depths(wide))[..., None]
         size = max(self.height, self.tile_height), max(self.width, self.tile_width)
-        total = np.zeros((scale * size[0], scale * size[1], 3), np.float32)
+        total = np.zeros((scale * size[0], scale * size[1], channels), np.float32)
         weights = np.zeros((*total.shape[:2], 1), np.float32)
         for (top, left), pixels in zip(self.tiles, drawn, strict=True):
             rows = slice(scale * top, scale * top + high)
@@ -71,8 +72,7 @@ class Tiling:
             total[rows, columns] += weight * pixels
             weights[rows, columns] += weight
         total /= weights
-        picture = total[: scale * self.height, : scale * self.width].round()
-        return picture.astype(np.uint8)
+        return total[: scale * self.height, : scale * self.width]
 
 
 class TileNoise(NoiseStream):

@@ -76,7 +76,7 @@ class Upscaling:
     def join(self, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Pictures uint8 [n, height, width, 3] of the tiles of each, in the order of `tiles_of`."""
         tiles = drawn.reshape(-1, len(self.tiling.tiles), *drawn.shape[1:])
-        return np.stack([self.tiling.join(picture) for picture in tiles])
+        return np.stack([self.tiling.join(picture).round().astype(np.uint8) for picture in tiles])
 
     @cached_property
     def _pixels(self) -> NDArray[np.uint8]:
