@@ -34,7 +34,8 @@ MAX_CONDITIONING_SCALE = 10.0
 class Offer:
     """A model behind a server: what it is called, and what a request for it may hold.
 
-    ``height`` and ``width`` are in pixels; ``created`` is a Unix time in seconds.
+    ``height`` and ``width`` are in pixels, and what is drawn where nothing is said of them;
+    ``sizes`` are all, each ``WIDTHxHEIGHT``. ``created`` is a Unix time in seconds.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Offer:
     tasks: tuple[str, ...]
     height: int
     width: int
+    sizes: tuple[str, ...]
     scheduler: str
     schedulers: tuple[str, ...]
     default_steps: int
@@ -69,6 +71,7 @@ class Offer:
             tasks=tasks_of(manifest),
             height=pipeline.profile.height,
             width=pipeline.profile.width,
+            sizes=tuple(f"{s.profile.width}x{s.profile.height}" for s in manifest.all_sizes),
             scheduler=own.scheduler,
             default_steps=min(own.num_inference_steps, max_steps),
             default_guidance_scale=own.guidance_scale,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from sd_runtime.request import Request as DrawRequest
     from sd_runtime.result import Result
     from sd_runtime.serve.engine_room import EngineRoom
     from sd_runtime.serve.models import Models
@@ -78,10 +79,10 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
         if body.stream:
             previews = body.partial_images or 0
             drawing = Drawing(room, request, pipeline, previews=previews, steps=True)
-            return DrawingStream(drawing, _events(drawing, room, offer, format_))
+            return DrawingStream(drawing, _events(drawing, room, format_))
         result = await Drawing(room, request, pipeline).result(connection)
         pictures = await asyncio.to_thread(_pictures, result, format_)
-        answer = {"data": pictures, **_form(offer, format_, "created")}
+        answer = {"data": pictures, **_form(result.request, format_, "created")}
         return JSONResponse(answer, headers=timing_header(result))
 
     @router.get("/v1/models")
@@ -98,13 +99,11 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     return router
 
 
-async def _events(
-    drawing: Drawing, room: EngineRoom, offer: Offer, format_: str
-) -> AsyncIterator[str]:
+async def _events(drawing: Drawing, room: EngineRoom, format_: str) -> AsyncIterator[str]:
     """OpenAI's events. Comment lines, which their clients skip, say how far the drawing is."""
     kind = "image_generation" if drawing.ticket.request.image is None else "image_edit"
     yield _comment(waiting=room.waiting)
-    form = _form(offer, format_, "created_at")
+    form = _form(drawing.ticket.request, format_, "created_at")
     form["quality"] = "auto"
     num_partials = 0
     try:
@@ -139,13 +138,12 @@ def _comment(**values: int) -> str:
     return f": {json.dumps(values)}\n\n"
 
 
-def _form(offer: Offer, format_: str, created: str) -> dict[str, Any]:
-    """What all answers say of their pictures."""
-    size = f"{offer.width}x{offer.height}"
+def _form(request: DrawRequest, format_: str, created: str) -> dict[str, Any]:
+    """What all answers say of their pictures; of the ``request`` nothing is left open."""
     return {
         created: int(time.time()),
         "output_format": format_,
-        "size": size,
+        "size": f"{request.width}x{request.height}",
         "background": "opaque",
     }
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from PIL import Image
 
 from sd_runtime.serve.cli import main
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from http.client import HTTPResponse
     from pathlib import Path
-
-    import pytest
 
     from conftest import TinyModel
 
@@ -120,3 +119,24 @@ def test_a_bundle_for_variations_is_refused(
 ) -> None:
     assert main([str(variation_model.bundle), "--port", "0"]) == 2
     assert "draws variations of a picture" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers, of numpy
+def test_a_bundle_of_several_sizes(sized_model: TinyModel, start: Callable[..., Any]) -> None:
+    with start(sized_model.bundle, "--threads", 1) as server:
+        (model,) = server.ask("/v1/models").json["data"]
+        assert (model["width"], model["height"]) == (40, 16)
+        assert model["sizes"] == ["40x16", "16x24"]
+        for asked, size in ((None, (40, 16)), ("16x24", (16, 24)), ("40x16", (40, 16))):
+            answer = server.ask("/v1/images/generations", {**SHORT, "size": asked, "seed": 1}).json
+            (data,) = answer["data"]
+            assert answer["size"] == "{}x{}".format(*size)
+            picture = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))
+            assert picture.size == size
+        body = {"prompt": "a cat", "steps": 1, "width": 16, "height": 24}
+        answer = server.ask("/sdapi/v1/txt2img", body).json
+        info = json.loads(answer["info"])
+        assert (info["width"], info["height"]) == (16, 24)
+        late = server.ask("/v1/images/generations", {**SHORT, "size": "24x24"})
+        assert late.status == 400
+        assert "draws 16×40, 24×16" in late.json["error"]["message"]
