@@ -63,3 +63,16 @@ def test_a_size_that_the_bundle_has_not(sized_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match=r"draws 16×40, 24×16 .*, not 24×40") as caught:
         sized_model.pipeline.generate(replace(TEXT, height=24))
     assert "--size 40x24" in caught.value.hint
+
+
+def test_a_callers_buffer_is_for_the_size_asked_for(sized_model: TinyModel) -> None:
+    from sd_runtime.embed.context import Context
+
+    high = Request(("a cat", "a dog"), height=24, width=16)
+    with Context(str(sized_model.bundle), threads=1, queue_size=1) as context:
+        assert context.pixels_bytes(high) == 2 * 24 * 16 * 3
+        assert context.pixels_bytes(Request("a cat")) == 16 * 40 * 3
+        with pytest.raises(ConfigError, match="draws 16×40"):
+            context.pixels_bytes(replace(high, height=40))
+        profiles = context.info()["profiles"]
+        assert [(each["height"], each["width"]) for each in profiles] == [(16, 40), (24, 16)]
