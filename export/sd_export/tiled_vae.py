@@ -5,6 +5,7 @@ diffusers' own tiles are smaller at the right and the bottom, and engines have o
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +27,10 @@ def work_in_tiles(vae: Any, tile_height: int, tile_width: int) -> None:
         return images.clamp(-1, 1)  # as graphs give them, before they are mixed
 
     def decode_tiles(latents: torch.Tensor, return_dict: bool = True) -> Any:
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         height, width = latents.shape[2:]
         tiling = Tiling(height, width, tile_height, tile_width)
         images = _joined(pixels, latents, tiling, 1)
-        return DecoderOutput(sample=images) if return_dict else (images,)
+        return SimpleNamespace(sample=images) if return_dict else (images,)
 
     def encode_tiles(images: torch.Tensor) -> torch.Tensor:
         height, width = (side // factor for side in images.shape[2:])
