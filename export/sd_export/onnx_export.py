@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from contextlib import contextmanager
+from functools import cache
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from sd_export.onnx_passes import tidy
 from sd_export.shared_rows import share_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from sd_engines.spec import TensorSpec
@@ -60,7 +61,7 @@ def trace(
     )
     axis = torch.export.Dim(BATCH, min=1, max=_MAX_TRACED_BATCH)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _operators_read_once():
             program = torch.onnx.export(
                 module,
                 arguments,
@@ -213,3 +214,27 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """Keep torch's table of ONNX operators, for which it parses 500 functions anew each trace."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # a torch that keeps it elsewhere, and goes on reading
+        yield
+        return
+    own, table = vars(ONNXRegistry)["from_torchlib"], _operators()
+    ONNXRegistry.from_torchlib = staticmethod(table)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
+
+
+@cache
+def _operators() -> Callable[..., Any]:
+    """Torch's own reader of its table, which remembers what it read."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return cache(ONNXRegistry.from_torchlib)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
-from sd_engines.spec import Profile
+from sd_engines.spec import Profile, TensorSpec
 from sd_export.load import load_model, nsfw_content_detected
 from sd_export.onnx_export import trace
 from sd_export.safety_checker import SafetyChecker
@@ -63,6 +66,33 @@ def test_is_followed_once(
     inputs, outputs = borders(component, checkpoint=found, profile=PROFILE)
     trace(module, component=component, inputs=inputs, outputs=outputs)
     assert calls == [component]
+
+
+def test_operators_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes its table for every graph; ours, made once, gives the graph it gave before."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    spec = TensorSpec("sample", "float32", ("batch", 4, 8, 8))
+    border = {"inputs": [spec], "outputs": [replace(spec, name="noise_pred")]}
+    module = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU()).eval()
+
+    def graph() -> bytes:
+        model = ir.to_proto(trace(module, component="unet", **border))
+        return model.SerializeToString(deterministic=True)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, ONNXRegistry.__module__, None)  # as where there is none
+        expected = graph()
+    assert graph() == expected
+    own = vars(ONNXRegistry)["from_torchlib"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the table is made again")
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", refuse)
+    assert graph() == expected
+    monkeypatch.undo()
+    assert vars(ONNXRegistry)["from_torchlib"] is own
 
 
 def test_vae_scales_and_permutes_as_the_pipeline_does(checkpoint: Path) -> None:
