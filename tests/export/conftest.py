@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,25 @@ def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import make_smallest_checkpoint
 
     return make_smallest_checkpoint(tmp_path_factory.mktemp("checkpoint") / "smallest")
+
+
+@pytest.fixture(scope="session")
+def of_2022(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``smallest`` with a scheduler's config as they were before diffusers corrected them."""
+    from tiny import change_json
+
+    old = shutil.copytree(smallest, tmp_path_factory.mktemp("of_2022") / "old")
+    changes = {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}
+    change_json(old / "scheduler" / "scheduler_config.json", **changes)
+    return old
+
+
+@pytest.fixture(scope="session")
+def report_of_2022(of_2022: Path) -> ExportReport:
+    """``of_2022``, exported beside it. Read it; do not change it."""
+    import sd_export
+
+    return sd_export.export(of_2022, of_2022.parent / "bundle")
 
 
 @pytest.fixture(scope="session")

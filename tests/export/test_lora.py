@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from sd_export.load import load_model
 from sd_export.lora import find_lora
 from sd_export.source import find_checkpoint
 from sd_runtime.lora import Lora
-from tiny import make_smallest_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from sd_export import ExportReport
 
     Tensors = dict[str, torch.Tensor]
 
@@ -200,14 +202,16 @@ def test_several_add_up(checkpoint: Path, tmp_path: Path) -> None:
     assert_same(checkpoint, {one: 0.5, other: -1.5}, text=text)
 
 
-def test_a_bundle_knows_what_was_fused(tmp_path: Path) -> None:
-    checkpoint = make_smallest_checkpoint(tmp_path / "checkpoint")
+def test_a_bundle_knows_what_was_fused(
+    of_2022: Path, report_of_2022: ExportReport, tmp_path: Path
+) -> None:
+    shutil.copytree(report_of_2022.path, tmp_path / "bundle")
     path = tmp_path / "style.safetensors"
     save_file(peft("unet.conv_in", torch.ones(RANK, 4, 3, 3), torch.ones(8, RANK, 1, 1)), path)
-    plain = export(checkpoint, tmp_path / "bundle")
-    fused = export(checkpoint, tmp_path / "bundle", loras=[f"{path}=0.5"])
-    again = export(checkpoint, tmp_path / "bundle", loras=[f"{path}=0.5"])
-    assert (fused.was_done, again.was_done) == (False, True)
+    plain = export(of_2022, tmp_path / "bundle")
+    fused = export(of_2022, tmp_path / "bundle", loras=[f"{path}=0.5"])
+    again = export(of_2022, tmp_path / "bundle", loras=[f"{path}=0.5"])
+    assert (plain.was_done, fused.was_done, again.was_done) == (True, False, True)
     files = [report.manifest.components["unet"].files for report in (plain, fused)]
     assert files[0] != files[1]
     record = json.loads((tmp_path / "bundle" / "export.json").read_text())
