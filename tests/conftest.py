@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sd_engines import Bundle
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors more only wait for each other
 
 
 @pytest.fixture(autouse=True, scope="session")
