@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build
+QUICK  := not gpu and not network and not slow
 PROMPT ?= a large red circle on the left, a small blue square in the top right and a green star in the bottom right, on a white background
 
-.PHONY: demo test lint format quality gpu clean
+.PHONY: demo test test-runtime test-rest lint format quality gpu clean
 
 demo: $(BUILD)/shapes.bundle/bundle.json ## export the shipped checkpoint, make a picture, say where it is
 	@$(BIN)/sd-run $(BUILD)/shapes.bundle "$(PROMPT)" --guidance-scale 3 --seed 7 --output $(BUILD)/demo.png
@@ -16,7 +17,14 @@ test: $(VENV)/.stamp ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu and not network and not slow"
+	$(MAKE) --jobs 2 --keep-going test-runtime test-rest
+
+# Halves of about one length, at once: they share nearly no bundle, so little is exported twice.
+test-runtime: $(VENV)/.stamp
+	$(BIN)/pytest -m "$(QUICK)" tests/runtime
+
+test-rest: $(VENV)/.stamp
+	$(BIN)/pytest -m "$(QUICK)" --ignore tests/runtime
 
 lint: $(VENV)/.stamp
 	$(BIN)/pre-commit run --all-files
