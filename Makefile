@@ -17,7 +17,8 @@ test: $(VENV)/.stamp ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) --jobs 2 --keep-going test-runtime test-rest
+	@echo "Tests run in two halves at once; each shows what it found when it ends."
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target test-runtime test-rest
 
 # Halves of about one length, at once: they share nearly no bundle, so little is exported twice.
 test-runtime: $(VENV)/.stamp
