@@ -93,6 +93,7 @@ def _make(
     from safetensors.numpy import save as to_safetensors
 
     from sd_export import verify, wrappers
+    from sd_export.borders import borders
     from sd_export.layer_table import write_layer_table
     from sd_export.load import load_model
     from sd_export.onnx_export import MODEL_FILE, OPSET, save, save_beside, trace
@@ -104,7 +105,7 @@ def _make(
         module = wrappers.wrap(
             component, model, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache
         )
-    inputs, outputs = wrappers.borders(
+    inputs, outputs = borders(
         component, checkpoint=checkpoint, profile=profile, feature_cache=feature_cache
     )
     with log.stage(component, "reference"):

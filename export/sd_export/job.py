@@ -191,7 +191,7 @@ class Job:
 
     def _is_shared(self, component: str, profile: Profile, first: Profile) -> bool:
         """Whether its graph does not depend on the size: nothing at its border does."""
-        from sd_export.wrappers import borders
+        from sd_export.borders import borders
 
         ours, theirs = (
             borders(

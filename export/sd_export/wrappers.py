@@ -6,39 +6,32 @@ scaling, pictures as [batch, H, W, 3] in [0, 1], the safety checker's own resizi
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sd_engines.spec import (
-    BATCH,
     CONTROL_EMBEDDING,
     CONTROLNET,
-    DEPTH,
-    LOW_RES_IMAGE,
-    LOW_RES_LATENTS,
     MID_RESIDUAL,
     NOISE_LEVEL,
-    PICTURES,
     POOLED_PROMPT_EMBEDS,
     RESIDUAL,
     TEXT_ENCODERS,
     TIME_IDS,
     TIMESTEP_COND,
-    TensorSpec,
 )
-from sd_export.controlnet import residual_specs
+from sd_export.borders import borders
 from sd_export.controlnet_parts import ControlEmbedding, ControlNet
 from sd_export.depth_estimator import DepthEstimator
-from sd_export.family import is_xl, num_time_ids
-from sd_export.image_encoder import ImageEncoder, picture_size
+from sd_export.family import is_xl
+from sd_export.image_encoder import ImageEncoder
 from sd_export.latent_upscaler import LatentUpscaler, PoolingTextEncoder
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
-from sd_export.shallow_unet import CachedUnet, ShallowUnet, reads_text
-from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR, DEPTH_MASK, IMAGE_ENCODER
+from sd_export.shallow_unet import CachedUnet, ShallowUnet
+from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -260,105 +253,3 @@ def wrap(
 def vae_scaling_factor(checkpoint: Checkpoint) -> float:
     """What the VAE's latents are multiplied by; diffusers' default where the config is silent."""
     return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
-
-
-def rows_share(checkpoint: Checkpoint) -> bool:
-    """Whether all that the UNet sees but the prompt is the same for a picture's rows.
-
-    Stable Diffusion XL tells its timestep's embedding of the prompt, and so every layer but the
-    first, and so does a latent upscaler; a model that was distilled with its guidance has one row a
-    picture.
-    """
-    tells_prompt = is_xl(checkpoint.configs) or checkpoint.is_latent_upscaler
-    return not (tells_prompt or checkpoint.configs["unet"].get("time_cond_proj_dim"))
-
-
-def borders(
-    component: str, *, checkpoint: Checkpoint, profile: Profile, feature_cache: bool = False
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of ``component`` for ``profile``, as `wrap` makes it."""
-    unet, tokens = checkpoint.configs["unet"], checkpoint.max_prompt_tokens
-    latent_size = (profile.latent_height, profile.latent_width)
-    latent_shape = (BATCH, checkpoint.latent_channels, *latent_size)
-    features_shape = (BATCH, int(unet["block_out_channels"][0]), *latent_size)
-    latents = TensorSpec("latents", "float32", latent_shape)
-    images = TensorSpec("images", "float32", (BATCH, profile.height, profile.width, 3))
-    second = checkpoint.configs.get("text_encoder_2", {})
-    pooled_width = second.get("projection_dim", 0)
-    if checkpoint.is_latent_upscaler:
-        pooled_width = unet["cross_attention_dim"]
-    pooled = TensorSpec(POOLED_PROMPT_EMBEDS, "float32", (BATCH, int(pooled_width)))
-    if component in TEXT_ENCODERS:
-        text = checkpoint.configs[component]
-        tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
-        ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
-        prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
-        pools = component != "text_encoder" or checkpoint.is_latent_upscaler
-        return (ids,), (prompt_embeds, pooled) if pools else (prompt_embeds,)
-    if component == IMAGE_ENCODER:
-        size = picture_size(checkpoint.configs["feature_extractor"])
-        embeds_shape = (BATCH, tokens, int(unet["cross_attention_dim"]))
-        squares = TensorSpec("images", "float32", (BATCH, size, size, 3))
-        return (squares,), (TensorSpec("image_embeds", "float32", embeds_shape),)
-    if component == DEPTH_ESTIMATOR:
-        return (images,), (TensorSpec(DEPTH_MASK, "float32", (BATCH, 1, *latent_size)),)
-    if component.startswith(CONTROL_EMBEDDING):
-        embeds = TensorSpec("control_embeds", "float32", features_shape)
-        return (replace(images, name="control_image"),), (embeds,)
-    residuals = residual_specs(unet, profile=profile) if checkpoint.controlnets else ()
-    if component in ("unet", "unet_shallow", *checkpoint.controlnets):
-        axis = PICTURES if rows_share(checkpoint) else BATCH
-        sample = TensorSpec("sample", "float32", (axis, *latent_shape[1:]))
-        timestep = TensorSpec("timestep", "float32", (axis,))
-        tokens, width = tokens * checkpoint.max_prompt_chunks, int(unet["cross_attention_dim"])
-        embeds = TensorSpec("encoder_hidden_states", "float32", (BATCH, tokens, width))
-        noise_pred = TensorSpec("noise_pred", "float32", latent_shape)
-        features = TensorSpec("deep_features", "float32", features_shape)
-        if component == "unet_shallow":
-            prompt = (embeds,) if reads_text(unet) else ()
-            return (sample, timestep, features, *prompt), (noise_pred,)
-        inputs = [sample, timestep, embeds]
-        if component in checkpoint.controlnets:
-            scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))
-            control_embeds = TensorSpec("control_embeds", "float32", (axis, *features_shape[1:]))
-            return (*inputs, control_embeds, scales), residuals
-        if checkpoint.is_for_inpainting:
-            inputs += [
-                TensorSpec("mask", "float32", (axis, 1, *latent_size)),
-                TensorSpec("masked_image_latents", "float32", (axis, *latent_shape[1:])),
-            ]
-        if checkpoint.is_for_depth:
-            inputs.append(TensorSpec(DEPTH_MASK, "float32", (axis, 1, *latent_size)))
-        if checkpoint.is_upscaler:
-            inputs += [
-                TensorSpec(LOW_RES_IMAGE, "float32", (axis, 3, *latent_size)),
-                TensorSpec(NOISE_LEVEL, "int64", (axis,)),
-            ]
-        if checkpoint.is_latent_upscaler:
-            inputs += [_halved(replace(sample, name=LOW_RES_LATENTS)), pooled]
-        elif unet.get("time_cond_proj_dim"):
-            cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
-            inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
-        if is_xl(checkpoint.configs):
-            ids_shape = (BATCH, int(num_time_ids(checkpoint.configs)))
-            inputs += [pooled, TensorSpec(TIME_IDS, "float32", ids_shape)]
-        inputs += residuals
-        return tuple(inputs), (noise_pred, features) if feature_cache else (noise_pred,)
-    if component == "vae_decoder" and checkpoint.depth_channels:
-        depth_shape = (BATCH, profile.height, profile.width, checkpoint.depth_channels)
-        return (latents,), (images, TensorSpec(DEPTH, "float32", depth_shape))
-    if component in ("vae_decoder", "preview_decoder"):
-        return (latents,), (images,)
-    if component == "vae_encoder" and checkpoint.is_latent_upscaler:
-        images, latents = (_halved(spec) for spec in (images, latents))
-        return (images,), (latents, replace(latents, name="latents_std"))
-    if component == "vae_encoder":
-        return (images,), (latents, TensorSpec("latents_std", "float32", latent_shape))
-    return (images,), (TensorSpec("nsfw_content_detected", "bool", (BATCH,)),)
-
-
-def _halved(spec: TensorSpec) -> TensorSpec:
-    """``spec`` of a picture, or its latents, of half the height and width."""
-    sides = (1, 2) if spec.name == "images" else (2, 3)
-    shape = (int(n) // 2 if axis in sides else n for axis, n in enumerate(spec.shape))
-    return replace(spec, shape=tuple(shape))

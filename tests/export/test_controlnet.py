@@ -18,10 +18,11 @@ import sd_export
 from controlnets import make_controlnet
 from sd_engines.errors import ConfigError, ExportError, SdError
 from sd_engines.spec import Profile
+from sd_export.borders import borders
 from sd_export.controlnet import residual_specs, with_controlnets
 from sd_export.load import load_model
 from sd_export.source import find_checkpoint
-from sd_export.wrappers import borders, model_of, wrap
+from sd_export.wrappers import model_of, wrap
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,11 +17,12 @@ from sd_engines.engine import build_engine, load_engine
 from sd_engines.entries import ComponentEntry
 from sd_engines.errors import ExportError
 from sd_engines.spec import Profile
+from sd_export.borders import borders
 from sd_export.load import load_model
 from sd_export.onnx_export import OPSET, save, trace
 from sd_export.shallow_unet import shallow_reference
 from sd_export.source import Checkpoint, find_checkpoint
-from sd_export.wrappers import borders, wrap
+from sd_export.wrappers import wrap
 
 if TYPE_CHECKING:
     from pathlib import Path

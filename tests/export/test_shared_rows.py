@@ -13,10 +13,11 @@ import torch
 
 from sd_bench.work import count_work
 from sd_engines.spec import BATCH, PICTURES, Profile
+from sd_export.borders import borders
 from sd_export.load import load_model
 from sd_export.onnx_export import MODEL_FILE, save, trace
 from sd_export.source import find_checkpoint
-from sd_export.wrappers import borders, wrap
+from sd_export.wrappers import wrap
 from tiny import make_checkpoint
 
 if TYPE_CHECKING:
