@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx
 import torch
 
+from sd_export.onnx_export import external_place
 from sd_export.onnx_passes import TRANSPOSED
 from sd_runtime.layer_table import table_file
 
@@ -33,7 +34,7 @@ def write_layer_table(onnx_path: Path, *, module: torch.nn.Module, model: torch.
             name = name.removesuffix(ending)
         layer, weight, _ = name.removesuffix(TRANSPOSED).rpartition(".weight")
         if weight and layer in layers and tensor.external_data:
-            external = {entry.key: entry.value for entry in tensor.external_data}
+            external = external_place(tensor)
             table[layers[layer]] = {
                 "initializer": tensor.name,
                 "dtype": onnx.TensorProto.DataType.Name(tensor.data_type).lower(),

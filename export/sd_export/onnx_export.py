@@ -147,16 +147,22 @@ def save_beside(model: ir.Model, path: Path) -> list[Path]:
 def external_places(path: Path) -> dict[str, dict[str, str]]:
     """Of each tensor outside the graph at ``path``: its ``location``, ``offset`` and ``length``."""
     graph = onnx.load(path, load_external_data=False).graph
-    places = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}
-    return {name: place for name, place in places.items() if place}
+    return {t.name: external_place(t) for t in graph.initializer if t.external_data}
+
+
+def external_place(tensor: onnx.TensorProto) -> dict[str, str]:
+    """``location``, ``offset`` and ``length`` of one; empty where it is inside the graph."""
+    return {entry.key: entry.value for entry in tensor.external_data}
 
 
 def _stored(path: Path) -> dict[bytes, tuple[int, int]]:
     """Where the tensors of the graph at ``path`` lie, offset and length, by their SHA-256."""
-    stored = {}
+    stored: dict[bytes, tuple[int, int]] = {}
     places = external_places(path).values()
-    for offset, length in sorted((int(p.get("offset", 0)), int(p["length"])) for p in places):
-        with path.with_name(DATA_FILE).open("rb") as file:
+    if not places:  # nor is there a file
+        return stored
+    with path.with_name(DATA_FILE).open("rb") as file:
+        for offset, length in sorted((int(p.get("offset", 0)), int(p["length"])) for p in places):
             file.seek(offset)
             stored[hashlib.sha256(file.read(length)).digest()] = offset, length
     return stored

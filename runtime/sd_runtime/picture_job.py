@@ -7,6 +7,7 @@ do is what is not there yet.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -71,21 +72,25 @@ def picture_jobs(
     Raises as `plan` for a request that the bundle cannot do, and names its line.
     """
     jobs = []
+
+    @cache
+    def fingerprint_at(height: int, width: int) -> str:
+        return fingerprint(manifest.at(height, width))
+
     for line, request in enumerate(requests, start=1):
         try:
             planned = plan(request, manifest)
         except ConfigError as error:
             raise ConfigError(f"job {line}: {error.message}", error.hint) from error
-        sized = manifest.at(planned.profile.height, planned.profile.width)
         for number, image in enumerate(planned.request.images()):
             digest = recipe_of(
                 image,
                 planned,
-                sized,
+                manifest,
                 backend="",
                 precision="",
                 loras=loras,
-                fingerprint=fingerprint(sized),
+                fingerprint=fingerprint_at(planned.profile.height, planned.profile.width),
             ).digest
             single = replace(
                 planned.request,

@@ -11,6 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
+from pictures import png, text
 from sd_runtime import Request
 
 from .conftest import running
@@ -38,16 +39,6 @@ def server(
     with running(folder, controlled_model.bundle, "--threads", 1) as server:
         yield server
     assert "Traceback" not in server.log.read_text()
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def text(picture: Image.Image) -> str:
-    return base64.b64encode(png(picture)).decode()
 
 
 def assert_draws(model: TinyModel, b64: str | None, **options: Any) -> None:

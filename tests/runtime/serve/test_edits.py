@@ -12,6 +12,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
+from pictures import png, text
 from sd_runtime import Request
 
 if TYPE_CHECKING:
@@ -30,16 +31,6 @@ def white_square() -> Image.Image:
 
 
 MASK = white_square()
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def text(picture: Image.Image) -> str:
-    return base64.b64encode(png(picture)).decode()
 
 
 def hole(mask: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+from pictures import text
 from sd_runtime.serve.cli import main
 
 if TYPE_CHECKING:
@@ -100,9 +101,7 @@ def test_a_bundle_for_inpainting_is_served(
 
 
 def test_a_bundle_for_depth_is_served(depth_model: TinyModel, start: Callable[..., Any]) -> None:
-    buffer = io.BytesIO()
-    Image.radial_gradient("L").save(buffer, "PNG")
-    picture = base64.b64encode(buffer.getvalue()).decode()
+    picture = text(Image.radial_gradient("L"))
     body = {"prompt": "a cat", "steps": 2, "init_images": [picture]}
     with start(depth_model.bundle, "--threads", 1) as server:
         (model,) = server.ask("/v1/models").json["data"]
