@@ -60,3 +60,22 @@ def cached_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments += ["--model", str(checkpoint), "--output", str(bundle), "--feature-cache", "--quiet"]
     assert main(arguments) == 0
     return bundle
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that is fastest to export."""
+    from tiny import make_smallest_checkpoint
+
+    return make_smallest_checkpoint(tmp_path_factory.mktemp("checkpoint") / "smallest")
+
+
+@pytest.fixture(scope="session")
+def sizes_bundle(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``smallest``, for 8×8, 16×24 and 24×8 pictures (height × width)."""
+    from sd_export.cli import main
+
+    path = tmp_path_factory.mktemp("sizes") / "bundle"
+    arguments = ["--size", "24x16", "--size", "8x24", "--size", "8x8"]  # its own once more
+    assert main(["--model", str(smallest), "--output", str(path), *arguments, "--quiet"]) == 0
+    return path

@@ -9,7 +9,7 @@ from protocol import Drawing, Job, serve
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_runtime import Pipeline
+    from sd_runtime import Pipeline, Request
 
 
 class SdToolkit:
@@ -28,30 +28,37 @@ class SdToolkit:
         """Open the bundle."""
         from sd_runtime import Pipeline
 
-        self._pipeline = Pipeline.load(job.bundle, backend=job.backend, threads=job.threads)
+        self._pipeline = Pipeline.load(
+            job.bundle, backend=job.backend, threads=job.threads, request=_request(job)
+        )
         return {}
 
     def generate(self, job: Job, *, with_latents: bool) -> Drawing:
         """Draw; latents come for free."""
-        from sd_runtime import Request
-
         if self._pipeline is None:
             raise RuntimeError("nothing is loaded")
-        request = Request(
-            job.prompt,
-            negative_prompt=job.negative_prompt,
-            seed=job.seed,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            scheduler=job.scheduler_name,
-        )
-        result = self._pipeline.generate(request)
+        result = self._pipeline.generate(_request(job))
         recipe = result.recipes[0]
         return Drawing(
             result.pixels[0],
             result.latents if with_latents else None,
             {"backend": recipe.backend, "precision": recipe.precision},
         )
+
+
+def _request(job: Job) -> Request:
+    from sd_runtime import Request
+
+    return Request(
+        job.prompt,
+        negative_prompt=job.negative_prompt,
+        seed=job.seed,
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        scheduler=job.scheduler_name,
+        height=job.height,
+        width=job.width,
+    )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def sd_run_command(bundle: Path, settings: Settings, *, output: Path) -> list[st
         "--negative-prompt": settings.negative_prompt,
         "--seed": settings.seed,
         "--num-images": settings.num_images,
+        "--height": settings.height,
+        "--width": settings.width,
         "--num-inference-steps": settings.num_inference_steps,
         "--guidance-scale": settings.guidance_scale,
         "--guidance-start": settings.guidance_start,

@@ -90,7 +90,10 @@ def check_comparable(base: Measurement, new: Measurement, *, paired: bool = Fals
     """
     if not paired:
         check_environment(base.environment, new.environment)
-    settings = _differing(asdict(base.settings), asdict(new.settings))
+    asked = [asdict(measurement.settings) for measurement in (base, new)]
+    for settings in asked:
+        del settings["height"], settings["width"]  # the profile holds what they came to
+    settings = _differing(*asked)
     if settings:
         raise ConfigError(
             f"measured with other settings: {_words(settings)}",

@@ -58,7 +58,7 @@ def gate_by_file(
     bundle, or lacks the stage; and as `measure_latency` raises.
     """
     check_environment(base.environment, environment())
-    check_profile(base.profile, asdict(open_bundle(bundle).manifest.profile))
+    check_profile(base.profile, _profile(bundle, base.settings))
     stage_ms(base.samples, criterion.stage)
     counted = 0
 
@@ -93,10 +93,7 @@ def gate_in_turns(
     where one was made. Raises `BackendError` with the words of a side that fails, and
     `ConfigError` for bundles of other shapes or settings that they cannot take.
     """
-    manifests = [open_bundle(bundle).manifest for bundle in (base, new)]
-    check_profile(*(asdict(manifest.profile) for manifest in manifests))
-    for manifest in manifests:
-        plan(settings.request(), manifest)
+    check_profile(_profile(base, settings), _profile(new, settings))
     interpreters = (sys.executable if base_python is None else base_python, sys.executable)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="sd-bench-gate-")))
@@ -155,6 +152,11 @@ def take_turns(
         if judgement is not None and judgement.precise:
             break
     return sides
+
+
+def _profile(bundle: Path, settings: Settings) -> dict[str, int]:
+    """The shapes that ``bundle`` answers ``settings`` with; `ConfigError` where it cannot."""
+    return asdict(plan(settings.request(), open_bundle(bundle).manifest).profile)
 
 
 def _looks(max_pairs: int) -> Iterator[int]:

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 WARM_UP, RUNS = 2, 10
 
 
+def open_pipeline(bundle: str | os.PathLike[str], settings: Settings) -> Pipeline:
+    """The pipeline that answers ``settings``, as `sd-run` opens it. Raises as `Pipeline.load`."""
+    return Pipeline.load(
+        bundle, backend=settings.backend, threads=settings.threads, request=settings.request()
+    )
+
+
 class Sampler:
     """Answers one request again and again, as often and whenever its owner asks.
 
@@ -98,9 +105,10 @@ def measure_latency(
             "Count at least one run; the others may be 0.",
         )
     if settings.backend == "auto":  # which may try every backend once: none of their memory counts
-        fastest_engine(open_bundle(bundle), "unet", threads=settings.threads)
+        sized = open_bundle(bundle).at(settings.height, settings.width)
+        fastest_engine(sized, "unet", threads=settings.threads)
     reset_peak_memory()
-    with Pipeline.load(bundle, backend=settings.backend, threads=settings.threads) as pipeline:
+    with open_pipeline(bundle, settings) as pipeline:
         sampler = Sampler(pipeline, settings)
         sampler.warm_up(warm_up)
         samples: list[Sample] = []

@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from threading import Barrier
 from typing import TYPE_CHECKING
 
-from sd_bench.latency import Sampler
+from sd_bench.latency import Sampler, open_pipeline
 from sd_bench.measurement import Settings
 from sd_engines.errors import BackendError, SdError
 from sd_engines.memory import peak_memory_bytes
-from sd_runtime import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sd_bench.measurement import Sample
+    from sd_runtime import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,12 @@ class Load:
     requests: int = 1
 
     def open_pipelines(self, stack: ExitStack, opened: list[Pipeline]) -> None:
-        """Add to ``opened``, pipelines of this bundle, until all requests have one.
+        """Add to ``opened``, pipelines of this bundle and size, until all requests have one.
 
         ``stack`` closes them. Raises as `Pipeline.load` does.
         """
         while len(opened) < self.requests:
-            pipeline = Pipeline.load(
-                self.bundle, backend=self.settings.backend, threads=self.settings.threads
-            )
+            pipeline = open_pipeline(self.bundle, self.settings)
             opened.append(stack.enter_context(pipeline))
 
     def samplers(self, pipelines: Sequence[Pipeline]) -> list[Sampler]:

@@ -24,7 +24,10 @@ PROMPT: Final = "a large red circle on the left and a small blue star in the top
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured, in the words of `sd-run`; two measurements compare if these are equal."""
+    """What is measured, in the words of `sd-run`; two measurements compare if these are equal.
+
+    ``height`` and ``width`` in pixels choose one of a bundle's sizes; None: its own.
+    """
 
     prompt: str = PROMPT
     negative_prompt: str = ""
@@ -36,6 +39,8 @@ class Settings:
     cache_interval: int = 1
     scheduler: str | None = None
     num_images: int = 1
+    height: int | None = None
+    width: int | None = None
     backend: str = "auto"
     threads: int | None = None
 
@@ -46,6 +51,8 @@ class Settings:
             negative_prompt=self.negative_prompt,
             seed=self.seed,
             num_images_per_prompt=self.num_images,
+            height=self.height,
+            width=self.width,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance_start=self.guidance_start,
@@ -75,7 +82,7 @@ class Measurement:
     """Samples, warm and in order, with what they were taken of and where.
 
     ``environment`` is flat and says everything about the machine that may move a latency.
-    ``profile`` holds the bundle's batch_size, height and width.
+    ``profile`` holds batch_size, and the height and width that were drawn.
     ``backend`` and ``precision`` are what "auto" came to for the UNet, ``precisions`` those of
     every component. ``cold_start_ms`` holds each run's milliseconds from process start to the
     first picture, ``cold_start_stages_ms`` what they went into; ``ceilings`` what the machine

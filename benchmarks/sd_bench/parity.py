@@ -39,9 +39,12 @@ def measure_parity(
     num_inference_steps: int = 20,
     guidance_scale: float = 7.5,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Iterator[Parity]:
     """Draw ``prompt`` twice per scheduler, by the bundle and by diffusers in fp32 on the CPU.
 
+    ``height`` and ``width`` choose one of the bundle's sizes, in pixels.
     ``model`` is the checkpoint, None: the one that the bundle names. diffusers gets the same seed
     through ``torch.Generator("cpu")``. Raises `ExportError` where the checkpoint is not found.
     """
@@ -49,7 +52,7 @@ def measure_parity(
 
     source = model or pipeline.bundle.manifest.model.source
     oracle = load_pipeline(find_checkpoint(source))
-    config, profile = dict(oracle.scheduler.config), pipeline.profile
+    config = dict(oracle.scheduler.config)
     for name in schedulers:
         sampler = SCHEDULERS[name]
         use_scheduler(oracle, sampler.class_name, {**config, **sampler.overrides})
@@ -59,12 +62,14 @@ def measure_parity(
             scheduler=name,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            height=height,
+            width=width,
         )
         ours = pipeline.generate(request)
         latents = oracle(
             prompt,
-            height=profile.height,
-            width=profile.width,
+            height=ours.pixels.shape[1],
+            width=ours.pixels.shape[2],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=torch.Generator("cpu").manual_seed(seed),

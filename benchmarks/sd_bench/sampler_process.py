@@ -76,8 +76,7 @@ class SamplerProcess(Closing):
 
 def serve(questions: TextIO, answers: TextIO) -> None:
     """The other end: the first line opens, each later one asks; ends where they end."""
-    from sd_bench.latency import Sampler, measurement_of
-    from sd_runtime import Pipeline
+    from sd_bench.latency import Sampler, measurement_of, open_pipeline
 
     def answer(**found: Any) -> None:
         answers.write(json.dumps({"ok": True, **found}) + "\n")
@@ -86,9 +85,7 @@ def serve(questions: TextIO, answers: TextIO) -> None:
     try:
         order = json.loads(questions.readline())
         settings = Settings(**order["settings"])
-        with Pipeline.load(
-            order["bundle"], backend=settings.backend, threads=settings.threads
-        ) as pipeline:
+        with open_pipeline(order["bundle"], settings) as pipeline:
             sampler = Sampler(pipeline, settings)
             sampler.warm_up(order["warm_up"])
             answer()

@@ -133,8 +133,9 @@ def scaling_axes(
     images: Sequence[int],
     requests: Sequence[int],
 ) -> tuple[Axis, ...]:
-    """The axes of the first bundle, and that of size where there are more; none of one point.
+    """The axes of the first bundle, and that of size over all of them; none of one point.
 
+    Of sizes with as many pixels it takes the first.
     A backend "auto" becomes the one that is fastest for the first bundle, for all of them.
     `ConfigError` for settings that no request can have, bundles of different checkpoints, or where
     no axis is left.
@@ -146,17 +147,26 @@ def scaling_axes(
         names = ", ".join(sorted(source for source, _ in checkpoints))
         raise ConfigError(
             f"the bundles are of different checkpoints: {names}",
-            "Export one checkpoint in several sizes: sd-export --model MODEL --height … --width …",
+            "Export one checkpoint in several sizes: sd-export --model MODEL --size WIDTHxHEIGHT …",
         )
     if settings.backend == "auto":
-        engine = fastest_engine(opened[0], "unet", threads=settings.threads)
+        sized = opened[0].at(settings.height, settings.width)
+        engine = fastest_engine(sized, "unet", threads=settings.threads)
         settings = settings if engine is None else replace(settings, backend=engine.backend)
     base = Load(bundle=str(opened[0].path), settings=settings)
 
     def with_(**changes: Any) -> Load:
         return replace(base, settings=replace(settings, **changes))
 
-    profiles = {str(bundle.path): bundle.manifest.profile for bundle in opened}
+    sizes: dict[float, Load] = {}
+    for bundle in opened:
+        own = bundle.manifest.at(settings.height, settings.width).profile
+        for profile in (own, *(size.profile for size in bundle.manifest.all_sizes)):
+            asked = settings
+            if profile != own:
+                asked = replace(settings, height=profile.height, width=profile.width)
+            load = Load(bundle=str(bundle.path), settings=asked)
+            sizes.setdefault(profile.height * profile.width / 1000, load)
     axes = (
         Axis(
             name="steps",
@@ -176,18 +186,14 @@ def scaling_axes(
         Axis(
             name="1000 pixels per picture",
             unit="1000 pixels",
-            loads={
-                profile.height * profile.width / 1000: replace(base, bundle=path)
-                for path, profile in sorted(
-                    profiles.items(), key=lambda item: item[1].height * item[1].width
-                )
-            },
+            loads=dict(sorted(sizes.items())),
         ),
     )
     kept = tuple(axis for axis in axes if len(axis.loads) > 1)
     if not kept:
         raise ConfigError(
-            "nothing varies", "Name two or more --steps, --images or --requests, or more bundles."
+            "nothing varies",
+            "Name two or more --steps, --images or --requests, or bundles of more sizes.",
         )
     return kept
 
@@ -240,11 +246,12 @@ def turns(loads: Sequence[T], runs: int) -> list[list[T]]:
 
 
 def _open(loads: Sequence[Load], stack: ExitStack) -> dict[Load, list[Sampler]]:
-    """Each load's samplers, on as few pipelines as the largest load of its bundle needs."""
-    pipelines: dict[str, list[Pipeline]] = {}
+    """Each load's samplers, on as few pipelines as the largest load of a bundle and size needs."""
+    pipelines: dict[tuple[str, int | None, int | None], list[Pipeline]] = {}
     samplers = {}
     for load in loads:
-        opened = pipelines.setdefault(load.bundle, [])
+        key = load.bundle, load.settings.height, load.settings.width
+        opened = pipelines.setdefault(key, [])
         load.open_pipelines(stack, opened)
         samplers[load] = load.samplers(opened)
     return samplers

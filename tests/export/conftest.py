@@ -27,14 +27,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint that is fastest to export."""
-    from tiny import make_smallest_checkpoint
-
-    return make_smallest_checkpoint(tmp_path_factory.mktemp("checkpoint") / "smallest")
-
-
-@pytest.fixture(scope="session")
 def of_2022(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``smallest`` with a scheduler's config as they were before diffusers corrected them."""
     from tiny import change_json

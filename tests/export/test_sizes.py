@@ -18,17 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(scope="module")
-def bundle(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8×8, 16×24 and 24×8 pictures (height × width)."""
-    path = tmp_path_factory.mktemp("sizes") / "bundle"
-    arguments = ["--size", "24x16", "--size", "8x24", "--size", "8x8"]  # its own once more
-    assert main(["--model", str(smallest), "--output", str(path), *arguments, "--quiet"]) == 0
-    return path
-
-
-def test_weights_are_stored_once(bundle: Path) -> None:
-    manifest = open_bundle(bundle).manifest
+def test_weights_are_stored_once(sizes_bundle: Path) -> None:
+    manifest = open_bundle(sizes_bundle).manifest
     own, *others = manifest.all_sizes
     assert [(s.profile.height, s.profile.width) for s in others] == [(16, 24), (24, 8)]
     for size in others:
@@ -39,48 +30,48 @@ def test_weights_are_stored_once(bundle: Path) -> None:
             assert entry.file == f"{name}/model{ending}"
             apart = sum(f.bytes for n, f in entry.files.items() if n.endswith(f"{ending}_data"))
             assert apart < 1024  # shapes
-            places = external_places(bundle / entry.file)
+            places = external_places(sizes_bundle / entry.file)
             shared = {n for n, p in places.items() if p["location"] == "model.onnx_data"}
             weights = {n for n in places if "weight" in n}
             assert weights <= shared
             assert len(weights) > 5
 
 
-def test_a_lora_finds_the_same_weights(bundle: Path) -> None:
-    opened = open_bundle(bundle)
+def test_a_lora_finds_the_same_weights(sizes_bundle: Path) -> None:
+    opened = open_bundle(sizes_bundle)
     own, other = (LayerTable.open(b, "unet") for b in (opened, opened.at(16, 24)))
     assert own.layers.keys() == other.layers.keys()
     assert all(np.array_equal(own.read(name), other.read(name)) for name in own.layers)
 
 
-def test_each_is_proven(bundle: Path) -> None:
-    open_bundle(bundle).verify()
-    for size in open_bundle(bundle).manifest.all_sizes:
+def test_each_is_proven(sizes_bundle: Path) -> None:
+    open_bundle(sizes_bundle).verify()
+    for size in open_bundle(sizes_bundle).manifest.all_sizes:
         measured = {entry.component: entry for entry in size.certificate}
         assert measured.keys() == {*size.components, "end_to_end"}
         assert measured["end_to_end"].figure >= 0.999
 
 
-def test_engines_added_later_are_for_all(bundle: Path) -> None:
-    manifest = sd_export.build(bundle, backends=["openvino"])
+def test_engines_added_later_are_for_all(sizes_bundle: Path) -> None:
+    manifest = sd_export.build(sizes_bundle, backends=["openvino"])
     for size in manifest.all_sizes:
         engines = [engine for engine in size.engines if engine.backend == "openvino"]
         assert {engine.component for engine in engines} == size.components.keys()
         assert {engine.file for engine in engines} == {c.file for c in size.components.values()}
     request = Request("a red circle", seed=1, num_inference_steps=2, height=24, width=8)
-    with Pipeline.load(bundle, backend="openvino", threads=1) as pipeline:
+    with Pipeline.load(sizes_bundle, backend="openvino", threads=1) as pipeline:
         drawn = pipeline.generate(request).pixels
         pipeline.generate(Request("a red circle", seed=1, num_inference_steps=2))
         again = pipeline.generate(request).pixels
-    with Pipeline.load(bundle, backend="onnxruntime", threads=1, request=request) as pipeline:
+    with Pipeline.load(sizes_bundle, backend="onnxruntime", threads=1, request=request) as pipeline:
         other = pipeline.generate(request).pixels
     assert drawn.shape == (1, 24, 8, 3)
     assert np.array_equal(again, drawn)
     assert (np.abs(other.astype(int) - drawn) <= 1).mean() >= 0.999
 
 
-def test_the_same_again_is_done(bundle: Path, smallest: Path) -> None:
-    report = sd_export.export(smallest, bundle, sizes=[(16, 24), (24, 8)])
+def test_the_same_again_is_done(sizes_bundle: Path, smallest: Path) -> None:
+    report = sd_export.export(smallest, sizes_bundle, sizes=[(16, 24), (24, 8)])
     assert report.was_done
 
 

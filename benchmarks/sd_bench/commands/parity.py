@@ -26,6 +26,8 @@ def parity(
     prompt: str,
     num_inference_steps: int,
     guidance_scale: float,
+    height: int | None,
+    width: int | None,
     schedulers: tuple[str, ...],
     backend: str,
     as_json: bool,
@@ -47,6 +49,8 @@ def parity(
             schedulers=names,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            height=height,
+            width=width,
         ):
             rows.append(row)
             if not as_json:

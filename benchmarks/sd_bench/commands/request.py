@@ -16,10 +16,17 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "guidance_stop": (float, "Share of the steps it ends after."),
     "cache_interval": (int, "Steps from one run of the whole UNet to the next."),
     "scheduler": (str, "Any name of sd-run."),
+    "height": (int, "In pixels, one that the bundle has."),
+    "width": (int, "In pixels."),
     "backend": (str, "Of the bundle."),
     "threads": (click.IntRange(min=1), "For backends on the CPU."),
 }
-_UNSET = {"scheduler": "the checkpoint's own", "threads": "every core"}
+_UNSET = {
+    "scheduler": "the checkpoint's own",
+    "height": "the bundle's own",
+    "width": "the bundle's own",
+    "threads": "every core",
+}
 _DEFAULTS = {
     "num_inference_steps": 20,
     "guidance_scale": 7.5,
@@ -27,6 +34,8 @@ _DEFAULTS = {
     "guidance_stop": 1.0,
     "cache_interval": 1,
     "scheduler": None,
+    "height": None,
+    "width": None,
     "backend": "auto",
     "threads": None,
 }

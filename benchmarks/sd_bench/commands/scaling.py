@@ -62,7 +62,8 @@ def scaling(
 ) -> None:
     """Fit how time and memory grow with steps, pictures, requests at once, and picture size.
 
-    Picture size needs several bundles of one checkpoint; the first is measured along all axes.
+    Picture size needs a bundle of several sizes, or several of one checkpoint, of which the first
+    is measured along all axes.
     What an axis does not vary is one picture, one request, and --num-inference-steps.
     """
     from sd_bench.measurement import Settings

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=10), default=100, show_default=True)
-@request_options(without=("guidance_start", "guidance_stop"), num_inference_steps=4)
+@request_options(
+    without=("guidance_start", "guidance_stop", "height", "width"), num_inference_steps=4
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def serve(
     bundle: Path,

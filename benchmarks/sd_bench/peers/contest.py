@@ -145,9 +145,8 @@ def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
 
 def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
     """What `protocol.Job` holds, apart from what differs by peer; writes its files."""
-    request, profile, model = settings.request(), bundle.manifest.profile, bundle.manifest.model
-    planned = plan(request, bundle.manifest)
-    name, table = planned.scheduler, planned.table
+    model, planned = bundle.manifest.model, plan(settings.request(), bundle.manifest)
+    name, table, profile = planned.scheduler, planned.table, planned.profile
     config = effective_config(pipeline_scheduler_config(model.scheduler, family=model.family), name)
     scheduler = folder / "scheduler_config.json"
     known = {key: value for key, value in config.items() if value is not None}
