@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -12,16 +11,16 @@ import numpy as np
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
-from sd_engines.engine import open_engine
 from sd_runtime.arrays import to_host
 from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.controlnet import ControlEncoder
 from sd_runtime.decoder import Decoder
 from sd_runtime.denoise import denoise
-from sd_runtime.engines import components_to_open, first_batches, open_engines, text_encoders
+from sd_runtime.engine_set import EngineSet
+from sd_runtime.engines import text_encoders
 from sd_runtime.guidance import Safety
 from sd_runtime.image_encoder import ImageEncoder
-from sd_runtime.lora import OWNERS, Lora, find_loras, fused_weights
+from sd_runtime.lora import Lora, find_loras
 from sd_runtime.picture_reader import PictureReader
 from sd_runtime.plan import max_prompt_chunks, plan
 from sd_runtime.recipe import fingerprint, recipe_of
@@ -32,11 +31,9 @@ from sd_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
-    from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
-    from sd_engines.engine import Engine
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
     from sd_runtime.conditioning import PromptEmbeds
@@ -59,31 +56,22 @@ class Pipeline(Closing):
 
     def __init__(
         self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
+        engines: EngineSet,
         tokenizers: Mapping[str, Tokenizer],
         *,
-        backend: str = "auto",
-        threads: int | None = None,
-        loras: Sequence[Lora] = (),
         refiner: Pipeline | None = None,
-        borrowed: Collection[str] = (),
     ) -> None:
-        self.bundle = bundle
-        self.loras = tuple(loras)
+        self.bundle = engines.bundle
         self.refiner = refiner
-        self._borrowed = frozenset(borrowed)
+        self._engines = engines
         self._others: dict[tuple[int, int], Pipeline] = {}
-        self._backend, self._threads = backend, threads
-        self._engines = dict(engines)
         self._tokenizers = dict(tokenizers)
         self._prompts = self._prompt_encoder()
-        self._open_engine = partial(open_engine, bundle, backend=backend, threads=threads)
-        self._decoder = Decoder(self._engine_on_demand, bundle.manifest)
-        self._images = ImageEncoder(self._engine_on_demand, bundle.manifest.profile)
-        self._reader = PictureReader(self._engine_on_demand)
-        self._controls = ControlEncoder(self._engine_on_demand)
-        self.fingerprint = fingerprint(bundle.manifest)
+        self._decoder = Decoder(engines.__getitem__, self.bundle.manifest)
+        self._images = ImageEncoder(engines.__getitem__, self.profile)
+        self._reader = PictureReader(engines.__getitem__)
+        self._controls = ControlEncoder(engines.__getitem__)
+        self.fingerprint = fingerprint(self.bundle.manifest)
 
     @classmethod
     def load(
@@ -163,54 +151,20 @@ class Pipeline(Closing):
             name: Tokenizer.load(bundle.verified_path(TOKENIZER_OF[name]), max_tokens=max_tokens)
             for name in text_encoders(bundle.manifest)
         }
-        batches: dict[str, set[Rows]] = {}
-        if planned is not None:
-            batches = first_batches(planned, bundle.manifest.profile)
-        engines = open_engines(
-            bundle,
-            components_to_open(bundle, batches),
-            backend=backend,
-            threads=threads,
-            precision=precision,
-            batches=batches,
-            loras=loras,
+        engines = EngineSet.open(
+            bundle, planned, backend=backend, threads=threads, precision=precision, loras=loras
         )
-        return cls(
-            bundle,
-            engines,
-            tokenizers,
-            backend=backend,
-            threads=threads,
-            loras=loras,
-            refiner=refiner,
-        )
+        return cls(engines, tokenizers, refiner=refiner)
 
     def use_loras(self, loras: Sequence[str | Lora]) -> None:
         """Put these LoRAs on the engines in place of those that are there; none takes them off.
 
-        The engines that LoRAs change are opened anew, before the old ones are closed: where a LoRA
-        is refused, everything stays as it is. Raises as `load`.
+        Where one is refused, everything stays as it is. Raises as `load`.
         """
         found = find_loras(loras)
         self._close_others()
-        with ExitStack() as opened:
-            changed = {}
-            for component, engine in self._engines.items():
-                if component in OWNERS:
-                    changed[component] = opened.enter_context(
-                        self._open_engine(
-                            component,
-                            precision=engine.entry.precision,
-                            prefer=engine.entry,
-                            weights=fused_weights(self.bundle, component, found),
-                        )
-                    )
-            opened.pop_all()
-        for component, engine in changed.items():
-            self._engines[component].close()
-            self._engines[component] = engine
+        self._engines.use_loras(found)
         self._prompts = self._prompt_encoder()
-        self.loras = found
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -239,28 +193,10 @@ class Pipeline(Closing):
         if size == (self.profile.height, self.profile.width):
             return self
         if size not in self._others:
-            bundle = self.bundle.at(*size)
-            graphs, ours = bundle.manifest.components, self.bundle.manifest.components
-            shared = {n: e for n, e in self._engines.items() if graphs[n] == ours[n]}
-            unet = self._engines["unet"].entry
-            engines = open_engines(
-                bundle,
-                [name for name in components_to_open(bundle, {}) if name not in shared],
-                backend=unet.backend,
-                threads=self._threads,
-                precision=unet.precision,
-                batches={},
-                loras=self.loras,
-            )
             self._others[size] = type(self)(
-                bundle,
-                {**shared, **engines},
+                self._engines.at(self.bundle.at(*size)),
                 self._tokenizers,
-                backend=self._backend,
-                threads=self._threads,
-                loras=self.loras,
                 refiner=None if self.refiner is None else self.refiner._at(*size),
-                borrowed=shared,
             )
         return self._others[size]
 
@@ -393,7 +329,7 @@ class Pipeline(Closing):
             unet_inputs={**plan.unet_inputs, **start.unet_inputs, **pooled_inputs(prompts)},
             negative_unet_inputs={**plan.negative_unet_inputs, **pooled_inputs(negatives)},
             known=start.known,
-            unet_shallow=self._engine_on_demand(SHALLOW) if plan.shallow_rows else None,
+            unet_shallow=self._engines[SHALLOW] if plan.shallow_rows else None,
             shallow_rows=plan.shallow_rows,
             controlnets=self._controls.encode(plan.controls, timings=timings),
             safety=safety,
@@ -402,15 +338,6 @@ class Pipeline(Closing):
     def _prompt_encoder(self) -> PromptEncoder:
         encoders = {name: (words, self._engines[name]) for name, words in self._tokenizers.items()}
         return PromptEncoder(encoders, max_chunks=max_prompt_chunks(self.bundle.manifest))
-
-    def _engine_on_demand(self, component: str) -> Engine:
-        """One that not every request needs, on the UNet's backend where that is free to choose."""
-        if component not in self._engines:
-            unet = self._engines["unet"].entry
-            self._engines[component] = self._open_engine(
-                component, prefer=unet, weights=fused_weights(self.bundle, component, self.loras)
-            )
-        return self._engines[component]
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry
@@ -431,7 +358,12 @@ class Pipeline(Closing):
     @property
     def engines(self) -> dict[str, EngineEntry]:
         """What the manifest says of the engine that each component runs on."""
-        return {name: engine.entry for name, engine in self._engines.items()}
+        return {name: engine.entry for name, engine in self._engines.opened.items()}
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that are on the engines."""
+        return self._engines.loras
 
     @property
     def profile(self) -> Profile:
@@ -457,13 +389,11 @@ class Pipeline(Closing):
     def close(self) -> None:
         """Free all engines, the refiner's too; the pipeline is of no use after it."""
         self._close_others()
-        if self.refiner is not None and not self._borrowed:
+        if self.refiner is not None:
             self.refiner.close()
-        for name, engine in self._engines.items():
-            if name not in self._borrowed:
-                engine.close()
+        self._engines.close()
 
     def _close_others(self) -> None:
         for other in self._others.values():
-            other.close()
+            other._engines.close()  # their refiners are those of this one's
         self._others.clear()

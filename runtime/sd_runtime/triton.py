@@ -17,6 +17,7 @@ from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
 from sd_engines.errors import BackendError, SdError
 from sd_engines.files import read_manifest
+from sd_runtime.engine_set import EngineSet
 from sd_runtime.pipeline import TOKENIZER_OF, Pipeline
 from sd_runtime.recipe import text_from_recipes
 from sd_runtime.request import Request
@@ -60,7 +61,7 @@ class TritonPythonModel:
             bundle.verified_path(TOKENIZER_OF["text_encoder"]),
             max_tokens=manifest.model.max_prompt_tokens,
         )
-        self._pipeline = Pipeline(bundle, engines, {"text_encoder": tokenizer})
+        self._pipeline = Pipeline(EngineSet(bundle, engines), {"text_encoder": tokenizer})
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request: its picture, or an error that says what to do."""

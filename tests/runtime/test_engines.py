@@ -63,7 +63,7 @@ def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
     expected = first_batches(planned, manifest.profile)
     asked: dict[str, set[Rows]] = {}
     with Pipeline.load(guarded_model.bundle, backend="onnxruntime", request=request) as pipeline:
-        for name, engine in pipeline._engines.items():
+        for name, engine in pipeline._engines.opened.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
         next(step for step in pipeline.stream(request) if step.index + 1 == planned.table.num_rows)
     assert asked == {name: batches for name, batches in expected.items() if batches}
@@ -79,7 +79,7 @@ def test_the_first_batches_of_a_shallow_unet(
     asked: dict[str, set[Rows]] = {}
     with Pipeline.load(cached_bundle, backend="onnxruntime", request=request) as pipeline:
         expected = first_batches(plan(request, pipeline.bundle.manifest), pipeline.profile)
-        for name, engine in pipeline._engines.items():
+        for name, engine in pipeline._engines.opened.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
         pipeline.generate(request)
     for name in ("unet", "unet_shallow"):

@@ -1,0 +1,147 @@
+"""The engines of one size of a bundle: who opens them, who shares them, and who closes them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+from sd_engines.closing import Closing
+from sd_engines.engine import open_engine
+from sd_runtime.engines import components_to_open, first_batches, open_engines
+from sd_runtime.lora import OWNERS, fused_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from sd_engines.bundle import Bundle
+    from sd_engines.engine import Engine
+    from sd_engines.entries import EngineEntry
+    from sd_engines.spec import Precision
+    from sd_runtime.lora import Lora
+    from sd_runtime.plan import Plan
+
+
+class EngineSet(Closing):
+    """Engines by component: those of every picture from the start, the others when first wanted.
+
+    ``backend`` and ``threads`` are what the others open with, as `open_engine` takes them, and
+    ``loras`` are put on them. ``borrowed`` names those that another set closes.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        opened: Mapping[str, Engine],
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        loras: Sequence[Lora] = (),
+        borrowed: Collection[str] = (),
+    ) -> None:
+        self.bundle = bundle
+        self.opened = dict(opened)
+        self.loras = tuple(loras)
+        self._backend, self._threads = backend, threads
+        self._borrowed = frozenset(borrowed)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        planned: Plan | None = None,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        precision: Precision | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> Self:
+        """Open what every picture of ``bundle`` needs, and what the first ones of ``planned`` do.
+
+        Raises as `open_engines`.
+        """
+        batches = {} if planned is None else first_batches(planned, bundle.manifest.profile)
+        opened = open_engines(
+            bundle,
+            components_to_open(bundle, batches),
+            backend=backend,
+            threads=threads,
+            precision=precision,
+            batches=batches,
+            loras=loras,
+        )
+        return cls(bundle, opened, backend=backend, threads=threads, loras=loras)
+
+    def __getitem__(self, component: str) -> Engine:
+        """The engine of ``component``: one not open yet opens on the UNet's backend, if it can."""
+        if component not in self.opened:
+            self.opened[component] = self._open(component, prefer=self.opened["unet"].entry)
+        return self.opened[component]
+
+    def at(self, bundle: Bundle) -> Self:
+        """A set for another size of the same ``bundle``, on the backend of this one's UNet.
+
+        It borrows the engines of this one whose graphs are the same.
+        """
+        graphs, ours = bundle.manifest.components, self.bundle.manifest.components
+        shared = {n: e for n, e in self.opened.items() if graphs[n] == ours[n]}
+        unet = self.opened["unet"].entry
+        opened = open_engines(
+            bundle,
+            [name for name in components_to_open(bundle, {}) if name not in shared],
+            backend=unet.backend,
+            threads=self._threads,
+            precision=unet.precision,
+            batches={},
+            loras=self.loras,
+        )
+        return type(self)(
+            bundle,
+            {**shared, **opened},
+            backend=self._backend,
+            threads=self._threads,
+            loras=self.loras,
+            borrowed=shared,
+        )
+
+    def use_loras(self, loras: Sequence[Lora]) -> None:
+        """Put ``loras`` on the engines in place of those that are there.
+
+        The engines that LoRAs change are opened anew, before the old ones are closed: where a LoRA
+        is refused, everything stays as it is. Raises as `open_engine` and `fused_weights`.
+        """
+        before, self.loras = self.loras, tuple(loras)
+        try:
+            with ExitStack() as opening:
+                changed = {
+                    name: opening.enter_context(
+                        self._open(name, prefer=engine.entry, precision=engine.entry.precision)
+                    )
+                    for name, engine in self.opened.items()
+                    if name in OWNERS
+                }
+                opening.pop_all()
+        except BaseException:
+            self.loras = before
+            raise
+        for name, engine in changed.items():
+            self.opened[name].close()
+            self.opened[name] = engine
+
+    def _open(
+        self, component: str, *, prefer: EngineEntry, precision: Precision | None = None
+    ) -> Engine:
+        return open_engine(
+            self.bundle,
+            component,
+            backend=self._backend,
+            threads=self._threads,
+            precision=precision,
+            prefer=prefer,
+            weights=fused_weights(self.bundle, component, self.loras),
+        )
+
+    def close(self) -> None:
+        """Free the engines that this set opened."""
+        for name, engine in self.opened.items():
+            if name not in self._borrowed:
+                engine.close()
