@@ -229,7 +229,8 @@ def run(
     if resume or ray:
         name = "--resume" if resume else "--ray"
         raise ConfigError(f"{name} without --jobs", "Put the prompts into a file: --jobs FILE.")
-    from sd_runtime.job import Job, draw
+    from sd_runtime.job import draw
+    from sd_runtime.order import Job
 
     job = Job(
         bundle=bundle,

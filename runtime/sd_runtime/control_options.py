@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError
+from sd_runtime.option_values import check_real
 
 if TYPE_CHECKING:
     from sd_runtime.input_image import InputImage
@@ -61,14 +62,7 @@ def check_control_options(request: Request | Recipe) -> None:
     for name, value in values.items():
         low, high = (-math.inf, math.inf) if name == CONTROL_NUMBERS[0] else (0.0, 1.0)
         for number in numbers(value):
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not math.isfinite(number)
-                or not low <= number <= high
-            ):
-                limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
-                raise ConfigError(f"{name} is {number!r}", f"Give a finite number{limits}.")
+            check_real(name, number, low, high)
         if len(numbers(value)) not in (1, count):
             raise ConfigError(
                 f"{name} has {len(numbers(value))} numbers for {count} control pictures",

@@ -12,7 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from sd_engines.errors import ConfigError
-from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options, numbers
+from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options
+from sd_runtime.infotext import infotext
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 INPUTS = ("image", "mask", "depth_map", "control_image")
 """Pictures that a recipe names by their digests and does not hold; options of `Request`."""
-GENERATOR = "sd-toolkit"
 _PROVENANCE = ("backend", "precision", "model", "revision", "refiner")
 """What a recipe says of its bundles beside their fingerprints."""
 
@@ -146,51 +146,7 @@ class Recipe:
 
     def parameters(self) -> str:
         """The text in the form that AUTOMATIC1111's web UI writes and other tools read."""
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
-        values = {
-            "Steps": self.num_inference_steps,
-            "Sampler": self.scheduler,
-            "CFG scale": f"{self.guidance_scale:g}",
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Model hash": self.fingerprint[:10],
-            "Model": self.model.replace(",", " "),
-            "Version": GENERATOR,
-        }
-        if self.vae is not None:
-            values["VAE"] = self.vae.replace(",", " ")
-        if (self.guidance_start, self.guidance_stop) != (0, 1):
-            values["CFG interval"] = f"{self.guidance_start:g} to {self.guidance_stop:g}"
-        if self.safety_guidance is not None:
-            values["Safety guidance"] = self.safety_guidance
-        if self.strength is not None:
-            values["Denoising strength"] = f"{self.strength:g}"
-        if self.noise_level is not None:
-            values["Noise level"] = self.noise_level
-        if self.loras:
-            values["Lora hashes"] = " ".join(lora[:10] for lora in self.loras)
-        for index, (scale, start, end) in enumerate(self._controls()):
-            words = f"Weight: {scale:g}, Guidance Start: {start:g}, Guidance End: {end:g}"
-            values[f"ControlNet {index}"] = f'"{words}"'
-        if self.refiner is not None and self.high_noise_frac is not None:
-            values["Refiner"] = self.refiner.replace(",", " ")
-            values["Refiner switch at"] = f"{self.high_noise_frac:g}"
-        if self.cache_interval != 1:
-            values["Cache interval"] = self.cache_interval
-        if self.prompt_weighting:
-            values["Prompt weighting"] = "A1111"
-        if self.eta:
-            values["Eta"] = f"{self.eta:g}"
-        lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
-        return "\n".join(lines)
-
-    def _controls(self) -> list[tuple[float, ...]]:
-        """Scale, start and end of each ControlNet."""
-        count = len(self.control_image or ())
-        each = [numbers(getattr(self, name)) for name in CONTROL_NUMBERS]
-        return list(zip(*(values * (count // len(values)) for values in each), strict=True))
+        return infotext(self)
 
     @classmethod
     def from_json(cls, values: object) -> Self:

@@ -13,6 +13,7 @@ from sd_runtime.control_options import (
     check_control_options,
     control_pictures,
 )
+from sd_runtime.option_values import check_real, check_texts, check_whole
 from sd_runtime.prompt_weighting import weighted_parts
 from sd_runtime.safety_options import check_safety_options
 
@@ -107,9 +108,9 @@ class Request:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        _check_texts("prompt", self.prompt)
+        check_texts("prompt", self.prompt)
         if self.negative_prompt is not None:
-            _check_texts("negative_prompt", self.negative_prompt, optional=True)
+            check_texts("negative_prompt", self.negative_prompt, optional=True)
         if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(
             self.prompts
         ):
@@ -117,11 +118,11 @@ class Request:
                 f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts",
                 "Give one negative prompt for all, or as many as there are prompts.",
             )
-        _check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
-        _check_whole("cache_interval", self.cache_interval, 1, None)
+        check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
+        check_whole("cache_interval", self.cache_interval, 1, None)
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 1, None)
+                check_whole(name, getattr(self, name), 1, None)
         if isinstance(self.seed, tuple):
             if len(self.seed) != self.num_images:
                 raise ConfigError(
@@ -129,14 +130,14 @@ class Request:
                     "Give one seed for the first picture, or as many as there are pictures.",
                 )
             for seed in self.seed:
-                _check_whole("seed", seed, 0, MAX_SEED)
+                check_whole("seed", seed, 0, MAX_SEED)
         elif self.seed is not None:
-            _check_whole("seed", self.seed, 0, MAX_SEED)
-            _check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
+            check_whole("seed", self.seed, 0, MAX_SEED)
+            check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
         if self.guidance_scale is not None:
-            _check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
+            check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
         for name in ("guidance_start", "guidance_stop", "eta"):
-            _check_real(name, getattr(self, name), 0.0, 1.0)
+            check_real(name, getattr(self, name), 0.0, 1.0)
         if self.guidance_start >= self.guidance_stop:
             raise ConfigError(
                 f"guidance starts at {self.guidance_start:g} and stops at {self.guidance_stop:g}",
@@ -144,7 +145,7 @@ class Request:
             )
         self._check_weights()
         check_safety_options(self)
-        _check_texts("safety_concept", self.safety_concept or "")
+        check_texts("safety_concept", self.safety_concept or "")
         self._check_refining()
         self._take_pictures()
         self._take_control()
@@ -165,7 +166,7 @@ class Request:
 
     def _check_refining(self) -> None:
         if self.high_noise_frac is not None:
-            _check_real("high_noise_frac", self.high_noise_frac, 0.0, 1.0)
+            check_real("high_noise_frac", self.high_noise_frac, 0.0, 1.0)
             if self.high_noise_frac in (0, 1):
                 raise ConfigError(
                     f"high_noise_frac is {self.high_noise_frac:g}, and leaves one model nothing",
@@ -199,14 +200,14 @@ class Request:
                 "Give a mask that was made for the picture, of the same size.",
             )
         if self.strength is not None:
-            _check_real("strength", self.strength, 0.0, 1.0)
+            check_real("strength", self.strength, 0.0, 1.0)
             if self.image is None:
                 raise ConfigError(
                     f"strength is {self.strength:g} without a picture to start from",
                     "Give one: --image PICTURE; or leave strength out.",
                 )
         if self.noise_level is not None:
-            _check_whole("noise_level", self.noise_level, 0, None)
+            check_whole("noise_level", self.noise_level, 0, None)
             if self.image is None:
                 raise ConfigError(
                     f"noise_level is {self.noise_level} without a picture to make larger",
@@ -309,38 +310,3 @@ class Request:
             ImageRequest(prompt, negative, seed)
             for (prompt, negative), seed in zip(texts, seeds, strict=True)
         )
-
-
-def _check_texts(name: str, value: object, *, optional: bool = False) -> None:
-    texts = (value,) if isinstance(value, str) else value
-    if optional and isinstance(texts, tuple):
-        texts = tuple("" if text is None else text for text in texts)
-    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{name} is {value!r}, not text", "Give a string, or several.")
-    if not texts:
-        raise ConfigError(f"{name} is an empty list", "Give at least one; it may be empty text.")
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"{name} holds what is no Unicode text, at character {error.start}",
-                "Save or type it as UTF-8.",
-            ) from error
-
-
-def _check_whole(name: str, value: object, low: int, high: int | None) -> None:
-    limits = f"{low} or more" if high is None else f"{low} to {high}"
-    if type(value) is not int or value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} is {value!r}", f"Give a whole number, {limits}.")
-
-
-def _check_real(name: str, value: object, low: float, high: float) -> None:
-    limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ConfigError(f"{name} is {value!r}", f"Give a finite number{limits}.")
