@@ -143,6 +143,11 @@ def _open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**state, "text_projection": torch.randn(width, width), "logit_scale": torch.zeros(())}
 
 
+def original_unet_layer(name: str) -> str:
+    """What a layer of the UNet of `tiny_xl` is called: of two levels, the second with attention."""
+    return _unet_name(f"{name}.weight", [True, False], 1).removesuffix(".weight")
+
+
 def _unet_name(name: str, attends: list[bool], layers: int) -> str:
     """``attends`` says of each up block whether it has attention, behind which upsamplers come."""
     levels = len(attends)

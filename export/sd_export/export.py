@@ -129,7 +129,9 @@ def export(
             if loras:
                 from sd_export.lora import find_lora
 
-                checkpoint = replace(checkpoint, loras=tuple(map(find_lora, loras)))
+                models = checkpoint.weights
+                fused = tuple(find_lora(text, components=models) for text in loras)
+                checkpoint = replace(checkpoint, loras=fused)
             if embeddings:
                 from sd_export.embedding import find_embeddings
 

@@ -82,7 +82,7 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
             owner = module.get_submodule(parent)
             owner.register_buffer(leaf, _computed(owner, leaf, buffer), persistent=False)
     module.eval().requires_grad_(requires_grad=False)
-    fuse_loras(module, component, checkpoint.loras)
+    fuse_loras(module, component, checkpoint.loras, components=checkpoint.weights)
     if component == "text_encoder" and checkpoint.embeddings:
         first = len(_own_tokenizer(checkpoint, component))
         add_vectors(module, checkpoint.embeddings, first=first)

@@ -9,52 +9,52 @@ import torch
 from sd_export.weights import Place, Weights
 from sd_runtime import lora as runtime_lora
 from sd_runtime.lora import lora_change
-from sd_runtime.lora_layers import LoraNotes, lora_error, lora_layers, spellings_of
+from sd_runtime.lora_layers import LoraNotes, lora_layers, model_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from sd_runtime.lora import Lora
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
-def find_lora(text: str) -> Lora:
+def find_lora(text: str, *, components: Collection[str]) -> Lora:
     """The LoRA that ``FILE`` or ``FILE=SCALE`` names, its keys read.
 
-    `ConfigError` where there is none or it is none.
+    `ConfigError` where there is none, or it is none of a checkpoint with these ``components``.
     """
     lora = runtime_lora.find_lora(text, _SUFFIXES)
     with Weights((lora.path,), component="lora") as weights:
-        lora_layers(weights, lora.path.name)
+        lora_layers(weights, lora.path.name, components=components)
     return lora
 
 
-def fuse_loras(module: torch.nn.Module, component: str, loras: Sequence[Lora]) -> None:
-    """Add ``loras`` to the weights of ``module``, which is the checkpoint's ``component``.
+def fuse_loras(
+    module: torch.nn.Module, component: str, loras: Sequence[Lora], *, components: Collection[str]
+) -> None:
+    """Add ``loras`` to the weights of ``module``, the ``component`` of the checkpoint's several.
 
     Raises `ConfigError` for a layer that the model does not have, or has in another shape.
     """
     layers = {
-        spelling: layer
+        name: layer
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-        for spelling in spellings_of(name)
     }
     for lora in loras:
+        file = lora.path.name
         with Weights((lora.path,), component=component) as weights:
             notes = LoraNotes.read(weights.notes, component)
-            for name, keys in lora_layers(weights, lora.path.name).get(component, {}).items():
-                if name not in layers:
-                    raise lora_error(
-                        f"{lora.path.name} changes {name} of the {component}, which it has not"
-                    )
+            in_file = lora_layers(weights, file, components=components).get(component, {})
+            found = model_layers(in_file, layers, file=file, component=component)
+            for name, (spelling, keys) in found.items():
                 weight = layers[name].weight
                 change = lora_change(
                     keys,
                     lambda key: weights.tensor(Place(key)).float().numpy(),
-                    layer=name,
-                    file=lora.path.name,
+                    layer=spelling,
+                    file=file,
                     notes=notes,
                     shape=tuple(weight.shape),
                 )

@@ -25,6 +25,7 @@ from sd_export.open_clip import (
     whole_open_clip_shapes,
 )
 from sd_export.weights import Place
+from sd_runtime.original_layout import RESNET_NAMES, UNET_END_NAMES
 
 if TYPE_CHECKING:
     from sd_export.weights import Weights
@@ -44,24 +45,6 @@ _POOLED_AND_SIZES = f"{UNET_PREFIX}label_emb.0.0.weight"
 """A weight that only UNets of Stable Diffusion XL have."""
 _HEAD_SIZE = 64
 
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "time_embed.cond_proj": "time_embedding.cond_proj",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
 _UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.\d+\.\w+\.")
 _VAE_ATTENTION = {
     "norm": "group_norm",
@@ -213,7 +196,7 @@ def _unet_layers(weights: Weights) -> int:
 
 
 def _unet_name(name: str, *, layers: int) -> str:
-    for old, new in _UNET_ENDS.items():
+    for old, new in UNET_END_NAMES.items():
         if name.startswith(old + "."):
             return new + name.removeprefix(old)
     if not _UNET_BLOCK.match(name):
@@ -234,7 +217,7 @@ def _unet_name(name: str, *, layers: int) -> str:
 
 
 def _resnet_name(name: str) -> str:
-    for old, new in _RESNET.items():
+    for old, new in RESNET_NAMES.items():
         if name.startswith(old + "."):
             return new + name.removeprefix(old)
     return name

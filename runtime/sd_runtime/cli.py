@@ -154,7 +154,7 @@ _FILE = click.Path(path_type=Path)
     "loras",
     multiple=True,
     metavar="FILE[=SCALE]",
-    help="Put on the engines when they are opened; repeatable.",
+    help="Put on the engines when they are opened, not on a refiner's; repeatable.",
 )
 @click.option("--backend", help="One of the bundle's. [default: the fastest that runs here]")
 @click.option("--precision", help="The UNet's, of a bundle with several. [default: not int8]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from sd_engines.errors import ConfigError
 from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.layer_table import LayerTable
-from sd_runtime.lora_layers import LORA_HINT, LoraNotes, lora_error, lora_layers, spellings_of
+from sd_runtime.lora_layers import LORA_HINT, LoraNotes, lora_error, lora_layers, model_layers
 from sd_runtime.task import reads_image
 from sd_runtime.tensor_file import TensorFile
 
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import Bundle
 
-OWNERS = {"text_encoder": "text_encoder", "unet": "unet", "unet_shallow": "unet"}
+OWNERS = {
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "unet": "unet",
+    "unet_shallow": "unet",
+}
 """Components that LoRAs change, and whose layers they have."""
+_ENCODER_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+"""Of a text encoder without a projection; in one with it they lie below its ``text_model``."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,6 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     Raises `ConfigError` for a file that is no LoRA of this model, `BundleError` for a bundle that
     does not say where its weights lie.
     """
-    if loras and bundle.manifest.model.family == STABLE_DIFFUSION_XL:
-        raise ConfigError(
-            "LoRAs are not put on a bundle of Stable Diffusion XL",
-            "Fuse them when it is exported: sd-export --model MODEL --lora FILE --output BUNDLE.",
-        )
     if loras and reads_image(bundle.manifest):
         raise ConfigError(
             "LoRAs are trained to prompts, and the bundle reads a picture instead",
@@ -90,20 +93,20 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     if not loras or component not in OWNERS:
         return {}
     owner = OWNERS[component]
+    owners = {OWNERS[name] for name in bundle.manifest.components if name in OWNERS}
     table = LayerTable.open(bundle, component)
-    layers = {spelling: name for name in table.layers for spelling in spellings_of(name)}
+    whole = table if component == owner else LayerTable.open(bundle, owner)
+    xl = bundle.manifest.model.family == STABLE_DIFFUSION_XL
+    names = {*whole.layers, *(_unread_layers(whole.layers) if xl else ())}
     changed: dict[str, NDArray[np.float32]] = {}
     for lora in loras:
         file = TensorFile.open(lora.path)
         notes = LoraNotes.read(file.metadata, owner)
-        for spelling, keys in lora_layers(file, lora.path.name).get(owner, {}).items():
-            if spelling not in layers:
-                if component == owner:
-                    raise lora_error(
-                        f"{lora.path.name} changes {spelling} of the {owner}, which it has not"
-                    )
-                continue  # a deep layer
-            name = layers[spelling]
+        layers = lora_layers(file, lora.path.name, components=owners).get(owner, {})
+        found = model_layers(layers, names, file=lora.path.name, component=owner)
+        for name, (spelling, keys) in found.items():
+            if name not in table.layers:
+                continue
             if name not in changed:
                 changed[name] = table.read(name).copy()
             changed[name] += np.float32(lora.scale) * lora_change(
@@ -115,6 +118,21 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
                 shape=changed[name].shape,
             )
     return {table.initializer(name): table.stored(name, w) for name, w in changed.items()}
+
+
+def _unread_layers(names: Collection[str]) -> set[str]:
+    """Layers of a text encoder of Stable Diffusion XL that its graph, of ``names``, leaves out.
+
+    The UNet reads the last layer but one of the first encoder, whose graph ends there. LoRAs have
+    the last one too. None of anything else.
+    """
+    layers = {name: _ENCODER_LAYER.match(name) for name in names}
+    last = max((int(layer[1]) for layer in layers.values() if layer), default=-1)
+    return {
+        f"encoder.layers.{last + 1}.{name[layer.end() :]}"
+        for name, layer in layers.items()
+        if layer and int(layer[1]) == last
+    }
 
 
 def lora_change(

@@ -2,7 +2,8 @@
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685. Files of
 kohya's scripts, of diffusers (old and new) and of PEFT name the same layers differently; each
-layer of a model is looked up by all its names, and a key that belongs to none is an error.
+layer of a model is looked up by all its names, and a key that belongs to none is an error. kohya's
+name a UNet's layers as diffusers does or, of Stable Diffusion XL, as the original layout does.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from sd_engines.errors import ConfigError
+from sd_runtime.original_layout import original_unet_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 _PARTS = {
     ".lora_down.weight": "down",
@@ -45,6 +47,12 @@ _OWNERS = {
     "base_model.model.": "unet",
 }
 """How a key begins, and whose layer it then is; the UNet's where it begins otherwise."""
+_MODELS_WITH = {
+    "unet": "another model",
+    "text_encoder": "a model that is no refiner",
+    "text_encoder_2": "Stable Diffusion XL",
+}
+"""What is meant where a model lacks the component."""
 _METADATA = "lora_adapter_metadata"
 _OLD_TEXT_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 LORA_HINT = (
@@ -52,10 +60,13 @@ LORA_HINT = (
 )
 
 
-def lora_layers(keys: Iterable[str], file: str) -> dict[str, dict[str, dict[str, str]]]:
+def lora_layers(
+    keys: Iterable[str], file: str, *, components: Collection[str]
+) -> dict[str, dict[str, dict[str, str]]]:
     """Component → its layer, as ``file`` spells it → "down", "up" and "alpha" → key in the file.
 
-    `ConfigError` for a key that is no part of a LoRA, or a layer without its other half.
+    ``components`` are the model's. `ConfigError` for a key that is no part of a LoRA or of none of
+    them, or a layer without its other half.
     """
     found: dict[str, dict[str, dict[str, str]]] = {}
     for key in keys:
@@ -64,8 +75,8 @@ def lora_layers(keys: Iterable[str], file: str) -> dict[str, dict[str, dict[str,
             raise lora_error(f"{file} holds {key}, which is no part of a LoRA")
         start = next((start for start in _OWNERS if key.startswith(start)), "")
         owner = _OWNERS.get(start, "unet")
-        if owner == "text_encoder_2":
-            raise lora_error(f"{file} is for Stable Diffusion XL: it changes {key}")
+        if owner not in components:
+            raise lora_error(f"{file} is for {_MODELS_WITH[owner]}: it changes {key}")
         name = key[len(start) : -len(ending)]
         found.setdefault(owner, {}).setdefault(name, {})[_PARTS[ending]] = key
     for layers in found.values():
@@ -77,13 +88,36 @@ def lora_layers(keys: Iterable[str], file: str) -> dict[str, dict[str, dict[str,
     return found
 
 
-def spellings_of(name: str) -> Iterator[str]:
-    """All names of the layer that today's libraries call ``name``, without their beginnings."""
+def model_layers(
+    layers: Mapping[str, Mapping[str, str]], names: Collection[str], *, file: str, component: str
+) -> dict[str, tuple[str, Mapping[str, str]]]:
+    """A component's layer as today's libraries call it → as ``file`` spells it, and its keys.
+
+    ``layers`` are the component's of `lora_layers`; ``names`` all that it has, by whose places the
+    original layout names them. `ConfigError` for a layer that is none of them, or is there twice.
+    """
+    spelled = {spelling: name for name in names for spelling in _spellings_of(name)}
+    for original, name in original_unet_names(names).items():
+        spelled[original.replace(".", "_")] = name
+    found: dict[str, tuple[str, Mapping[str, str]]] = {}
+    for spelling, keys in layers.items():
+        if spelling not in spelled:
+            raise lora_error(f"{file} changes {spelling} of the {component}, which it has not")
+        name = spelled[spelling]
+        if name in found:
+            raise lora_error(f"{file} changes {name} twice, as {found[name][0]} and as {spelling}")
+        found[name] = spelling, keys
+    return found
+
+
+def _spellings_of(name: str) -> Iterator[str]:
+    """All names of the layer that diffusers has given it, and kohya, without their beginnings."""
     yield name
     yield name.replace(".", "_")
-    yield f"text_model.{name}"
-    yield f"text_model_{name.replace('.', '_')}"
-    head, _, last = name.rpartition(".")
+    bare = name.removeprefix("text_model.")
+    yield f"text_model.{bare}"
+    yield f"text_model_{bare.replace('.', '_')}"
+    head, _, last = bare.rpartition(".")
     if last in _OLD_TEXT_ATTENTION:
         yield f"text_model.{head}.{_OLD_TEXT_ATTENTION[last]}"
     processor = re.fullmatch(r"(.+\.attn\d)\.(to_[qkv]|to_out)(\.0)?", name)

@@ -102,7 +102,7 @@ class Pipeline(Closing):
         ``loras``, each ``FILE.safetensors`` or ``FILE.safetensors=SCALE``, are put on the engines,
         as far as a backend's weights can be changed; `use_loras` takes others.
         ``refiner`` is a second bundle, which goes on with every picture where this one stops
-        (`sd_runtime.refiner`).
+        (`sd_runtime.refiner`), without the LoRAs.
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
         unknown backend, a LoRA of another model, and as `plan` does.
         """

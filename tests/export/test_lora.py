@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 RANK, ALPHA = 3, 6.0
+COMPONENTS = ("text_encoder", "unet")
 UNET = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0",
@@ -233,7 +234,7 @@ def test_files_that_are_no_lora(
     path = tmp_path / "bad.safetensors"
     save_file({name: torch.ones(shape) for name, shape in keys.items()}, path)
     with pytest.raises(ConfigError, match=message):
-        find_lora(str(path))
+        find_lora(str(path), components=COMPONENTS)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,9 @@ def test_layers_that_the_model_has_not(
     path = tmp_path / "other.safetensors"
     tensors = peft(f"unet.{name}", torch.ones(down), torch.ones(up))
     save_file(tensors, path)
-    found = replace(find_checkpoint(str(checkpoint)), loras=(find_lora(str(path)),))
+    found = replace(
+        find_checkpoint(str(checkpoint)), loras=(find_lora(str(path), components=COMPONENTS),)
+    )
     load_model(found, "text_encoder")
     with pytest.raises(ConfigError, match=message):
         load_model(found, "unet")
@@ -276,4 +279,4 @@ def test_words_that_name_no_lora(
     for name in ("one.safetensors", "one.txt"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ConfigError, match=message):
-        find_lora(text)
+        find_lora(text, components=COMPONENTS)
