@@ -50,6 +50,8 @@ class PromptEncoder:
     text lies side by side, and the last one pools it, from its first chunk. The last ``capacity``
     chunks' embeddings are kept (77 × 768 float32 is 231 KiB): the negative prompt of a service is
     encoded once, not once a request. ``max_chunks`` is how many of them the UNet takes at once.
+    Where parts of a text weigh more than others, each encoder's embeddings keep their mean: that
+    of the whole text, or with ``chunk_means`` each chunk's own (`sd_runtime.prompt_weighting`).
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class PromptEncoder:
         encoders: Mapping[str, tuple[Tokenizer, Engine]],
         *,
         max_chunks: int = 1,
+        chunk_means: bool = False,
         capacity: int = 64,
     ) -> None:
         self._encoders = dict(encoders)
         self._max_chunks = max_chunks
+        self._chunk_means = chunk_means
         self._known: Recent[tuple[str, bytes], PromptEmbeds] = Recent(capacity)
 
     def encode(
@@ -125,7 +129,9 @@ class PromptEncoder:
         if (prompt.weights != 1).any():
             weights = _empty_like(used[:, 0], len(used))
             copy_into(weights, prompt.weights.reshape(-1))
-            weigh(used, weights)
+            span = length if self._chunk_means else len(used)
+            for first in range(0, len(used), span):
+                weigh(used[first : first + span], weights[first : first + span])
         for first in range(len(used), len(embeds), len(used)):
             embeds[first : first + len(used)] = used
         return PromptEmbeds(embeds, found[0].pooled_prompt_embeds)

@@ -11,6 +11,7 @@ import numpy as np
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
+from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.arrays import to_host
 from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.controlnet import ControlEncoder
@@ -296,7 +297,11 @@ class Pipeline(Closing):
             yield row
         if not self.bundle.manifest.model.force_zeros_for_empty_prompt:
             batch = [i._replace(negative_prompt=i.negative_prompt or "") for i in batch]
-        embeds = self._prompts.encode([plan.texts(image) for image in batch], timings=timings)
+        embeds = self._prompts.encode(
+            [plan.texts(image) for image in batch],
+            prompt_weighting=plan.request.prompt_weighting,
+            timings=timings,
+        )
         start = Start(row.latents)
         for refined in self._rows(start, noise, batch, plan, embeds, timings):
             yield replace(refined, index=row.index + 1 + refined.index)
@@ -337,7 +342,12 @@ class Pipeline(Closing):
 
     def _prompt_encoder(self) -> PromptEncoder:
         encoders = {name: (words, self._engines[name]) for name, words in self._tokenizers.items()}
-        return PromptEncoder(encoders, max_chunks=max_prompt_chunks(self.bundle.manifest))
+        manifest = self.bundle.manifest
+        return PromptEncoder(
+            encoders,
+            max_chunks=max_prompt_chunks(manifest),
+            chunk_means=manifest.model.family == STABLE_DIFFUSION_XL,
+        )
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry

@@ -147,11 +147,6 @@ def _plan(
             f"sd-export --model {manifest.model.source} --feature-cache --output BUNDLE.",
         )
     model = manifest.model
-    if request.prompt_weighting and model.family == STABLE_DIFFUSION_XL:
-        raise ConfigError(
-            "prompt_weighting is for Stable Diffusion v1 and v2, and the bundle is of XL",
-            "Leave it out: brackets are then text.",
-        )
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = model.defaults.num_inference_steps if steps is None else steps
     scale = model.defaults.guidance_scale if scale is None else scale

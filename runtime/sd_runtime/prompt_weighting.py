@@ -3,6 +3,13 @@ r"""Prompts with weights, in AUTOMATIC1111's syntax: which part of a prompt coun
 ``(word)`` counts 1.1 times, ``[word]`` 1 / 1.1 times, ``(word:1.3)`` 1.3 times; brackets nest and
 multiply, one that is never closed reaches to the end, and ``\(`` is a bracket. The embeddings of a
 part are multiplied by its weight, then all of the prompt's so that their mean is what it was.
+
+A prompt of one chunk is weighed so by AUTOMATIC1111 and by diffusers' community pipeline
+``lpw_stable_diffusion``. Of a longer one v1 and v2 keep the mean of all chunks together, as that
+pipeline, and Stable Diffusion XL that of each chunk, as AUTOMATIC1111. Each of XL's encoders keeps
+its own, and what is pooled is not weighed. diffusers' ``lpw_stable_diffusion_xl`` is another: it
+moves embeddings away from those of a chunk's end by the first tokenizer's weights, keeps no mean,
+and pools the last chunk.
 """
 
 from __future__ import annotations

@@ -107,8 +107,6 @@ def test_refiner_does_not_begin_a_picture(refiner_model: TinyModel) -> None:
 def test_what_reads_one_text_encoder_is_refused_by_name(
     xl_model: TinyModel, refiner_model: TinyModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="prompt_weighting is for Stable Diffusion v1"):
-        xl_model.pipeline.stream(Request("a (red:1.2) circle", prompt_weighting=True))
     with pytest.raises(ConfigError, match="and the bundle is of XL"):
         write_model_repository(xl_model.bundle, tmp_path / "models", backend=None)
     schedule = schedule_of(xl_model.pipeline.bundle.manifest, num_inference_steps=2)

@@ -1,0 +1,138 @@
+r"""Weighted prompts of Stable Diffusion XL, against AUTOMATIC1111's own code.
+
+``a1111_xl_embeds.npz`` holds what its unmodified ``modules/sd_hijack_clip.py`` (commit e2b19900ec,
+``comma_padding_backtrack`` 0) makes of every text in `CASES` with transformers' encoders of the
+same checkpoint: each encoder's by ``FrozenCLIPEmbedderForSDXLWithCustomWords``, side by side, and
+the pooled ones; the shorter of a pair is padded with what it makes of empty text. Pictures are
+drawn from those by diffusers' unmodified pipeline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sd_export import export
+from sd_runtime import Pipeline, Request
+from sd_runtime.recipe import Recipe
+from tiny_xl import make_xl_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import TinyModel
+    from sd_runtime.result import Result
+
+CASES = [(r"a (red) [cat] ((dog:0.5) horse) \(white\) (unclosed [x", "(blue:1.5), a ] b)")]
+# diffusers' schedulers, of numpy
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Embeddings of random weights have a mean of 0, which cannot be restored: these have not."""
+    make_xl_checkpoint(folder, block_out_channels=(16,), text_width=8, text_layers=2)
+    for encoder in ("text_encoder", "text_encoder_2"):
+        path = folder / encoder / "model.safetensors"
+        weights = load_file(path)
+        (name,) = (name for name in weights if name.endswith("position_embedding.weight"))
+        weights[name] += 2
+        save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embeds() -> Any:
+    return np.load(Path(__file__).parent / "prompt_weighting" / "a1111_xl_embeds.npz")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("xl_prompts") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> Any:
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
+    bundle = checkpoint.parent / "bundle"
+    export(checkpoint, bundle)
+    with Pipeline.load(bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+def assert_same(pipeline: Pipeline, oracle: Any, request: Request, **inputs: Any) -> Result:
+    result = pipeline.generate(request)
+    expected = oracle(
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator("cpu").manual_seed(7),
+        **inputs,
+    ).images[0]
+    difference = np.abs(result.pixels[0].astype(int) - np.asarray(expected).astype(int))
+    assert (difference <= 1).mean() >= 0.999
+    return result
+
+
+def prompt_inputs(embeds: Any, case: object) -> dict[str, torch.Tensor]:
+    """What diffusers' pipeline takes in the place of the texts of a case."""
+    names = {
+        "prompt_embeds": "prompt",
+        "negative_prompt_embeds": "negative",
+        "pooled_prompt_embeds": "pooled_prompt",
+        "negative_pooled_prompt_embeds": "pooled_negative",
+    }
+    return {name: torch.from_numpy(embeds[f"{kept}_{case}"])[None] for name, kept in names.items()}
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_words_weigh_what_they_weigh_to_automatic1111(
+    pipeline: Pipeline, oracle: Any, embeds: Any, case: int
+) -> None:
+    prompt, negative = CASES[case]
+    request = Request(
+        prompt, negative_prompt=negative, seed=7, num_inference_steps=3, prompt_weighting=True
+    )
+    result = assert_same(pipeline, oracle, request, **prompt_inputs(embeds, case))
+    (recipe,) = result.recipes
+    again = pipeline.generate(Recipe.from_json(vars(recipe)).request())
+    assert np.array_equal(again.pixels, result.pixels)
+
+
+def test_a_refiner_weighs_them_too(
+    pipeline: Pipeline, oracle: Any, refiner_model: TinyModel, embeds: Any
+) -> None:
+    prompt, negative = CASES[0]
+    request = Request(
+        prompt,
+        negative_prompt=negative,
+        seed=7,
+        num_inference_steps=4,
+        prompt_weighting=True,
+        high_noise_frac=0.5,
+    )
+    generator = torch.Generator("cpu").manual_seed(7)
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "generator": generator}
+    inputs = prompt_inputs(embeds, 0)
+    latents = oracle(denoising_end=0.5, output_type="latent", **options, **inputs).images
+    inputs = prompt_inputs(embeds, "refiner")
+    expected = refiner_model.oracle(image=latents, denoising_start=0.5, **options, **inputs)
+    with Pipeline.load(pipeline.bundle.path, threads=1, refiner=refiner_model.bundle) as pair:
+        pixels = pair.generate(request).pixels[0].astype(int)
+    assert (np.abs(pixels - np.asarray(expected.images[0])) <= 1).mean() >= 0.999
+
+
+def test_without_brackets_nothing_weighs_more(pipeline: Pipeline) -> None:
+    plain = Request("a red circle", seed=7, num_inference_steps=1)
+    weighed = Request("a red circle", seed=7, num_inference_steps=1, prompt_weighting=True)
+    drawn = [pipeline.generate(request).latents for request in (plain, weighed)]
+    np.testing.assert_array_equal(*drawn)
