@@ -113,15 +113,16 @@ def export(
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
-            asked_for = {
-                "--embedding": bool(embeddings),
-                "--max-prompt-chunks": max_prompt_chunks > 1,
-                "--controlnet": bool(controlnets),
-            }
             if is_xl(checkpoint.configs):
-                _refuse(asked_for, "is for Stable Diffusion v1 and v2, and the checkpoint is of XL")
+                for_one = {"--embedding": bool(embeddings), "--controlnet": bool(controlnets)}
+                _refuse(for_one, "is for Stable Diffusion v1 and v2, and the checkpoint is of XL")
             if checkpoint.reads_image:
-                asked_for["--lora"] = bool(loras)
+                asked_for = {
+                    "--embedding": bool(embeddings),
+                    "--max-prompt-chunks": max_prompt_chunks > 1,
+                    "--controlnet": bool(controlnets),
+                    "--lora": bool(loras),
+                }
                 _refuse(asked_for, "is for prompts, and the checkpoint reads a picture instead")
             if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
                 tiled = {"--vae-tiling": vae_tiling}

@@ -85,12 +85,12 @@ class PromptEncoder:
         embeds = {}
         for group in dict.fromkeys(groups):
             texts = [text for text in group if text is not None]
-            parts: list[list[PromptEmbeds]] = [[] for _ in texts]
-            for name, (tokenizer, _) in self._encoders.items():
-                with timings.measure("tokenize"):
-                    prompts = self._chunks(tokenizer, texts, prompt_weighting=prompt_weighting)
-                for part, prompt in zip(parts, prompts, strict=True):
-                    part.append(self._embeds(name, prompt, timings=timings))
+            with timings.measure("tokenize"):
+                prompts = self._chunks(texts, prompt_weighting=prompt_weighting)
+            parts = (
+                [self._embeds(name, prompts[name][i], timings=timings) for name in self._encoders]
+                for i in range(len(texts))
+            )
             found = dict(zip(texts, map(_side_by_side, parts), strict=True))
             embeds[group] = tuple(
                 found[texts[0]].zeros() if text is None else found[text] for text in group
@@ -98,20 +98,22 @@ class PromptEncoder:
         self._known.trim()
         return embeds
 
-    def _chunks(
-        self, tokenizer: Tokenizer, texts: Sequence[str], *, prompt_weighting: bool
-    ) -> list[Chunks]:
-        """As many chunks of each of ``texts``."""
-        prompts = [
-            tokenizer.chunks(
-                weighted_parts(text) if prompt_weighting else [(text, 1.0)],
-                max_chunks=self._max_chunks,
-            )
-            for text in texts
-        ]
-        longest = max(len(prompt.input_ids) for prompt in prompts)
+    def _chunks(self, texts: Sequence[str], *, prompt_weighting: bool) -> dict[str, list[Chunks]]:
+        """Encoder → its chunks of each of ``texts``, as many of each and of every encoder's.
+
+        Tokenizers differ by the vectors of what they were taught (textual inversion).
+        """
+        parts = [weighted_parts(text) if prompt_weighting else [(text, 1.0)] for text in texts]
+        prompts = {
+            name: [tokenizer.chunks(part, max_chunks=self._max_chunks) for part in parts]
+            for name, (tokenizer, _) in self._encoders.items()
+        }
+        longest = max(len(prompt.input_ids) for found in prompts.values() for prompt in found)
         count = next(n for n in range(longest, 1 + self._max_chunks) if not self._max_chunks % n)
-        return [_padded(tokenizer, prompt, count) for prompt in prompts]
+        return {
+            name: [_padded(self._encoders[name][0], prompt, count) for prompt in found]
+            for name, found in prompts.items()
+        }
 
     def _embeds(self, name: str, prompt: Chunks, *, timings: Timings) -> PromptEmbeds:
         found = [

@@ -149,7 +149,6 @@ def test_feature_cache_is_refused(folder: Path, tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"embeddings": ["word.pt"]}, "--embedding"),
-        ({"max_prompt_chunks": 2}, "--max-prompt-chunks"),
         ({"controlnets": ["controlnet"]}, "--controlnet"),
         ({"backends": ["openvino"], "precision": "int8"}, "int8"),
     ],

@@ -1,4 +1,4 @@
-r"""Weighted prompts of Stable Diffusion XL, against AUTOMATIC1111's own code.
+r"""Weighted and long prompts of Stable Diffusion XL, against AUTOMATIC1111's own code.
 
 ``a1111_xl_embeds.npz`` holds what its unmodified ``modules/sd_hijack_clip.py`` (commit e2b19900ec,
 ``comma_padding_backtrack`` 0) makes of every text in `CASES` with transformers' encoders of the
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from conftest import TinyModel
     from sd_runtime.result import Result
 
-CASES = [(r"a (red) [cat] ((dog:0.5) horse) \(white\) (unclosed [x", "(blue:1.5), a ] b)")]
+CASES = [
+    (r"a (red) [cat] ((dog:0.5) horse) \(white\) (unclosed [x", "(blue:1.5), a ] b)"),
+    ("a (red:1.4) circle, " * 14 + "[end]", "(dog)"),
+    ("(long:0.9) " * 20 + "(b:1.1) " * 70, "a " * 80),
+]
+PLAIN_LONG = "a red circle and a large cat, " * 20
 # diffusers' schedulers, of numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -65,8 +70,9 @@ def oracle(checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
+    """Of two chunks a prompt."""
     bundle = checkpoint.parent / "bundle"
-    export(checkpoint, bundle)
+    export(checkpoint, bundle, max_prompt_chunks=2)
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield pipeline
 
@@ -136,3 +142,51 @@ def test_without_brackets_nothing_weighs_more(pipeline: Pipeline) -> None:
     weighed = Request("a red circle", seed=7, num_inference_steps=1, prompt_weighting=True)
     drawn = [pipeline.generate(request).latents for request in (plain, weighed)]
     np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [("a red cat", None), ("", "a dog"), ("a " * 75, "")]
+)
+def test_a_prompt_of_one_chunk_is_drawn_as_ever(
+    pipeline: Pipeline, oracle: Any, prompt: str, negative: str | None
+) -> None:
+    request = Request(prompt, negative_prompt=negative, seed=7, num_inference_steps=3)
+    assert_same(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
+
+
+@pytest.mark.parametrize("negative", [None, "a dog"])
+def test_a_long_prompt_is_every_chunk_of_it(
+    pipeline: Pipeline, oracle: Any, negative: str | None
+) -> None:
+    """Against transformers' tokenizers and encoders, chunk by chunk; the first is pooled."""
+
+    def encoded(text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, pooled = [], None
+        for number in ("", "_2"):
+            tokenizer = getattr(oracle, f"tokenizer{number}")
+            ids = tokenizer(text, add_special_tokens=False).input_ids[:150]
+            rows = [ids[:75], ids[75:]]
+            rows = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in rows]
+            rows = [row + [tokenizer.pad_token_id] * (77 - len(row)) for row in rows]
+            with torch.no_grad():
+                found = getattr(oracle, f"text_encoder{number}")(
+                    torch.tensor(rows), output_hidden_states=True
+                )
+            embeds.append(found.hidden_states[-2].flatten(0, 1))
+            pooled = found.get("text_embeds")
+        assert pooled is not None
+        return torch.cat(embeds, dim=-1)[None], pooled[:1]
+
+    prompt = encoded(PLAIN_LONG)
+    zeros = torch.zeros_like(prompt[0]), torch.zeros_like(prompt[1])
+    beside = zeros if negative is None else encoded(negative)
+    request = Request(PLAIN_LONG, negative_prompt=negative, seed=7, num_inference_steps=3)
+    assert_same(
+        pipeline,
+        oracle,
+        request,
+        prompt_embeds=prompt[0],
+        pooled_prompt_embeds=prompt[1],
+        negative_prompt_embeds=beside[0],
+        negative_pooled_prompt_embeds=beside[1],
+    )
