@@ -44,7 +44,12 @@ def additions(checkpoint: Checkpoint) -> dict[str, Any]:
             for lora in checkpoint.loras
         ],
         "embeddings": [
-            {"file": e.path.name, "sha256": file_hash(e.path), "tokens": e.tokens}
+            {
+                "file": e.path.name,
+                "sha256": file_hash(e.path),
+                "text_encoder": e.text_encoder,
+                "tokens": e.tokens,
+            }
             for e in checkpoint.embeddings
         ],
         "vae": vae and {"source": vae.source, "revision": vae.revision},

@@ -109,7 +109,8 @@ def prove_end_to_end(
 def _prompt(checkpoint: Checkpoint) -> str:
     if checkpoint.reads_image:
         return ""
-    return " ".join([_PROMPT, *(e.tokens[0] for e in checkpoint.embeddings)])
+    words = dict.fromkeys(embedding.tokens[0] for embedding in checkpoint.embeddings)
+    return " ".join([_PROMPT, *words])
 
 
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:

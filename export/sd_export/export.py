@@ -114,8 +114,10 @@ def export(
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
             if is_xl(checkpoint.configs):
-                for_one = {"--embedding": bool(embeddings), "--controlnet": bool(controlnets)}
-                _refuse(for_one, "is for Stable Diffusion v1 and v2, and the checkpoint is of XL")
+                _refuse(
+                    {"--controlnet": bool(controlnets)},
+                    "is for Stable Diffusion v1 and v2, and the checkpoint is of XL",
+                )
             if checkpoint.reads_image:
                 asked_for = {
                     "--embedding": bool(embeddings),
@@ -136,8 +138,11 @@ def export(
             if embeddings:
                 from sd_export.embedding import find_embeddings
 
-                width = int(checkpoint.configs["text_encoder"]["hidden_size"])
-                found = find_embeddings(embeddings, width=width)
+                widths = {
+                    name: int(checkpoint.configs[name]["hidden_size"])
+                    for name in checkpoint.text_encoders
+                }
+                found = find_embeddings(embeddings, widths=widths)
                 checkpoint = replace(checkpoint, embeddings=found)
             if vae is not None:
                 from sd_export.vae import with_vae

@@ -83,9 +83,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
             owner.register_buffer(leaf, _computed(owner, leaf, buffer), persistent=False)
     module.eval().requires_grad_(requires_grad=False)
     fuse_loras(module, component, checkpoint.loras, components=checkpoint.weights)
-    if component == "text_encoder" and checkpoint.embeddings:
-        first = len(_own_tokenizer(checkpoint, component))
-        add_vectors(module, checkpoint.embeddings, first=first)
+    embeddings = checkpoint.embeddings_of(component)
+    if embeddings:
+        add_vectors(module, embeddings, first=len(_own_tokenizer(checkpoint, component)))
     return module
 
 
@@ -367,7 +367,7 @@ def _todays_name(name: str, component: str) -> str:
 def _clip_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
     """A tokenizer of transformers, with the tokens of the checkpoint's embeddings."""
     tokenizer = _own_tokenizer(checkpoint, text_encoder)
-    add_tokens(tokenizer, checkpoint.embeddings)
+    add_tokens(tokenizer, checkpoint.embeddings_of(text_encoder))
     return tokenizer
 
 

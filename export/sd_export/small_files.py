@@ -32,7 +32,7 @@ def write_small_files(checkpoint: Checkpoint, bundle: Path) -> dict[str, FileEnt
     for encoder in checkpoint.text_encoders:
         tokenizer = load_tokenizer(checkpoint, encoder)
         known = int(checkpoint.configs[encoder]["vocab_size"])
-        known += sum(len(embedding.tokens) for embedding in checkpoint.embeddings)
+        known += sum(len(embedding.tokens) for embedding in checkpoint.embeddings_of(encoder))
         path = bundle / TOKENIZER_OF[encoder]
         if tokenizer.get_vocab_size() > known:
             raise ExportError(

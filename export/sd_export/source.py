@@ -152,6 +152,10 @@ class Checkpoint:
         """The models that read prompts, in the order in which their embeddings lie."""
         return text_encoders(self.configs)
 
+    def embeddings_of(self, text_encoder: str) -> tuple[Embedding, ...]:
+        """Those of ``embeddings`` that are for one text encoder."""
+        return tuple(e for e in self.embeddings if e.text_encoder == text_encoder)
+
     @property
     def max_prompt_tokens(self) -> int:
         """How many tokens a prompt has, the first and the last included; a picture is one."""

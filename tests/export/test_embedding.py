@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WIDTH = 8
+WIDTHS = {"text_encoder": WIDTH}
+OF_XL = {"text_encoder": WIDTH, "text_encoder_2": 16}
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
@@ -87,7 +89,7 @@ def test_pictures_are_those_of_diffusers(smallest: Path, tmp_path: Path) -> None
 )
 def test_whose_name_the_token_has(tmp_path: Path, name: str, text: str, token: str) -> None:
     path = a1111(tmp_path / "file.pt", vectors(1, WIDTH), name=name)
-    (found,) = find_embeddings([text.format(path)], width=WIDTH)
+    (found,) = find_embeddings([text.format(path)], widths=WIDTHS)
     assert found.tokens == (token,)
     torch.testing.assert_close(found.vectors(), vectors(1, WIDTH))
 
@@ -146,5 +148,41 @@ def test_two_embeddings_of_one_token(tmp_path: Path) -> None:
     a, b = (str(tmp_path / f"{name}.safetensors") for name in "ab")
     for texts in ([a, b], [a, a], [b, f"{a}=<X>_1"]):
         with pytest.raises(ConfigError, match="both are for the token"):
-            find_embeddings(texts, width=WIDTH)
-    assert len(find_embeddings([a, f"{b}=<y>"], width=WIDTH)) == 2
+            find_embeddings(texts, widths=WIDTHS)
+    assert len(find_embeddings([a, f"{b}=<y>"], widths=WIDTHS)) == 2
+
+
+def test_of_xl_each_encoder_has_its_own(tmp_path: Path) -> None:
+    whole, first, second = (tmp_path / f"{name}.safetensors" for name in ("whole", "l", "g"))
+    left, right = vectors(2, WIDTH), vectors(2, 16)
+    save_file({"clip_l": left, "clip_g": right}, whole)
+    save_file({"<cat>": left}, first)
+    save_file({"<cat>": right}, second)
+    for texts, token in (([f"{whole}"], "whole"), ([f"{first}", f"{second}"], "<cat>")):
+        found = find_embeddings(texts, widths=OF_XL)
+        assert [e.text_encoder for e in found] == list(OF_XL)
+        assert [e.tokens for e in found] == [(token, f"{token}_1")] * 2
+        for embedding, wanted in zip(found, (left, right), strict=True):
+            torch.testing.assert_close(embedding.vectors(), wanted)
+    (found_alone,) = find_embeddings([f"{whole}=<x>"], widths={"text_encoder_2": 16})  # a refiner's
+    assert (found_alone.text_encoder, found_alone.tokens) == ("text_encoder_2", ("<x>", "<x>_1"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "widths", "words"),
+    [
+        ({"<v1>": vectors(WIDTH)}, OF_XL, "for one text encoder, the checkpoint has 2"),
+        ({"clip_g": vectors(16)}, OF_XL, "for one text encoder, the checkpoint has 2"),
+        ({"clip_l": vectors(WIDTH), "clip_g": vectors(17)}, OF_XL, "17, the .*_2 takes .* of 16"),
+        ({"clip_l": vectors(8), "clip_g": vectors(16), "t5": vectors(8)}, OF_XL, "3 tensors"),
+        ({"clip_l": vectors(WIDTH)}, {"text_encoder_2": 16}, "not for the checkpoint's encoder"),
+    ],
+)
+def test_files_that_xl_cannot_use(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], widths: dict[str, int], words: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=words) as caught:
+        find_embeddings([str(path)], widths=widths)
+    assert caught.value.hint

@@ -4,7 +4,7 @@ r"""Weighted and long prompts of Stable Diffusion XL, against AUTOMATIC1111's ow
 ``comma_padding_backtrack`` 0) makes of every text in `CASES` with transformers' encoders of the
 same checkpoint: each encoder's by ``FrozenCLIPEmbedderForSDXLWithCustomWords``, side by side, and
 the pooled ones; the shorter of a pair is padded with what it makes of empty text. Pictures are
-drawn from those by diffusers' unmodified pipeline.
+drawn from those by diffusers' unmodified pipeline. Learned words are its own to load.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ CASES = [
     ("a (red:1.4) circle, " * 14 + "[end]", "(dog)"),
     ("(long:0.9) " * 20 + "(b:1.1) " * 70, "a " * 80),
 ]
+LEARNED = [
+    {
+        key: 3 * torch.randn((count, width), generator=torch.Generator().manual_seed(seed))
+        for seed, (key, width) in enumerate((("clip_l", 8), ("clip_g", 16)))
+    }
+    for count in (1, 3)
+]
+"""What was learned for ``<toy>``, one vector, and ``style``, three, by text encoder."""
 PLAIN_LONG = "a red circle and a large cat, " * 20
 # diffusers' schedulers, of numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -65,14 +73,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(checkpoint: Path) -> Any:
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
+    for tensors, token in zip(LEARNED, ("<toy>", "style"), strict=True):
+        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+            pipeline.load_textual_inversion(
+                tensors[key],
+                token=token,
+                tokenizer=getattr(pipeline, f"tokenizer{number}"),
+                text_encoder=getattr(pipeline, f"text_encoder{number}"),
+            )
     return pipeline
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
-    """Of two chunks a prompt."""
+    """Of two chunks a prompt, with two learned words."""
     bundle = checkpoint.parent / "bundle"
-    export(checkpoint, bundle, max_prompt_chunks=2)
+    style, toy = (checkpoint.parent / name for name in ("style.safetensors", "toy.safetensors"))
+    save_file(LEARNED[0], toy)
+    save_file(LEARNED[1], style)
+    export(checkpoint, bundle, max_prompt_chunks=2, embeddings=[f"{toy}=<toy>", str(style)])
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield pipeline
 
@@ -190,3 +209,22 @@ def test_a_long_prompt_is_every_chunk_of_it(
         negative_prompt_embeds=beside[0],
         negative_pooled_prompt_embeds=beside[1],
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [
+        ("a <toy> in the style of style", None),
+        ("style,style " + "a " * 66, "Style_2 <TOY>"),
+        ("a red style", "a dog"),
+    ],
+)
+def test_learned_words_draw_as_in_diffusers(
+    pipeline: Pipeline, oracle: Any, prompt: str, negative: str | None
+) -> None:
+    request = Request(prompt, negative_prompt=negative, seed=7, num_inference_steps=3)
+    drawn = assert_same(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
+    plain = pipeline.generate(
+        Request("a in the of", negative_prompt=negative, seed=7, num_inference_steps=3)
+    )
+    assert not np.allclose(drawn.latents, plain.latents, atol=0.01)
