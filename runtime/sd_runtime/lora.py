@@ -98,26 +98,30 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     whole = table if component == owner else LayerTable.open(bundle, owner)
     xl = bundle.manifest.model.family == STABLE_DIFFUSION_XL
     names = {*whole.layers, *(_unread_layers(whole.layers) if xl else ())}
-    changed: dict[str, NDArray[np.float32]] = {}
+    opened = []
     for lora in loras:
         file = TensorFile.open(lora.path)
         notes = LoraNotes.read(file.metadata, owner)
         layers = lora_layers(file, lora.path.name, components=owners).get(owner, {})
         found = model_layers(layers, names, file=lora.path.name, component=owner)
-        for name, (spelling, keys) in found.items():
-            if name not in table.layers:
-                continue
-            if name not in changed:
-                changed[name] = table.read(name).copy()
-            changed[name] += np.float32(lora.scale) * lora_change(
+        opened.append((lora, file, notes, found))
+    fused = {}
+    for name in table.layers:  # one weight at a time in float32
+        changes = [(lora, file, notes, f[name]) for lora, file, notes, f in opened if name in f]
+        if not changes:
+            continue
+        weight = table.read(name).copy()
+        for lora, file, notes, (spelling, keys) in changes:
+            weight += np.float32(lora.scale) * lora_change(
                 keys,
                 file.read,
                 layer=spelling,
                 file=lora.path.name,
                 notes=notes,
-                shape=changed[name].shape,
+                shape=weight.shape,
             )
-    return {table.initializer(name): table.stored(name, w) for name, w in changed.items()}
+        fused[table.initializer(name)] = table.stored(name, weight)
+    return fused
 
 
 def _unread_layers(names: Collection[str]) -> set[str]:
