@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def make_controlnet(folder: Path, checkpoint: Path, *, seed: int, **config: Any) -> Path:
+def make_controlnet(
+    folder: Path, checkpoint: Path, *, seed: int, reads_prompt: bool = True, **config: Any
+) -> Path:
     """Save a ControlNet of the UNet of ``checkpoint`` under ``folder`` and return ``folder``.
 
     A new one says nothing: the layers that are zero in it are random here. ``config`` changes what
-    `ControlNetModel.from_unet` takes.
+    `ControlNetModel.from_unet` takes. Without ``reads_prompt`` it has no layer that looks at the
+    prompt, as diffusers/controlnet-canny-sdxl-1.0-small.
     """
     import diffusers
 
@@ -25,6 +28,10 @@ def make_controlnet(folder: Path, checkpoint: Path, *, seed: int, **config: Any)
         controlnet = diffusers.ControlNetModel.from_unet(
             unet, **{"conditioning_embedding_out_channels": (4, 8), **config}
         )
+        if not reads_prompt:
+            blocks = ["DownBlock2D"] * len(unet.config.down_block_types)
+            small = {"down_block_types": blocks, "mid_block_type": "UNetMidBlock2D"}
+            controlnet = diffusers.ControlNetModel.from_config({**controlnet.config, **small})
         silent = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
         for layer in [*silent, controlnet.controlnet_cond_embedding.conv_out]:
             torch.nn.init.normal_(layer.weight, std=0.2)

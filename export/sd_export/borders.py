@@ -104,6 +104,7 @@ def _unet_borders(
     embeds_shape = (BATCH, tokens, int(unet["cross_attention_dim"]))
     embeds = TensorSpec("encoder_hidden_states", "float32", embeds_shape)
     noise_pred = replace(latents, name="noise_pred")
+    added = _added(checkpoint)
     if component == "unet_shallow":
         prompt = (embeds,) if reads_text(unet) else ()
         return (sample, timestep, features, *prompt), (noise_pred,)
@@ -111,7 +112,7 @@ def _unet_borders(
     if component in checkpoint.controlnets:
         scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))
         control_embeds = TensorSpec("control_embeds", "float32", (axis, *features.shape[1:]))
-        return (*inputs, control_embeds, scales), residuals
+        return (*inputs, *added, control_embeds, scales), residuals
     one_channel = (axis, 1, *latents.shape[2:])
     if checkpoint.is_for_inpainting:
         inputs.append(TensorSpec("mask", "float32", one_channel))
@@ -126,10 +127,8 @@ def _unet_borders(
     elif unet.get("time_cond_proj_dim"):
         cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
         inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
-    if is_xl(checkpoint.configs):
-        ids_shape = (BATCH, int(num_time_ids(checkpoint.configs)))
-        inputs += [_pooled(checkpoint), TensorSpec(TIME_IDS, "float32", ids_shape)]
-    return (*inputs, *residuals), (noise_pred, features) if feature_cache else (noise_pred,)
+    outputs = (noise_pred, features) if feature_cache else (noise_pred,)
+    return (*inputs, *added, *residuals), outputs
 
 
 def _latents(checkpoint: Checkpoint, profile: Profile) -> TensorSpec:
@@ -142,6 +141,14 @@ def _features(checkpoint: Checkpoint, profile: Profile) -> TensorSpec:
     channels = int(checkpoint.configs["unet"]["block_out_channels"][0])
     size = (profile.latent_height, profile.latent_width)
     return TensorSpec("deep_features", "float32", (BATCH, channels, *size))
+
+
+def _added(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
+    """What a UNet of Stable Diffusion XL takes besides, and whatever is made like it."""
+    if not is_xl(checkpoint.configs):
+        return ()
+    ids_shape = (BATCH, int(num_time_ids(checkpoint.configs)))
+    return (_pooled(checkpoint), TensorSpec(TIME_IDS, "float32", ids_shape))
 
 
 def _pooled(checkpoint: Checkpoint) -> TensorSpec:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
+from sd_export.family import CONTROLNET_STRENGTH
 from sd_export.source import (
     SINGLE_FILE_SUFFIXES,
     Checkpoint,
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 _HINT = (
     "Name a ControlNet of the checkpoint's own kind: its Hub id, or a folder as diffusers saves it."
 )
-_SAME_SHAPE = ("block_out_channels", "down_block_types", "layers_per_block")
-"""What a ControlNet copies of its UNet, and what decides the shape of its outputs."""
+_SAME_SHAPE = ("block_out_channels", "layers_per_block")
+"""What a ControlNet copies of its UNet, and what decides the shape of its outputs.
+
+Where it looks at the prompt does not: small ones of Stable Diffusion XL do so less often, or never.
+"""
+_SAME_SIZES = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+"""The same for what it is told besides the prompt, of Stable Diffusion XL."""
 _UNET_DEFAULTS = {
     "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "layers_per_block": 2,
 }
 
@@ -85,6 +90,11 @@ def with_controlnets(
             "--controlnet with an upscaler, which is led by the picture that it makes larger",
             "Leave --controlnet out.",
         )
+    if checkpoint.is_refiner:
+        raise ConfigError(
+            "--controlnet with a refiner, which goes on with what its base model began",
+            "Export the base model with the ControlNet: it leads the base model's steps.",
+        )
     found = [find_controlnet(source) for source in sources]
     for controlnet in found:
         check_controlnet(controlnet, checkpoint.configs)
@@ -94,6 +104,7 @@ def with_controlnets(
         configs={**checkpoint.configs, **{n: c.config for n, c in named.items()}},
         weights={**checkpoint.weights, **{n: c.weights for n, c in named.items()}},
         controlnets={name: controlnet.source for name, controlnet in named.items()},
+        defaults=replace(checkpoint.defaults, strength=CONTROLNET_STRENGTH),
     )
 
 
@@ -124,15 +135,19 @@ def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[
         config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)),
     )
     factor, vae_factor = 2 ** (len(hint_channels) - 1), 2 ** (len(vae["block_out_channels"]) - 1)
+    added, unet_added = (c.get("addition_embed_type") for c in (config, unet))
     differing = [
         name
-        for name in _SAME_SHAPE
-        if _listed(config.get(name, _UNET_DEFAULTS[name]))
-        != _listed(unet.get(name, _UNET_DEFAULTS[name]))
+        for name in (*_SAME_SHAPE, *(_SAME_SIZES if added else ()))
+        if _listed(config.get(name, _UNET_DEFAULTS.get(name)))
+        != _listed(unet.get(name, _UNET_DEFAULTS.get(name)))
     ]
     problem = None
-    if config.get("addition_embed_type") or config.get("encoder_hid_dim_type"):
-        problem = "it takes further conditioning (one for Stable Diffusion XL or Kandinsky)"
+    if added not in (None, "text_time") or config.get("encoder_hid_dim_type"):
+        problem = "it takes further conditioning (one for Kandinsky)"
+    elif added != unet_added:
+        one, other = ("XL", "v1 or v2") if added else ("v1 or v2", "XL")
+        problem = f"it is for Stable Diffusion {one}, the checkpoint is of {other}"
     elif config.get("class_embed_type") or config.get("num_class_embeds"):
         problem = "it takes class labels"
     elif config.get("global_pool_conditions"):
@@ -140,7 +155,7 @@ def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[
     elif width != unet["cross_attention_dim"]:
         problem = (
             f"it takes prompts of width {width}, the checkpoint's are of "
-            f"{unet['cross_attention_dim']} (768 in Stable Diffusion v1, 1024 in v2)"
+            f"{unet['cross_attention_dim']} (768 in Stable Diffusion v1, 1024 in v2, 2048 in XL)"
         )
     elif differing:
         name = differing[0]

@@ -7,10 +7,15 @@ or in three; `sd_export.controlnet` says why it is three.
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from sd_export.added_conditions import added_cond_kwargs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ControlEmbedding(nn.Module):
@@ -29,36 +34,34 @@ class ControlEmbedding(nn.Module):
 
 
 class ControlNet(nn.Module):
-    """sample, timestep, encoder_hidden_states, control_embeds, conditioning_scale → residuals.
+    """sample, timestep, encoder_hidden_states, …, control_embeds, conditioning_scale → residuals.
 
-    ``control_embeds`` are a `ControlEmbedding`'s; ``conditioning_scale`` [batch, residuals] is what
-    each of the `residual_specs` is multiplied by.
+    Takes what ``names`` say, in their order: of Stable Diffusion XL also pooled_prompt_embeds and
+    time_ids. ``control_embeds`` are a `ControlEmbedding`'s; ``conditioning_scale`` [batch,
+    residuals] is what each of the `residual_specs` is multiplied by.
     """
 
-    def __init__(self, controlnet: Any) -> None:
+    def __init__(self, controlnet: Any, *, names: Sequence[str]) -> None:
         super().__init__()
         self.controlnet = copy(controlnet)  # what is changed here stays here
         self.controlnet._modules = dict(controlnet._modules)
         self.controlnet.controlnet_cond_embedding = nn.Identity()
         self.controlnet.register_to_config(controlnet_conditioning_channel_order="rgb")
+        self.names = tuple(names)
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        control_embeds: torch.Tensor,
-        conditioning_scale: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Say what to add."""
+        inputs = dict(zip(self.names, tensors, strict=True))
         down, mid = self.controlnet(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            controlnet_cond=control_embeds,
+            inputs["sample"],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            controlnet_cond=inputs["control_embeds"],
+            added_cond_kwargs=added_cond_kwargs(inputs),
             return_dict=False,
         )
+        scales = inputs["conditioning_scale"]
         return tuple(
-            residual * conditioning_scale[:, index, None, None, None]
+            residual * scales[:, index, None, None, None]
             for index, residual in enumerate((*down, mid))
         )

@@ -113,11 +113,6 @@ def export(
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
-            if is_xl(checkpoint.configs):
-                _refuse(
-                    {"--controlnet": bool(controlnets)},
-                    "is for Stable Diffusion v1 and v2, and the checkpoint is of XL",
-                )
             if checkpoint.reads_image:
                 asked_for = {
                     "--embedding": bool(embeddings),

@@ -27,6 +27,8 @@ LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 """What diffusers' LatentConsistencyModelPipeline draws with where it is not told."""
 XL = Defaults(guidance_scale=5.0, strength=0.3, inpainting_strength=0.9999)
 """What diffusers' StableDiffusionXLPipeline and its kin draw with where they are not told."""
+CONTROLNET_STRENGTH = 0.8
+"""How far diffusers' pipelines with a ControlNet leave a picture, those of XL among them."""
 UPSCALING = Defaults(num_inference_steps=75, guidance_scale=9.0)
 """What diffusers' StableDiffusionUpscalePipeline and the latent one draw with, likewise."""
 LDM3D_PIPELINE = "StableDiffusionLDM3DPipeline"
@@ -49,8 +51,8 @@ _PIPELINES = {
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
     "and (as folders) depth to image, image variations, the x4 upscaler and the x2 latent upscaler "
-    "among them, and latent consistency models and LDM3D of the same shape; ControlNets beside one "
-    "of v1 or v2, by --controlnet."
+    "among them, and latent consistency models and LDM3D of the same shape; beside one "
+    "ControlNets, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),

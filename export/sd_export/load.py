@@ -127,7 +127,7 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     if xl:
         zeros = checkpoint.force_zeros_for_empty_prompt
         options = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros}
-        if task:
+        if task in ("Inpaint", "Img2Img"):
             options["requires_aesthetics_score"] = checkpoint.is_refiner
     if checkpoint.is_upscaler:
         low_res = diffusers.DDPMScheduler.from_config(checkpoint.configs["low_res_scheduler"])

@@ -16,12 +16,11 @@ from sd_engines.spec import (
     CONTROLNET,
     MID_RESIDUAL,
     NOISE_LEVEL,
-    POOLED_PROMPT_EMBEDS,
     RESIDUAL,
     TEXT_ENCODERS,
-    TIME_IDS,
     TIMESTEP_COND,
 )
+from sd_export.added_conditions import added_cond_kwargs
 from sd_export.borders import borders
 from sd_export.controlnet_parts import ControlEmbedding, ControlNet
 from sd_export.depth_estimator import DepthEstimator
@@ -125,9 +124,6 @@ class Unet(nn.Module):
         """Predict."""
         inputs = dict(zip(self.names, tensors, strict=True))
         seen = [inputs[name] for name in CHANNEL_INPUTS if name in inputs]
-        added = None
-        if TIME_IDS in inputs:
-            added = {"text_embeds": inputs[POOLED_PROMPT_EMBEDS], "time_ids": inputs[TIME_IDS]}
         residuals = [inputs[name] for name in self.names if name.startswith(RESIDUAL)]
         noise_pred: torch.Tensor = self.unet(
             torch.cat(seen, dim=1) if len(seen) > 1 else seen[0],
@@ -135,7 +131,7 @@ class Unet(nn.Module):
             inputs["encoder_hidden_states"],
             class_labels=inputs.get(NOISE_LEVEL),
             timestep_cond=inputs.get(TIMESTEP_COND),
-            added_cond_kwargs=added,
+            added_cond_kwargs=added_cond_kwargs(inputs),
             down_block_additional_residuals=tuple(residuals) or None,
             mid_block_additional_residual=inputs.get(MID_RESIDUAL),
             return_dict=False,
@@ -210,6 +206,8 @@ def wrap(
     With ``feature_cache`` the UNet gives its deep features as well.
     """
     scaling_factor = vae_scaling_factor(checkpoint)
+    inputs, _ = borders(component, checkpoint=checkpoint, profile=profile)
+    names = [spec.name for spec in inputs]
     wrapper: nn.Module
     if component in TEXT_ENCODERS:
         if checkpoint.is_latent_upscaler:
@@ -221,11 +219,9 @@ def wrap(
     elif component == "unet" and checkpoint.is_latent_upscaler:
         wrapper = LatentUpscaler(model)
     elif component == "unet":
-        inputs, _ = borders(component, checkpoint=checkpoint, profile=profile)
-        names = [spec.name for spec in inputs]
         wrapper = CachedUnet(model) if feature_cache else Unet(model, names=names)
     elif component in checkpoint.controlnets:
-        wrapper = ControlNet(model)
+        wrapper = ControlNet(model, names=names)
     elif component.startswith(CONTROL_EMBEDDING):
         wrapper = ControlEmbedding(model)
     elif component == "unet_shallow":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
 from sd_runtime.option_values import check_real
@@ -20,6 +20,12 @@ CONTROL_NUMBERS = (
 )
 """Options of `Request` that are one number, or one for each ControlNet."""
 _DEFAULTS = (1.0, 0.0, 1.0)
+NO_CONTROL: dict[str, Any] = {
+    "control_image": None,
+    **dict(zip(CONTROL_NUMBERS, _DEFAULTS, strict=True)),
+    "guess_mode": False,
+}
+"""What a `Request` says that leads by nothing."""
 
 
 def control_pictures(source: object) -> tuple[InputImage, ...] | None:

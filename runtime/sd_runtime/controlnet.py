@@ -129,12 +129,14 @@ def controlnet_names(manifest: Manifest) -> tuple[str, ...]:
     )
 
 
-def controls_of(request: Request, manifest: Manifest, num_rows: int) -> tuple[Control, ...]:
+def controls_of(
+    request: Request, manifest: Manifest, num_rows: int, *, of_rows: int
+) -> tuple[Control, ...]:
     """The ControlNets of a bundle that ``request`` runs, on which of ``num_rows`` UNet calls.
 
-    One runs on the rows that lie wholly between its start and its end, both shares of all rows, as
-    diffusers counts; one of scale 0 on none, and is left out. Raises `ConfigError` where pictures
-    and ControlNets are not as many.
+    One runs on the rows that lie wholly between its start and its end, both shares of all
+    ``of_rows``, those of a refiner among them, as diffusers counts; one of scale 0 on none, and is
+    left out. Raises `ConfigError` where pictures and ControlNets are not as many.
     """
     names = [name for name in manifest.components if name.startswith(CONTROLNET)]
     images = request.control_image
@@ -155,8 +157,9 @@ def controls_of(request: Request, manifest: Manifest, num_rows: int) -> tuple[Co
         )
     options = [numbers(getattr(request, name)) for name in CONTROL_NUMBERS]
     scales, starts, ends = (given * (len(names) // len(given)) for given in options)
+    rows = frozenset(range(num_rows))
     controls = [
-        Control(name, image, scale, _rows_between(start, end, num_rows), request.guess_mode)
+        Control(name, image, scale, rows & _rows_between(start, end, of_rows), request.guess_mode)
         for name, image, scale, start, end in zip(names, images, scales, starts, ends, strict=True)
     ]
     return tuple(control for control in controls if control.scale and control.rows)

@@ -196,13 +196,13 @@ def _bound(
 ) -> Binding:
     """The UNet's buffers for n pictures in each of ``halves``, and what holds for all rows in them.
 
-    A half's inputs are repeated until all n have one. A shallow UNet whose layers do not look at
-    the prompt has no place for the embeddings.
+    A half's inputs are repeated until all n have one. What is made like the UNet takes what it has
+    a place for: a shallow one whose layers do not look at the prompt has none for the embeddings.
     """
     binding = unet.bind(n * len(halves), pictures=n)
     for number, half in enumerate(halves):
         for name, rows in half.items():
-            if name == "encoder_hidden_states" and name not in binding.inputs:
+            if name not in binding.inputs:
                 continue
             rows_in = binding.inputs[name][n * number : n * (number + 1)]
             if rows_in.ndim == 1:
@@ -214,14 +214,16 @@ def _bound(
 
 
 def _controls(
-    controlnets: Sequence[ControlNet], n: int, halves: Sequence[Mapping[str, Sequence[Array]]]
+    controlnets: Sequence[ControlNet],
+    n: int,
+    halves: Sequence[Mapping[str, Sequence[Array] | Array]],
 ) -> list[tuple[ControlNet, Binding]]:
     """``controlnets`` with their buffers, as `_bound`; the last half is that of the prompt."""
     bound = []
     for net in controlnets:
         inputs = [
             {
-                "encoder_hidden_states": half["encoder_hidden_states"],
+                **half,
                 "control_embeds": net.embeds,
                 "conditioning_scale": net.conditioning_scale(negative=half is not halves[-1]),
             }

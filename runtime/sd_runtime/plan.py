@@ -6,6 +6,7 @@ All that can be refused is refused here, from the manifest alone and before an e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sd_engines.spec import (
     X4_UPSCALER,
 )
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
+from sd_runtime.control_options import NO_CONTROL
 from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, sized_refiner
@@ -124,7 +126,7 @@ def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = Non
     refiner = sized_refiner(request, manifest, refiner)
     share = HIGH_NOISE_FRAC if request.high_noise_frac is None else float(request.high_noise_frac)
     base = _plan(replace(request, high_noise_frac=share), manifest, task, denoising_end=share)
-    second = replace(request, num_inference_steps=base.num_inference_steps)
+    second = replace(request, **NO_CONTROL, num_inference_steps=base.num_inference_steps)
     second = replace(second, guidance_scale=base.guidance_scale)
     return replace(base, refining=_plan(second, refiner, REFINING, denoising_start=share))
 
@@ -173,15 +175,17 @@ def _plan(
     config = pipeline_scheduler_config(model.scheduler, family=model.family)
     if request.mask is not None and model.family != STABLE_DIFFUSION_XL:
         config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
-    table = compile_table(
+    compiled = partial(
+        compile_table,
         config,
         scheduler=request.scheduler,
         num_inference_steps=steps,
         eta=request.eta,
         strength=strength,
         denoising_start=denoising_start,
-        denoising_end=denoising_end,
     )
+    table = compiled(denoising_end=denoising_end)
+    of_rows = table.num_rows if denoising_end is None else compiled().num_rows
     widths = _unet_input_widths(manifest)
     if LOW_RES_LATENTS in widths:  # Karras et al. 2022 (arXiv:2206.00364), table 1
         told = np.log(table.sigma[:-1] / table.alpha[:-1]) / 4
@@ -213,7 +217,7 @@ def _plan(
         shallow_rows=request.shallow_rows(table.num_rows),
         unet_inputs=unet_inputs,
         negative_unet_inputs=negative_unet_inputs,
-        controls=controls_of(request, manifest, table.num_rows),
+        controls=controls_of(request, manifest, table.num_rows, of_rows=of_rows),
         safety=safety,
         upscaling=upscaling,
         reads_prompt=task is not LATENT_UPSCALING or scale != 0,  # as its pipeline in diffusers

@@ -23,6 +23,8 @@ from sd_export.controlnet import residual_specs, with_controlnets
 from sd_export.load import load_model
 from sd_export.source import find_checkpoint
 from sd_export.wrappers import model_of, wrap
+from tiny import change_json
+from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +43,12 @@ def controlnet(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def found(smallest: Path, controlnet: Path) -> Checkpoint:
     checkpoint = find_checkpoint(str(smallest))
     return with_controlnets(checkpoint, [str(controlnet)], feature_cache=False)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controlnet") / "xl"
+    return make_xl_checkpoint(folder, block_out_channels=(16,))
 
 
 @pytest.mark.parametrize("size", [(5, 7), (12, 8)])
@@ -127,7 +135,11 @@ def test_it_loads_beside_a_single_file(found: Checkpoint, controlnet: Path) -> N
     ("change", "words"),
     [
         ({"_class_name": "ControlNetUnionModel"}, "is a ControlNetUnionModel"),
-        ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        (
+            {"addition_embed_type": "text_time"},
+            "for Stable Diffusion XL, the checkpoint is of v1",
+        ),
+        ({"addition_embed_type": "image"}, "takes further conditioning .one for Kandinsky"),
         ({"cross_attention_dim": 1024}, "prompts of width 1024, the checkpoint's are of 8"),
         ({"block_out_channels": [16]}, "block_out_channels are .16., the UNet's .8."),
         ({"layers_per_block": 2}, "layers_per_block are 2, the UNet's 1"),
@@ -167,6 +179,38 @@ def test_what_is_no_controlnet(
     with pytest.raises(SdError, match=words):
         sd_export.export(smallest, tmp_path / "bundle", controlnets=[source])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"addition_embed_type": None},
+            "for Stable Diffusion v1 or v2, the checkpoint is of XL",
+        ),
+        ({"addition_time_embed_dim": 16}, "addition_time_embed_dim are 16, the UNet's 8"),
+        ({"projection_class_embeddings_input_dim": 64}, "input_dim are 64, the UNet's 72"),
+        ({"cross_attention_dim": 768}, "width 768, the checkpoint's are of 48 .*2048 in XL"),
+    ],
+)
+def test_one_that_does_not_fit_xl_is_refused(
+    xl: Path, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    folder = tmp_path / "controlnet"
+    make_controlnet(folder, xl, seed=0, conditioning_embedding_out_channels=(4, 8))
+    checkpoint = find_checkpoint(str(xl))
+    assert with_controlnets(checkpoint, [str(folder)], feature_cache=False).controlnets
+    change_json(folder / "config.json", **change)
+    with pytest.raises(ExportError, match=words):
+        sd_export.export(xl, tmp_path / "bundle", controlnets=[str(folder)])
+
+
+def test_a_refiner_is_not_led(tmp_path: Path) -> None:
+    refiner = make_xl_checkpoint(tmp_path / "refiner", refiner=True, block_out_channels=(16,))
+    with pytest.raises(ConfigError, match="with a refiner") as caught:
+        sd_export.export(refiner, tmp_path / "bundle", controlnets=["./anything"])
+    assert "Export the base model" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["refiner"]
 
 
 def test_wrong_combinations_name_the_right_one(

@@ -148,7 +148,6 @@ def test_feature_cache_is_refused(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"controlnets": ["controlnet"]}, "--controlnet"),
         ({"backends": ["openvino"], "precision": "int8"}, "int8"),
     ],
 )

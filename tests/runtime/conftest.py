@@ -184,7 +184,8 @@ def _for_task(oracle: DiffusionPipeline, kind: str, parts: dict[str, Any]) -> Di
     xl = "text_encoder_2" in oracle.components
     if xl:
         options = {"force_zeros_for_empty_prompt": config["force_zeros_for_empty_prompt"]}
-        options["requires_aesthetics_score"] = config.get("requires_aesthetics_score", False)
+        if kind != "ControlNet":
+            options["requires_aesthetics_score"] = config.get("requires_aesthetics_score", False)
         options["add_watermarker"] = False
     pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline")
     return pipeline_class(**parts, **options)
@@ -407,6 +408,15 @@ def refiner_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
         folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,)
     )
     with exported(checkpoint, batch_size=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def controlled_xl_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """16×16 pictures, two at a time; of its two ControlNets the second reads no prompt."""
+    folder = tmp_path_factory.mktemp("controlled_xl") / "checkpoint"
+    make_xl_checkpoint(folder, seed=6, block_out_channels=(16,))
+    with exported(folder, batch_size=2, controlnets=[{}, {"reads_prompt": False}]) as model:
         yield model
 
 
