@@ -107,7 +107,7 @@ def _unet_borders(
     added = _added(checkpoint)
     if component == "unet_shallow":
         prompt = (embeds,) if reads_text(unet) else ()
-        return (sample, timestep, features, *prompt), (noise_pred,)
+        return (sample, timestep, features, *prompt, *added), (noise_pred,)
     inputs = [sample, timestep, embeds]
     if component in checkpoint.controlnets:
         scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))

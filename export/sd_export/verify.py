@@ -128,7 +128,7 @@ def reference_outputs(
             most = max(map(len, call.values()))
             tensors = {n: torch.from_numpy(a.repeat(most // len(a), 0)) for n, a in call.items()}
             if component == "unet_shallow":
-                results: Any = shallow_reference(model, **tensors)
+                results: Any = shallow_reference(model, tensors)
             else:
                 results = module(*tensors.values())
             results = results if isinstance(results, tuple) else (results,)

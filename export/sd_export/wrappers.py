@@ -219,13 +219,14 @@ def wrap(
     elif component == "unet" and checkpoint.is_latent_upscaler:
         wrapper = LatentUpscaler(model)
     elif component == "unet":
-        wrapper = CachedUnet(model) if feature_cache else Unet(model, names=names)
+        wrapper = Unet(model, names=names)
+        wrapper = CachedUnet(wrapper) if feature_cache else wrapper
     elif component in checkpoint.controlnets:
         wrapper = ControlNet(model, names=names)
     elif component.startswith(CONTROL_EMBEDDING):
         wrapper = ControlEmbedding(model)
     elif component == "unet_shallow":
-        wrapper = ShallowUnet(model)
+        wrapper = ShallowUnet(model, names=names)
     elif component == "preview_decoder":
         wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
     elif component == "vae_decoder":

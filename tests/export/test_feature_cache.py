@@ -23,6 +23,7 @@ from sd_export.onnx_export import OPSET, save, trace
 from sd_export.shallow_unet import shallow_reference
 from sd_export.source import Checkpoint, find_checkpoint
 from sd_export.wrappers import wrap
+from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,9 +32,18 @@ PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
 TIMESTEPS = torch.tensor([981.0, 21.0])
 
 
-@pytest.fixture(scope="module", params=["CrossAttnUpBlock2D", "UpBlock2D"])
-def found(request: pytest.FixtureRequest, checkpoint: Path, smallest: Path) -> Checkpoint:
-    """Checkpoints whose UNets end in blocks with and without attention."""
+@pytest.fixture(scope="module", params=["CrossAttnUpBlock2D", "UpBlock2D", "XL", "refiner"])
+def found(
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    smallest: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Checkpoint:
+    """Checkpoints whose UNets end in blocks with and without attention; two are of XL."""
+    if request.param in ("XL", "refiner"):
+        folder = tmp_path_factory.mktemp("xl") / request.param
+        path = make_xl_checkpoint(folder, refiner=request.param == "refiner", layers_per_block=2)
+        return find_checkpoint(str(path))
     found = find_checkpoint(str(checkpoint if request.param == "CrossAttnUpBlock2D" else smallest))
     assert found.configs["unet"]["up_block_types"][-1] == request.param
     return found
@@ -53,12 +63,21 @@ def arguments(found: Checkpoint, component: str) -> dict[str, torch.Tensor]:
     return {**random, "timestep": TIMESTEPS}
 
 
+def noise_pred_of(unet: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What diffusers' own UNet makes of its inputs by name, deep features aside."""
+    added = {"text_embeds": "pooled_prompt_embeds", "time_ids": "time_ids"}
+    told = {theirs: given[ours] for theirs, ours in added.items() if ours in given}
+    names = ("sample", "timestep", "encoder_hidden_states")
+    noise_pred: torch.Tensor = unet(*(given[n] for n in names), added_cond_kwargs=told).sample
+    return noise_pred
+
+
 def test_both_parts_make_up_the_whole(found: Checkpoint, unet: Any) -> None:
     cached = wrap("unet", unet, checkpoint=found, profile=PROFILE, feature_cache=True)
     shallow = wrap("unet_shallow", unet, checkpoint=found, profile=PROFILE)
     given = arguments(found, "unet")
     with torch.no_grad():
-        expected = unet(**given).sample
+        expected = noise_pred_of(unet, given)
         noise_pred, deep_features = cached(*given.values())
         wanted = arguments(found, "unet_shallow") | given | {"deep_features": deep_features}
         again = shallow(*(wanted[name] for name in arguments(found, "unet_shallow")))
@@ -72,14 +91,13 @@ def test_the_graph_gives_what_diffusers_gives_on_kept_features(
     pytest.importorskip("onnxruntime", reason="needs the extra sd-toolkit[cpu]")
     first, second = arguments(found, "unet"), arguments(found, "unet_shallow")
     with torch.no_grad(), deep_features_kept(unet, interval=2) as own:
-        unet(**first)
-        others = {n: a for n, a in (first | second).items() if n != "deep_features"}
-        expected = unet(**others).sample
+        noise_pred_of(unet, first)
+        expected = noise_pred_of(unet, first | second)
     assert own == [True, False]
     with torch.no_grad():
         cached = wrap("unet", unet, checkpoint=found, profile=PROFILE, feature_cache=True)
         second["deep_features"] = cached(*first.values())[1]
-        reference = shallow_reference(unet, **second)
+        reference = shallow_reference(unet, second)
     torch.testing.assert_close(reference, expected)
 
     inputs, outputs = borders("unet_shallow", checkpoint=found, profile=PROFILE)

@@ -139,12 +139,6 @@ def test_other_conditioning_is_refused(folder: Path, tmp_path: Path) -> None:
         find_checkpoint(str(copy))
 
 
-def test_feature_cache_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="Stable Diffusion XL is not cut"):
-        export(folder, tmp_path / "bundle", feature_cache=True)
-    assert not (tmp_path / "bundle").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -223,6 +223,7 @@ def exported(
     height: int | None = None,
     width: int | None = None,
     sizes: Sequence[tuple[int, int]] = (),
+    feature_cache: bool = False,
 ) -> Iterator[TinyModel]:
     """Export ``checkpoint`` to a folder beside it and open that; frees its engines at the end."""
     from diffusers import ControlNetModel, DiffusionPipeline
@@ -253,6 +254,7 @@ def exported(
             height=height,
             width=width,
             sizes=sizes,
+            feature_cache=feature_cache,
         )
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield TinyModel(checkpoint, bundle, pipeline, oracle, nets)
@@ -439,11 +441,12 @@ def ldm3d_model(
 def sized_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     """16×40 and 24×16 pictures, two at a time, of an XL checkpoint, which is told so.
 
-    Its own are square.
+    Its own are square. It has a shallow UNet.
     """
     folder = tmp_path_factory.mktemp("sized") / "checkpoint"
     make_xl_checkpoint(folder, block_out_channels=(16,))
-    with exported(folder, batch_size=2, height=16, width=40, sizes=[(24, 16)]) as model:
+    sizes: dict[str, Any] = {"height": 16, "width": 40, "sizes": [(24, 16)]}
+    with exported(folder, batch_size=2, feature_cache=True, **sizes) as model:
         yield model
 
 

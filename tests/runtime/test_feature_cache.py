@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
+PICTURE = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -100,6 +102,27 @@ def test_same_picture_as_diffusers_with_kept_features(
         latents = torch.from_numpy(reference) / oracle.vae.config.scaling_factor
         pixels = oracle.image_processor.postprocess(oracle.vae.decode(latents).sample, "np")
     assert (np.abs(np.round(255 * pixels) - result.pixels) <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_interval": 2},
+        {"cache_interval": 3, "guidance_scale": 1.0, "height": 24, "width": 16},
+        {"cache_interval": 2, "image": PICTURE, "strength": 0.7},
+    ],
+    ids=["text", "another size", "image"],
+)
+def test_xl_draws_as_diffusers_with_kept_features(
+    sized_model: TinyModel, options: dict[str, Any]
+) -> None:
+    request = Request(("a cat", "a dog"), seed=7, num_inference_steps=7, **options)
+    unet = sized_model.oracle.components["unet"]
+    with deep_features_kept(unet, interval=request.cache_interval) as whole:
+        sized_model.assert_same(request)
+    timings = sized_model.pipeline.generate(request).timings
+    assert len(timings.runs_ms("unet")) == sum(whole)
+    assert len(timings.runs_ms("unet_shallow")) == len(whole) - sum(whole) > 0
 
 
 def test_no_features_of_another_batch(tiny_model: TinyModel, pipeline: Pipeline) -> None:
