@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -16,12 +17,13 @@ import numpy as np
 
 from sd_engines.engine import build_engine, load_engine
 from sd_export.memory import release
-from sd_runtime.conditioning import PromptEncoder
+from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.denoise import denoise
+from sd_runtime.engines import text_encoders
 from sd_runtime.noise import NoiseStream
 from sd_runtime.pipeline import TOKENIZER_OF
 from sd_runtime.plan import Plan, max_prompt_chunks, plan
-from sd_runtime.request import Request
+from sd_runtime.request import ImageRequest, Request
 from sd_runtime.start import begin
 from sd_runtime.timing import Timings
 from sd_runtime.tokenizer import Tokenizer
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from sd_engines.engine import Array, Engine
+    from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
     from sd_export.verify import Proof
+    from sd_runtime.conditioning import PromptEmbeds
 
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -61,7 +64,7 @@ _SEED = 20_220_822
 class Calibration:
     """A bundle to draw with, and what. ``folder`` holds its graphs, sealed or not yet.
 
-    ``manifest`` lists at least the text encoder and the UNet among its components.
+    ``manifest`` lists at least the text encoders and the UNet among its components.
     """
 
     folder: Path
@@ -100,16 +103,19 @@ class Calibration:
             ),
             self.manifest,
         )
-        embeds = self._embeds()
+        images = [
+            ImageRequest(prompt, planned.request.negative_prompts[0], _SEED + index)
+            for index, prompt in enumerate((*self.prompts, _HELD_OUT))
+        ]
+        embeds = self._embeds([planned.texts(image) for image in images])
         every = max(1, planned.table.num_rows // _KEPT)
         inputs: list[dict[str, np.ndarray]] = []
         held_out: list[dict[str, np.ndarray]] = []
         outputs: list[np.ndarray] = []
         with self._engine("unet") as unet:
-            for index, prompt in enumerate((*self.prompts, _HELD_OUT)):
-                drawn = _draw(
-                    unet, planned, self.manifest.latents_shape, embeds, prompt, _SEED + index
-                )
+            for index, image in enumerate(images):
+                shape, texts = self.manifest.latents_shape, embeds[planned.texts(image)]
+                drawn = _draw(unet, planned, shape, texts, seed=image.seed)
                 for row, (seen, noise_pred) in enumerate(drawn):
                     if index == len(self.prompts):
                         held_out.append(seen)
@@ -124,21 +130,25 @@ class Calibration:
             reference_name=f"the bundle's ONNX, fp32, openvino {version}, along a picture",
         )
 
-    def _embeds(self) -> dict[str, Array]:
-        """All texts, encoded."""
-        tokenizer = Tokenizer.load(
-            self.folder / TOKENIZER_OF["text_encoder"],
-            max_tokens=self.manifest.model.max_prompt_tokens,
-        )
-        texts = ["", *self.prompts, _HELD_OUT]
-        with self._engine("text_encoder") as text_encoder:
-            encoder = PromptEncoder(
-                {"text_encoder": (tokenizer, text_encoder)},
-                max_chunks=max_prompt_chunks(self.manifest),
-            )
-            embeds = encoder.encode([(text,) for text in texts], timings=Timings())
+    def _embeds(
+        self, texts: Sequence[tuple[str | None, ...]]
+    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+        """What is read for each picture, encoded."""
+        with ExitStack() as opened:
+            encoders = {
+                name: (
+                    Tokenizer.load(
+                        self.folder / TOKENIZER_OF[name],
+                        max_tokens=self.manifest.model.max_prompt_tokens,
+                    ),
+                    opened.enter_context(self._engine(name)),
+                )
+                for name in text_encoders(self.manifest)
+            }
+            encoder = PromptEncoder(encoders, max_chunks=max_prompt_chunks(self.manifest))
+            embeds = encoder.encode(texts, timings=Timings())
         release()
-        return {str(text): encoded.prompt_embeds for (text,), (encoded,) in embeds.items()}
+        return embeds
 
     def _engine(self, component: str) -> Engine:
         entry, profile = self.manifest.components[component], self.manifest.profile
@@ -163,25 +173,29 @@ def _draw(
     unet: Engine,
     plan: Plan,
     shape: tuple[int, ...],
-    embeds: dict[str, Array],
-    prompt: str,
+    texts: tuple[PromptEmbeds, ...],
+    *,
     seed: int,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Draw one picture; on each step what the UNet was given by name, and its noise_pred."""
-    guided = bool(plan.guided_rows)
-    binding = unet.bind(2 if guided else 1, pictures=1)  # the one that the loop writes to
+    """Draw one picture; on each step what the UNet was given by name, and its noise_pred.
+
+    ``texts`` are the prompt, and the negative one where the picture is guided.
+    """
+    prompts, negatives = texts[:1], texts[1:]
+    binding = unet.bind(len(texts), pictures=1)  # the one that the loop writes to
     noise = [NoiseStream(seed)]
     for _ in denoise(
         unet,
         begin(plan.task, noise, shape, plan.table).latents,
-        prompt_embeds=[embeds[prompt]],
-        negative_prompt_embeds=[embeds[""]] if guided else [],
+        prompt_embeds=[text.prompt_embeds for text in prompts],
+        negative_prompt_embeds=[text.prompt_embeds for text in negatives],
         guidance_scale=plan.guidance_scale,
         guided_rows=plan.guided_rows,
         table=plan.table,
         noise=noise,
         timings=Timings(),
-        unet_inputs=plan.unet_inputs,
+        unet_inputs={**plan.unet_inputs, **pooled_inputs(prompts)},
+        negative_unet_inputs={**plan.negative_unet_inputs, **pooled_inputs(negatives)},
     ):
         seen = {name: array.copy() for name, array in binding.inputs.items()}
         yield seen, binding.outputs["noise_pred"].copy()

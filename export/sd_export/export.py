@@ -12,7 +12,6 @@ from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
-from sd_export.family import is_xl
 from sd_export.job import RECORD_FILE, Job
 from sd_export.license import license_words
 from sd_export.memory import settled
@@ -157,9 +156,9 @@ def export(
             if precision == "int8":
                 check_quantizable(
                     "fp32",
-                    for_xl=is_xl(checkpoint.configs),
                     from_text=not (
                         checkpoint.is_for_inpainting
+                        or checkpoint.is_refiner
                         or checkpoint.is_for_depth
                         or checkpoint.reads_image
                         or checkpoint.max_noise_level is not None

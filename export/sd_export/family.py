@@ -81,7 +81,8 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
     (r"model\.diffusion_model\.label_emb\.weight", "an upscaler in one file"),
     (r"((en|de)coder\.)?(down|up)_blocks\.|text_model\.", "one model of a folder, not the whole"),
 )
-_REFINER_TIME_IDS = 5
+REFINER_TIME_IDS = 5
+"""How many numbers a refiner is told of a picture; its base model is told 6."""
 _LDM3D_CHANNELS = (4, 6)
 """A picture's three, and those of its depth: one, or a picture of it."""
 _BY_CHANNELS = {
@@ -143,7 +144,7 @@ def check_configs(
         "text_time",
     ):
         problem = f"its UNet takes further conditioning, {kind} (Kandinsky, Kolors)"
-    elif kind == "text_time" and num_time_ids(configs) not in (6, _REFINER_TIME_IDS):
+    elif kind == "text_time" and num_time_ids(configs) not in (6, REFINER_TIME_IDS):
         problem = "its UNet takes not the pooled prompt and sizes of Stable Diffusion XL"
     elif unet.get("class_embed_type"):
         problem = "its UNet takes an embedded picture (Stable unCLIP)"
@@ -244,7 +245,7 @@ def painted_channels(configs: Mapping[str, Mapping[str, Any]]) -> int:
 
 def is_refiner(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the UNet is told of a picture's aesthetic score in the place of its target size."""
-    return is_xl(configs) and num_time_ids(configs) == _REFINER_TIME_IDS
+    return is_xl(configs) and num_time_ids(configs) == REFINER_TIME_IDS
 
 
 def _error(message: str) -> ExportError:

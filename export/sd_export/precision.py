@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
 from sd_engines.spec import CONTROLNET, TIME_IDS, Precision
+from sd_export.family import REFINER_TIME_IDS
 from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ _COARSENESS = ("fp32", "fp16", "bf16", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
 _HALVED = ("unet", "unet_shallow")
+_OF_A_PICTURE = (("encoder_hidden_states", (1,)), (TIME_IDS, (REFINER_TIME_IDS,)))
+"""Inputs of a UNet, and the length of their axis 1, that tell it of a picture: in the place of a
+prompt, or how much people liked it."""
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
 
@@ -73,19 +77,12 @@ def check_request(
         )
 
 
-def check_quantizable(
-    graph: Precision, *, for_xl: bool, from_text: bool, feature_cache: bool
-) -> None:
+def check_quantizable(graph: Precision, *, from_text: bool, feature_cache: bool) -> None:
     """`ConfigError` for a UNet of which no int8 engine can be made and measured."""
     if graph != "fp32":
         raise ConfigError(
             f"the bundle's unet is {graph}; int8 cannot be made of it",
             "Export the checkpoint again with --backend openvino --precision int8.",
-        )
-    if for_xl:
-        raise ConfigError(
-            "int8 is for UNets of Stable Diffusion v1 and v2, and this one is of XL",
-            "Take --precision bf16 or fp32.",
         )
     if not from_text:
         raise ConfigError(
@@ -131,10 +128,8 @@ def engine_precision(
     if backend == "openvino" and precision == "int8" and component in QUANTIZED:
         check_quantizable(
             entry.precision,
-            for_xl=any(spec.name == TIME_IDS for spec in entry.inputs),
             from_text=not any(
-                spec.name in CHANNEL_INPUTS[1:]
-                or (spec.name == "encoder_hidden_states" and spec.shape[1] == 1)
+                spec.name in CHANNEL_INPUTS[1:] or (spec.name, spec.shape[1:2]) in _OF_A_PICTURE
                 for spec in entry.inputs
             ),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from sd_export.cli import main
 from sd_runtime import Pipeline, Request
 from sd_runtime.cli import main as sd_run
 from tiny_onnx import needs
+from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +71,24 @@ def bundle(
     assert code == 0
     said.append(stdout.getvalue())
     return path
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of Stable Diffusion XL."""
+    return make_xl_checkpoint(tmp_path_factory.mktemp("xl") / "tiny", block_out_channels=(16,))
+
+
+@pytest.fixture(scope="module")
+def xl_report(xl: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """``xl`` with an int8 UNet alone."""
+    return sd_export.export(
+        xl,
+        tmp_path_factory.mktemp("int8") / "bundle",
+        backends=("openvino",),
+        precision="int8",
+        calibration_prompts=prompts.read_text().splitlines(),
+    )
 
 
 def test_it_is_added_beside_the_exact_engines(
@@ -155,27 +174,39 @@ def test_it_is_made_again_only_for_other_prompts(bundle: Path, prompts: Path) ->
     assert (bundle / "bundle.json").read_bytes() == before
 
 
-def test_calibration_follows_the_sampler(report: ExportReport, checkpoint: Path) -> None:
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' Euler, of numpy
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_calibration_follows_the_sampler(
+    family: str, report: ExportReport, checkpoint: Path, xl: Path, xl_report: ExportReport
+) -> None:
     """Trajectories of diffusers' own pipeline: the UNet there is asked the same."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
+    if family == "xl":
+        report, checkpoint = xl_report, xl
     prompts = ["a red circle", "a cat", "a dog"]
     calibration = Calibration.of(report.path, report.manifest, prompts)
     inputs, proof = calibration.draw()
-    oracle = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    options = {"add_watermarker": False} if family == "xl" else {"safety_checker": None}
+    oracle = DiffusionPipeline.from_pretrained(checkpoint, **options)
     oracle.set_progress_bar_config(disable=True)
     asked: list[dict[str, np.ndarray]] = []
-    oracle.unet.register_forward_pre_hook(
-        lambda module, arguments, options: asked.append(
+    pictures = 2 if family == "xl" else 1  # v1's both halves are of one picture
+
+    def keep(_module: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        added = options["added_cond_kwargs"] or {}
+        names = {"text_embeds": "pooled_prompt_embeds", "time_ids": "time_ids"}
+        asked.append(
             {
-                "sample": arguments[0][:1].numpy().copy(),  # both halves are of one picture
-                "timestep": np.full(1, float(arguments[1]), np.float32),
+                "sample": arguments[0][:pictures].numpy().copy(),
+                "timestep": np.full(pictures, float(arguments[1]), np.float32),
                 "encoder_hidden_states": options["encoder_hidden_states"].numpy().copy(),
+                **{names[theirs]: tensor.numpy().copy() for theirs, tensor in added.items()},
             }
-        ),
-        with_kwargs=True,
-    )
+        )
+
+    oracle.unet.register_forward_pre_hook(keep, with_kwargs=True)
     for index, prompt in enumerate([*prompts, "a red circle on a white background"]):
         oracle(
             prompt,
@@ -187,13 +218,14 @@ def test_calibration_follows_the_sampler(report: ExportReport, checkpoint: Path)
     rows = len(asked) // 4
     every = rows // 3
     kept = [asked[p * rows + r] for p in range(3) for r in range(rows) if (r + p) % every == 0]
-    assert len(inputs) == len(kept) == rows
+    assert len(inputs) == len(kept)
     for found, wanted in zip(inputs, kept, strict=True):
+        assert found.keys() == wanted.keys()
         for name, array in wanted.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
     held_out = np.concatenate([step["sample"] for step in asked[3 * rows :]])
     np.testing.assert_allclose(proof.inputs["sample"], held_out, rtol=1e-3, atol=1e-4)
-    assert proof.reference["noise_pred"].shape == (2 * len(held_out), *held_out.shape[1:])
+    assert proof.reference["noise_pred"].shape == (2 * rows, *held_out.shape[1:])
 
 
 def test_calibration_asks_for_no_more_than_the_checkpoint_takes(report: ExportReport) -> None:
@@ -214,28 +246,22 @@ def test_calibration_is_known_by_its_prompts(report: ExportReport) -> None:
     assert digest(None) != digest(PROMPTS[1:])
 
 
-def test_a_bundle_of_nothing_else(smallest: Path, prompts: Path, tmp_path: Path) -> None:
-    report = sd_export.export(
-        smallest,
-        tmp_path / "bundle",
-        backends=("openvino",),
-        precision="int8",
-        calibration_prompts=prompts.read_text().splitlines(),
-    )
-    rows = {c.component: c for c in report.manifest.certificate}
+def test_a_bundle_of_nothing_else(xl_report: ExportReport) -> None:
+    rows = {c.component: c for c in xl_report.manifest.certificate}
     assert rows["unet"].reference.endswith("along a picture")
     assert rows["end_to_end"].reference.startswith("diffusers")
     assert {name: row.precision for name, row in rows.items()} == {
         "text_encoder": "fp32",
+        "text_encoder_2": "fp32",
         "unet": "int8",
         "vae_decoder": "fp32",
         "vae_encoder": "fp32",
         "end_to_end": "int8",
     }
     assert 1e-3 < rows["unet"].figure < rows["unet"].tolerance
-    with Pipeline.load(tmp_path / "bundle") as pipeline:
+    with Pipeline.load(xl_report.path) as pipeline:
         assert pipeline.engines["unet"].precision == "int8"
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert [p.name for p in xl_report.path.parent.iterdir()] == ["bundle"]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +295,22 @@ def test_a_unet_that_is_fed_a_mask_is_refused(checkpoint: Path, tmp_path: Path) 
         sd_export.export(folder, tmp_path / "bundle", backends=("openvino",), precision="int8")
     assert "bf16" in caught.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_refiner_is_refused(tmp_path: Path) -> None:
+    refiner = make_xl_checkpoint(tmp_path / "tiny", refiner=True, block_out_channels=(16,))
+    with pytest.raises(ConfigError, match="takes a picture") as caught:
+        sd_export.export(refiner, tmp_path / "bundle", backends=("openvino",), precision="int8")
+    assert "bf16" in caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_refiner_is_known_by_its_inputs(xl_report: ExportReport) -> None:
+    entry = xl_report.manifest.components["unet"]
+    scored = [replace(s, shape=("batch", 5)) if s.name == "time_ids" else s for s in entry.inputs]
+    entry = replace(entry, inputs=tuple(scored))
+    with pytest.raises(ConfigError, match="takes a picture"):
+        precision.engine_precision("unet", "openvino", entry=entry, precision="int8")
 
 
 def test_a_unet_that_caches_is_refused(smallest: Path, cached_bundle: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from compvis import original_state
-from sd_engines.errors import ConfigError, ExportError
+from sd_engines.errors import ExportError
 from sd_engines.spec import Defaults
 from sd_export import export
 from sd_export.clip_vocabulary import clip_vocabulary
@@ -137,17 +137,3 @@ def test_other_conditioning_is_refused(folder: Path, tmp_path: Path) -> None:
     (copy / "unet/config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="not the pooled prompt and sizes"):
         find_checkpoint(str(copy))
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"backends": ["openvino"], "precision": "int8"}, "int8"),
-    ],
-)
-def test_what_is_of_v1_and_v2_alone_is_refused_by_name(
-    folder: Path, tmp_path: Path, options: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"{named} is for .*Stable Diffusion v1 and v2"):
-        export(folder, tmp_path / "bundle", **options)
-    assert not (tmp_path / "bundle").exists()
