@@ -27,7 +27,7 @@ from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from sd_engines.spec import Profile
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 Borders: TypeAlias = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 """Inputs and outputs."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 
 def stamps(checkpoint: Checkpoint) -> dict[Path, tuple[int, int] | None]:

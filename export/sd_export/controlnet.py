@@ -14,19 +14,15 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
 from sd_export.family import CONTROLNET_STRENGTH
-from sd_export.source import (
-    SINGLE_FILE_SUFFIXES,
-    Checkpoint,
-    local_path,
-    read_json,
-    weight_files,
-)
+from sd_export.model_files import read_json, weight_files
+from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from sd_engines.spec import Profile
+    from sd_export.checkpoint import Checkpoint
 
 _HINT = (
     "Name a ControlNet of the checkpoint's own kind: its Hub id, or a folder as diffusers saves it."

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
+    from sd_export.checkpoint import Checkpoint
     from sd_export.progress import StageLog
-    from sd_export.source import Checkpoint
     from sd_export.verify import Arrays
     from sd_export.work import WorkFolder
 

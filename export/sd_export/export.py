@@ -17,7 +17,7 @@ from sd_export.license import license_words
 from sd_export.memory import settled
 from sd_export.precision import check_quantizable, check_request
 from sd_export.progress import StageLog, silent
-from sd_export.source import Checkpoint, find_checkpoint
+from sd_export.source import find_checkpoint
 from sd_export.work import work_folder
 from sd_runtime.request import Request
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sd_engines.spec import Precision
+    from sd_export.checkpoint import Checkpoint
     from sd_export.progress import Progress, StageEvent
 
 _MAX_PIXELS = 8192

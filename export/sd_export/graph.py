@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.spec import Precision, Profile
+    from sd_export.checkpoint import Checkpoint
     from sd_export.progress import StageLog
-    from sd_export.source import Checkpoint
     from sd_export.verify import Proof
     from sd_export.work import WorkFolder
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ExportError
-from sd_export.source import CONTROLNET_STEM, WEIGHT_STEMS, read_index
+from sd_export.model_files import CONTROLNET_STEM, WEIGHT_STEMS
+from sd_export.source import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator

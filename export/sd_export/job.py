@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from sd_engines.spec import Precision, Profile
+    from sd_export.checkpoint import Checkpoint
     from sd_export.progress import StageLog
-    from sd_export.source import Checkpoint
     from sd_export.work import WorkFolder
 
 RECORD_FILE = "export.json"

@@ -10,7 +10,7 @@ from sd_engines.spec import STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 LICENSE_FILE = "LICENSE.md"
 MODEL_CARD_FILE = "MODEL_CARD.md"

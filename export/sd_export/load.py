@@ -16,6 +16,7 @@ import torch
 
 from sd_engines.errors import ExportError
 from sd_engines.spec import CONTROLNET, TEXT_ENCODERS
+from sd_export.checkpoint import TOKENIZER_FOLDERS
 from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.embedding import add_tokens, add_vectors
 from sd_export.family import is_xl
@@ -23,7 +24,6 @@ from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.single_file import single_file_names
-from sd_export.source import TOKENIZER_FOLDERS
 from sd_export.weights import Place, Weights
 from sd_runtime.plan import pipeline_scheduler_config
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     import tokenizers
 
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 # transformers < 5 wrote one more level; `position_ids` was a weight until 4.31
 _TEXT_PREFIX = re.compile(r"^text_model\.")

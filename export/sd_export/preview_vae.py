@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError, ExportError
-from sd_export.source import local_path, read_json, weight_files
+from sd_export.model_files import read_json, weight_files
+from sd_export.source import local_path
 from sd_export.weights import Weights
 
 if TYPE_CHECKING:
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 PREVIEW_VAE = "preview_vae"
 _HINT = "Name a tiny VAE of the checkpoint's family: madebyollin/taesd, or a folder as diffusers'."

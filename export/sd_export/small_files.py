@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.bundle import FileEntry
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 
 def write_small_files(checkpoint: Checkpoint, bundle: Path) -> dict[str, FileEntry]:

@@ -1,60 +1,42 @@
 """Finds a checkpoint and says what it is, before anything of it is loaded.
 
-A checkpoint is a folder in the diffusers layout (local, or fetched from the Hub) or one file in
-the original CompVis layout. Either way the result is a `Checkpoint`: plain configs and the paths
-of weight files.
+It is a folder in the diffusers layout (local, or fetched from the Hub) or one file in the original
+CompVis layout. Either way the result is a `Checkpoint`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError, nearest
 from sd_engines.spec import Defaults
+from sd_export.checkpoint import TOKENIZER_FOLDERS, Checkpoint
 from sd_export.family import (
     LATENT_CONSISTENCY,
     XL,
     check_configs,
     family_of,
-    is_latent_upscaler,
     is_refiner,
     is_upscaler,
     is_xl,
     lone_model,
-    painted_channels,
     pipeline_defaults,
     text_encoders,
 )
 from sd_export.license import card_license
+from sd_export.model_files import missing_part, read_json, weight_files
 from sd_export.upscaler import LOW_RES_SCHEDULER, max_noise_level, upscaler_configs
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sd_export.embedding import Embedding
-    from sd_export.vae import Vae
-    from sd_runtime.lora import Lora
 
-WEIGHT_STEMS = {
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "safety_checker": "model",
-    "depth_estimator": "model",
-    "image_encoder": "model",
-}
-"""Models of a checkpoint folder, and the stem of their safetensors file."""
 _SEERS = ("safety_checker", DEPTH_ESTIMATOR, IMAGE_ENCODER)
 """Models of pictures, which the checkpoint's feature_extractor prepares for them."""
-CONTROLNET_STEM = "diffusion_pytorch_model"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -62,116 +44,6 @@ _LAYOUT_HINT = (
     "Name a Hub id, a folder in the diffusers layout (with model_index.json), or a .safetensors "
     "or .ckpt file in the original layout."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Where a checkpoint's parts lie, and their configs in diffusers' words.
-
-    ``configs`` has ``text_encoder``, ``text_encoder_2``, both, or ``image_encoder`` in their place;
-    ``unet``, ``vae``, ``scheduler``; and ``safety_checker`` or ``depth_estimator`` where the
-    checkpoint has them, with ``feature_extractor`` where it has any model of pictures; the x4
-    upscaler's has ``low_res_scheduler``. ``weights`` maps a model to its files, ``tokenizers`` a
-    text encoder to its tokenizer's folder. ``max_noise_level`` is an upscaler's.
-    ``single_file`` means the original layout: all models share one file, and the tokenizers are
-    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
-    is ``force_zeros_for_empty_prompt``.
-    When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
-    encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
-    to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
-    ``controlnet_0``, … to where they are from; each is a model with a config and weights.
-    """
-
-    source: str
-    revision: str | None
-    configs: Mapping[str, Mapping[str, Any]]
-    weights: Mapping[str, tuple[Path, ...]]
-    tokenizers: Mapping[str, Path]
-    licenses: tuple[Path, ...] = ()
-    license: str | None = None
-    single_file: bool = False
-    loras: tuple[Lora, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
-    max_prompt_chunks: int = 1
-    vae: Vae | None = None
-    controlnets: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = field(default=None)
-    assumed: str | None = None
-    defaults: Defaults = field(default_factory=Defaults)
-    force_zeros_for_empty_prompt: bool = False
-    max_noise_level: int | None = None
-
-    def is_in_original_layout(self, component: str) -> bool:
-        """Whether the names of the component's weights are to be translated."""
-        if component == "vae" and self.vae is not None:
-            return self.vae.single_file
-        return self.single_file and component in WEIGHT_STEMS
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents; a UNet that is fed more of them is for another task."""
-        return int(self.configs["vae"].get("latent_channels", 4))
-
-    @property
-    def is_for_inpainting(self) -> bool:
-        """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
-        return int(self.configs["unet"].get("in_channels", 4)) == 2 * self.latent_channels + 1
-
-    @property
-    def is_for_depth(self) -> bool:
-        """Whether the UNet takes a picture's depth beside the latents."""
-        return int(self.configs["unet"].get("in_channels", 4)) == self.latent_channels + 1
-
-    @property
-    def depth_channels(self) -> int:
-        """Channels in which the VAE paints depth beside the picture: 0 but of an LDM3D."""
-        return painted_channels(self.configs) - 3
-
-    @property
-    def reads_image(self) -> bool:
-        """Whether the UNet reads a picture in the place of a prompt."""
-        return not self.text_encoders
-
-    @property
-    def is_upscaler(self) -> bool:
-        """Whether the UNet takes a small picture beside the latents, which it makes larger."""
-        return is_upscaler(self.configs)
-
-    @property
-    def is_latent_upscaler(self) -> bool:
-        """Whether the UNet takes a small picture's latents, which it makes larger."""
-        return is_latent_upscaler(self.configs)
-
-    @property
-    def is_refiner(self) -> bool:
-        """Whether the UNet is that of Stable Diffusion XL's refiner."""
-        return is_refiner(self.configs)
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """The models that read prompts, in the order in which their embeddings lie."""
-        return text_encoders(self.configs)
-
-    def embeddings_of(self, text_encoder: str) -> tuple[Embedding, ...]:
-        """Those of ``embeddings`` that are for one text encoder."""
-        return tuple(e for e in self.embeddings if e.text_encoder == text_encoder)
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """How many tokens a prompt has, the first and the last included; a picture is one."""
-        if self.reads_image:
-            return 1
-        return int(self.configs[self.text_encoders[0]].get("max_position_embeddings", 77))
-
-    @property
-    def family(self) -> str:
-        """The family's name in the manifest."""
-        return family_of(self.configs)
-
-    @property
-    def prediction_type(self) -> str:
-        """What the UNet predicts, in diffusers' word."""
-        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
 
 
 def find_checkpoint(
@@ -273,13 +145,13 @@ def read_folder(
     parts = [*encoders, "unet", "vae"]
     for part in (*parts, "scheduler", *(TOKENIZER_FOLDERS[name] for name in encoders)):
         if not (folder / part).is_dir():
-            raise _missing(part, f"{source} has no folder {part}")
+            raise missing_part(part, f"{source} has no folder {part}")
     seers = [part for part in _SEERS if _is_named(index, part)]
     if not variation and IMAGE_ENCODER in seers:
         seers.remove(IMAGE_ENCODER)  # an IP-Adapter's, which pipelines may be saved with
     for part in (*seers, "feature_extractor") if seers else ():
         if not (folder / part).is_dir():
-            raise _missing(part, f"model_index.json names a {part}, {source} has none")
+            raise missing_part(part, f"model_index.json names a {part}, {source} has none")
     parts += seers
     configs = {part: read_json(folder / part / "config.json", component=part) for part in parts}
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -297,7 +169,9 @@ def read_folder(
         if not (tokenizer / "tokenizer.json").is_file() and not (
             (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
         ):
-            raise _missing(tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt")
+            raise missing_part(
+                tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt"
+            )
     return Checkpoint(
         source=source,
         revision=revision,
@@ -336,59 +210,3 @@ def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:
         component="checkpoint",
         stage="load",
     )
-
-
-def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
-    """The weight files of one model: safetensors before pickles, all shards of a sharded one."""
-    stem = WEIGHT_STEMS.get(component, CONTROLNET_STEM)
-    middle = f".{variant}" if variant else ""
-    pickle_stem = "pytorch_model" if stem == "model" else stem
-    for name in (f"{stem}{middle}.safetensors", f"{pickle_stem}{middle}.bin"):
-        if (folder / name).is_file():
-            return (folder / name,)
-        index = folder / f"{name}.index{middle}.json"
-        if not index.is_file():
-            index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = read_json(index, component=component).get("weight_map", {})
-            paths = tuple(folder / shard for shard in sorted(set(shards.values())))
-            for path in paths:
-                if path.parent != folder or not path.is_file():
-                    raise _missing(component, f"shard {path.name} is missing")
-            return paths
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    others = f"; found {', '.join(found)}" if found else ""
-    asked = f" for variant {variant!r}" if variant else ""
-    variants = sorted({m[1] for n in found if (m := re.search(r"\.(\w+)\.(safetensors|bin)$", n))})
-    hint = (
-        f"Try --variant {variants[0]}."
-        if variants and variant is None
-        else "Leave --variant out."
-        if variant
-        else "Download the checkpoint again."
-    )
-    raise ExportError(
-        f"no weights{asked} in {folder.name}/{others}", hint, component=component, stage="load"
-    )
-
-
-def read_json(path: Path, *, component: str) -> dict[str, Any]:
-    """A JSON object from ``path``; `ExportError` where it is missing or broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _missing(component, f"{path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"cannot read {path.name}: {error}",
-            "Download the checkpoint again.",
-            component=component,
-            stage="load",
-        ) from error
-    if not isinstance(value, dict):
-        raise _missing(component, f"{path.name} holds no object")
-    return value
-
-
-def _missing(component: str, message: str) -> ExportError:
-    return ExportError(message, "Download the whole checkpoint.", component=component, stage="load")

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
-from sd_export.source import HUB_ID, Checkpoint, read_json, weight_files
+from sd_export.model_files import read_json, weight_files
+from sd_export.source import HUB_ID
 from sd_export.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from sd_export.checkpoint import Checkpoint
 
 _SUFFIXES = (".safetensors", ".ckpt", ".pt")
 _USE = (

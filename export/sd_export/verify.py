@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile, TensorSpec
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
     Arrays = Mapping[str, np.ndarray]
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sd_engines.spec import Profile
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 COMPONENTS = (
     "text_encoder",

@@ -29,7 +29,7 @@ from tiny_xl import make_xl_checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,14 @@ from sd_export.borders import borders
 from sd_export.load import load_model
 from sd_export.onnx_export import OPSET, save, trace
 from sd_export.shallow_unet import shallow_reference
-from sd_export.source import Checkpoint, find_checkpoint
+from sd_export.source import find_checkpoint
 from sd_export.wrappers import wrap
 from tiny_xl import make_xl_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from sd_export.checkpoint import Checkpoint
 
 PROFILE = Profile(batch_size=1, height=64, width=64, vae_scale_factor=8)
 TIMESTEPS = torch.tensor([981.0, 21.0])

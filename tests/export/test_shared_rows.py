@@ -23,7 +23,7 @@ from tiny import make_checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_export.source import Checkpoint
+    from sd_export.checkpoint import Checkpoint
 
 PROFILE = Profile(batch_size=2, height=64, width=64, vae_scale_factor=8)
 

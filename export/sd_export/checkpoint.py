@@ -1,0 +1,137 @@
+"""What a checkpoint is, as data: its models' configs, and where their weights lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.spec import Defaults
+from sd_export.family import (
+    family_of,
+    is_latent_upscaler,
+    is_refiner,
+    is_upscaler,
+    painted_channels,
+    text_encoders,
+)
+from sd_export.model_files import WEIGHT_STEMS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sd_export.embedding import Embedding
+    from sd_export.vae import Vae
+    from sd_runtime.lora import Lora
+
+TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a checkpoint's parts lie, and their configs in diffusers' words.
+
+    ``configs`` has ``text_encoder``, ``text_encoder_2``, both, or ``image_encoder`` in their place;
+    ``unet``, ``vae``, ``scheduler``; and ``safety_checker`` or ``depth_estimator`` where the
+    checkpoint has them, with ``feature_extractor`` where it has any model of pictures; the x4
+    upscaler's has ``low_res_scheduler``. ``weights`` maps a model to its files, ``tokenizers`` a
+    text encoder to its tokenizer's folder. ``max_noise_level`` is an upscaler's.
+    ``single_file`` means the original layout: all models share one file, and the tokenizers are
+    CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
+    is ``force_zeros_for_empty_prompt``.
+    When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
+    encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
+    to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
+    ``controlnet_0``, … to where they are from; each is a model with a config and weights.
+    """
+
+    source: str
+    revision: str | None
+    configs: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, tuple[Path, ...]]
+    tokenizers: Mapping[str, Path]
+    licenses: tuple[Path, ...] = ()
+    license: str | None = None
+    single_file: bool = False
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    max_prompt_chunks: int = 1
+    vae: Vae | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = field(default=None)
+    assumed: str | None = None
+    defaults: Defaults = field(default_factory=Defaults)
+    force_zeros_for_empty_prompt: bool = False
+    max_noise_level: int | None = None
+
+    def is_in_original_layout(self, component: str) -> bool:
+        """Whether the names of the component's weights are to be translated."""
+        if component == "vae" and self.vae is not None:
+            return self.vae.single_file
+        return self.single_file and component in WEIGHT_STEMS
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents; a UNet that is fed more of them is for another task."""
+        return int(self.configs["vae"].get("latent_channels", 4))
+
+    @property
+    def is_for_inpainting(self) -> bool:
+        """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
+        return int(self.configs["unet"].get("in_channels", 4)) == 2 * self.latent_channels + 1
+
+    @property
+    def is_for_depth(self) -> bool:
+        """Whether the UNet takes a picture's depth beside the latents."""
+        return int(self.configs["unet"].get("in_channels", 4)) == self.latent_channels + 1
+
+    @property
+    def depth_channels(self) -> int:
+        """Channels in which the VAE paints depth beside the picture: 0 but of an LDM3D."""
+        return painted_channels(self.configs) - 3
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether the UNet reads a picture in the place of a prompt."""
+        return not self.text_encoders
+
+    @property
+    def is_upscaler(self) -> bool:
+        """Whether the UNet takes a small picture beside the latents, which it makes larger."""
+        return is_upscaler(self.configs)
+
+    @property
+    def is_latent_upscaler(self) -> bool:
+        """Whether the UNet takes a small picture's latents, which it makes larger."""
+        return is_latent_upscaler(self.configs)
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether the UNet is that of Stable Diffusion XL's refiner."""
+        return is_refiner(self.configs)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The models that read prompts, in the order in which their embeddings lie."""
+        return text_encoders(self.configs)
+
+    def embeddings_of(self, text_encoder: str) -> tuple[Embedding, ...]:
+        """Those of ``embeddings`` that are for one text encoder."""
+        return tuple(e for e in self.embeddings if e.text_encoder == text_encoder)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """How many tokens a prompt has, the first and the last included; a picture is one."""
+        if self.reads_image:
+            return 1
+        return int(self.configs[self.text_encoders[0]].get("max_position_embeddings", 77))
+
+    @property
+    def family(self) -> str:
+        """The family's name in the manifest."""
+        return family_of(self.configs)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts, in diffusers' word."""
+        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))

@@ -1,0 +1,81 @@
+"""The files of one model in a checkpoint's folder: its config, and its weights by any name."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from sd_engines.errors import ExportError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "safety_checker": "model",
+    "depth_estimator": "model",
+    "image_encoder": "model",
+}
+"""Models of a checkpoint folder, and the stem of their safetensors file."""
+CONTROLNET_STEM = "diffusion_pytorch_model"
+
+
+def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
+    """The weight files of one model: safetensors before pickles, all shards of a sharded one."""
+    stem = WEIGHT_STEMS.get(component, CONTROLNET_STEM)
+    middle = f".{variant}" if variant else ""
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    for name in (f"{stem}{middle}.safetensors", f"{pickle_stem}{middle}.bin"):
+        if (folder / name).is_file():
+            return (folder / name,)
+        index = folder / f"{name}.index{middle}.json"
+        if not index.is_file():
+            index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index, component=component).get("weight_map", {})
+            paths = tuple(folder / shard for shard in sorted(set(shards.values())))
+            for path in paths:
+                if path.parent != folder or not path.is_file():
+                    raise missing_part(component, f"shard {path.name} is missing")
+            return paths
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    others = f"; found {', '.join(found)}" if found else ""
+    asked = f" for variant {variant!r}" if variant else ""
+    variants = sorted({m[1] for n in found if (m := re.search(r"\.(\w+)\.(safetensors|bin)$", n))})
+    hint = (
+        f"Try --variant {variants[0]}."
+        if variants and variant is None
+        else "Leave --variant out."
+        if variant
+        else "Download the checkpoint again."
+    )
+    raise ExportError(
+        f"no weights{asked} in {folder.name}/{others}", hint, component=component, stage="load"
+    )
+
+
+def read_json(path: Path, *, component: str) -> dict[str, Any]:
+    """A JSON object from ``path``; `ExportError` where it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing_part(component, f"{path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"cannot read {path.name}: {error}",
+            "Download the checkpoint again.",
+            component=component,
+            stage="load",
+        ) from error
+    if not isinstance(value, dict):
+        raise missing_part(component, f"{path.name} holds no object")
+    return value
+
+
+def missing_part(component: str, message: str) -> ExportError:
+    """What to raise where a checkpoint lacks ``component``, or something of it."""
+    return ExportError(message, "Download the whole checkpoint.", component=component, stage="load")
