@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_export.load import load_pipeline, use_scheduler
+from sd_export.oracle import load_pipeline, use_scheduler
 from sd_export.source import find_checkpoint
 from sd_export.verify import relative_l2
 from sd_runtime import Request

@@ -22,6 +22,7 @@ from sd_engines.spec import (
 from sd_export.controlnet import residual_specs
 from sd_export.family import is_xl, num_time_ids
 from sd_export.image_encoder import picture_size
+from sd_export.kind import Kind
 from sd_export.shallow_unet import reads_text
 from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, IMAGE_ENCODER
 
@@ -63,7 +64,7 @@ def borders(
     if component in ("vae_decoder", "preview_decoder"):
         return (latents,), (images,)
     if component == "vae_encoder":
-        if checkpoint.is_latent_upscaler:
+        if checkpoint.kind is Kind.X2_UPSCALER:
             images, latents = (_halved(spec) for spec in (images, latents))
         return (images,), (latents, replace(latents, name="latents_std"))
     return (images,), (TensorSpec("nsfw_content_detected", "bool", (BATCH,)),)
@@ -76,7 +77,7 @@ def rows_share(checkpoint: Checkpoint) -> bool:
     first, and so does a latent upscaler; a model that was distilled with its guidance has one row a
     picture.
     """
-    tells_prompt = is_xl(checkpoint.configs) or checkpoint.is_latent_upscaler
+    tells_prompt = is_xl(checkpoint.configs) or checkpoint.kind is Kind.X2_UPSCALER
     return not (tells_prompt or checkpoint.configs["unet"].get("time_cond_proj_dim"))
 
 
@@ -85,7 +86,7 @@ def _text_borders(component: str, checkpoint: Checkpoint) -> Borders:
     tokens, width = int(text.get("max_position_embeddings", 77)), int(text["hidden_size"])
     ids = TensorSpec("input_ids", "int64", (BATCH, tokens))
     prompt_embeds = TensorSpec("prompt_embeds", "float32", (BATCH, tokens, width))
-    pools = component != "text_encoder" or checkpoint.is_latent_upscaler
+    pools = component != "text_encoder" or checkpoint.kind is Kind.X2_UPSCALER
     return (ids,), (prompt_embeds, _pooled(checkpoint)) if pools else (prompt_embeds,)
 
 
@@ -113,22 +114,32 @@ def _unet_borders(
         scales = TensorSpec("conditioning_scale", "float32", (BATCH, len(residuals)))
         control_embeds = TensorSpec("control_embeds", "float32", (axis, *features.shape[1:]))
         return (*inputs, *added, control_embeds, scales), residuals
-    one_channel = (axis, 1, *latents.shape[2:])
-    if checkpoint.is_for_inpainting:
-        inputs.append(TensorSpec("mask", "float32", one_channel))
-        inputs.append(TensorSpec("masked_image_latents", "float32", sample_shape))
-    if checkpoint.is_for_depth:
-        inputs.append(TensorSpec(DEPTH_MASK, "float32", one_channel))
-    if checkpoint.is_upscaler:
-        inputs.append(TensorSpec(LOW_RES_IMAGE, "float32", (axis, 3, *latents.shape[2:])))
-        inputs.append(TensorSpec(NOISE_LEVEL, "int64", (axis,)))
-    if checkpoint.is_latent_upscaler:
-        inputs += [_halved(replace(sample, name=LOW_RES_LATENTS)), _pooled(checkpoint)]
-    elif unet.get("time_cond_proj_dim"):
+    inputs += _task_inputs(checkpoint, sample)
+    if checkpoint.kind is not Kind.X2_UPSCALER and unet.get("time_cond_proj_dim"):
         cond_shape = (BATCH, int(unet["time_cond_proj_dim"]))
         inputs.append(TensorSpec(TIMESTEP_COND, "float32", cond_shape))
     outputs = (noise_pred, features) if feature_cache else (noise_pred,)
     return (*inputs, *added, *residuals), outputs
+
+
+def _task_inputs(checkpoint: Checkpoint, sample: TensorSpec) -> tuple[TensorSpec, ...]:
+    """What the UNet of a kind sees beside the ``sample``, the timestep and the prompt."""
+    axis, channels, *size = sample.shape
+
+    def beside(name: str, channels: str | int) -> TensorSpec:
+        return TensorSpec(name, "float32", (axis, channels, *size))
+
+    match checkpoint.kind:
+        case Kind.INPAINTING:
+            return beside("mask", 1), beside("masked_image_latents", channels)
+        case Kind.DEPTH:
+            return (beside(DEPTH_MASK, 1),)
+        case Kind.X4_UPSCALER:
+            return beside(LOW_RES_IMAGE, 3), TensorSpec(NOISE_LEVEL, "int64", (axis,))
+        case Kind.X2_UPSCALER:
+            return _halved(beside(LOW_RES_LATENTS, channels)), _pooled(checkpoint)
+        case _:
+            return ()
 
 
 def _latents(checkpoint: Checkpoint, profile: Profile) -> TensorSpec:
@@ -153,7 +164,7 @@ def _added(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
 
 def _pooled(checkpoint: Checkpoint) -> TensorSpec:
     width = checkpoint.configs.get("text_encoder_2", {}).get("projection_dim", 0)
-    if checkpoint.is_latent_upscaler:
+    if checkpoint.kind is Kind.X2_UPSCALER:
         width = checkpoint.configs["unet"]["cross_attention_dim"]
     return TensorSpec(POOLED_PROMPT_EMBEDS, "float32", (BATCH, int(width)))
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.spec import Defaults
 from sd_export.family import (
     family_of,
-    is_latent_upscaler,
     is_refiner,
-    is_upscaler,
     painted_channels,
     text_encoders,
 )
+from sd_export.kind import Kind, kind_of
 from sd_export.model_files import WEIGHT_STEMS
 
 if TYPE_CHECKING:
@@ -76,14 +75,9 @@ class Checkpoint:
         return int(self.configs["vae"].get("latent_channels", 4))
 
     @property
-    def is_for_inpainting(self) -> bool:
-        """Whether the UNet takes the mask and the masked picture's latents beside the latents."""
-        return int(self.configs["unet"].get("in_channels", 4)) == 2 * self.latent_channels + 1
-
-    @property
-    def is_for_depth(self) -> bool:
-        """Whether the UNet takes a picture's depth beside the latents."""
-        return int(self.configs["unet"].get("in_channels", 4)) == self.latent_channels + 1
+    def kind(self) -> Kind:
+        """What the UNet is for."""
+        return kind_of(self.configs)
 
     @property
     def depth_channels(self) -> int:
@@ -91,23 +85,8 @@ class Checkpoint:
         return painted_channels(self.configs) - 3
 
     @property
-    def reads_image(self) -> bool:
-        """Whether the UNet reads a picture in the place of a prompt."""
-        return not self.text_encoders
-
-    @property
-    def is_upscaler(self) -> bool:
-        """Whether the UNet takes a small picture beside the latents, which it makes larger."""
-        return is_upscaler(self.configs)
-
-    @property
-    def is_latent_upscaler(self) -> bool:
-        """Whether the UNet takes a small picture's latents, which it makes larger."""
-        return is_latent_upscaler(self.configs)
-
-    @property
-    def is_refiner(self) -> bool:
-        """Whether the UNet is that of Stable Diffusion XL's refiner."""
+    def requires_aesthetics_score(self) -> bool:
+        """Whether the UNet is told how much people liked the picture, as XL's refiner is."""
         return is_refiner(self.configs)
 
     @property
@@ -122,7 +101,7 @@ class Checkpoint:
     @property
     def max_prompt_tokens(self) -> int:
         """How many tokens a prompt has, the first and the last included; a picture is one."""
-        if self.reads_image:
+        if not self.text_encoders:
             return 1
         return int(self.configs[self.text_encoders[0]].get("max_position_embeddings", 77))
 

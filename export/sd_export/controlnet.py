@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
 from sd_export.family import CONTROLNET_STRENGTH
+from sd_export.kind import Kind
 from sd_export.model_files import read_json, weight_files
 from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
 
@@ -27,6 +28,32 @@ if TYPE_CHECKING:
 _HINT = (
     "Name a ControlNet of the checkpoint's own kind: its Hub id, or a folder as diffusers saves it."
 )
+_UPSCALER = (
+    "an upscaler, which is led by the picture that it makes larger",
+    "Leave --controlnet out.",
+)
+_REFUSED: Mapping[Kind, tuple[str, str]] = {
+    Kind.INPAINTING: (
+        "a UNet that is made for inpainting",
+        "Export the plain checkpoint with the ControlNet: its bundle inpaints too.",
+    ),
+    Kind.LDM3D: (
+        "an LDM3D, which draws from text alone",
+        "Leave --controlnet out, or export a checkpoint that paints no depth.",
+    ),
+    Kind.DEPTH: (
+        "a UNet that is made for depth to image",
+        "Export a plain checkpoint with a ControlNet that sees depth, such as "
+        "lllyasviel/sd-controlnet-depth.",
+    ),
+    Kind.X4_UPSCALER: _UPSCALER,
+    Kind.X2_UPSCALER: _UPSCALER,
+    Kind.REFINER: (
+        "a refiner, which goes on with what its base model began",
+        "Export the base model with the ControlNet: it leads the base model's steps.",
+    ),
+}
+"""Checkpoints that no ControlNet leads, and what to do."""
 _SAME_SHAPE = ("block_out_channels", "layers_per_block")
 """What a ControlNet copies of its UNet, and what decides the shape of its outputs.
 
@@ -65,32 +92,9 @@ def with_controlnets(
             "for what a ControlNet adds",
             "Leave one of them out, or make two bundles.",
         )
-    if checkpoint.is_for_inpainting:
-        raise ConfigError(
-            "--controlnet with a UNet that is made for inpainting",
-            "Export the plain checkpoint with the ControlNet: its bundle inpaints too.",
-        )
-    if checkpoint.depth_channels:
-        raise ConfigError(
-            "--controlnet with an LDM3D, which draws from text alone",
-            "Leave --controlnet out, or export a checkpoint that paints no depth.",
-        )
-    if checkpoint.is_for_depth:
-        raise ConfigError(
-            "--controlnet with a UNet that is made for depth to image",
-            "Export a plain checkpoint with a ControlNet that sees depth, such as "
-            "lllyasviel/sd-controlnet-depth.",
-        )
-    if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
-        raise ConfigError(
-            "--controlnet with an upscaler, which is led by the picture that it makes larger",
-            "Leave --controlnet out.",
-        )
-    if checkpoint.is_refiner:
-        raise ConfigError(
-            "--controlnet with a refiner, which goes on with what its base model began",
-            "Export the base model with the ControlNet: it leads the base model's steps.",
-        )
+    if checkpoint.kind in _REFUSED:
+        what, hint = _REFUSED[checkpoint.kind]
+        raise ConfigError(f"--controlnet with {what}", hint)
     found = [find_controlnet(source) for source in sources]
     for controlnet in found:
         check_controlnet(controlnet, checkpoint.configs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
 from sd_engines.errors import BackendError, EngineMismatchError
 from sd_export.graph_proof import proving_engine, words_of
+from sd_export.kind import UPSCALERS, Kind
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_export.work import key_of
@@ -107,7 +108,7 @@ def prove_end_to_end(
 
 
 def _prompt(checkpoint: Checkpoint) -> str:
-    if checkpoint.reads_image:
+    if checkpoint.kind is Kind.VARIATIONS:
         return ""
     words = dict.fromkeys(embedding.tokens[0] for embedding in checkpoint.embeddings)
     return " ".join([_PROMPT, *words])
@@ -115,10 +116,7 @@ def _prompt(checkpoint: Checkpoint) -> str:
 
 def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     """The pictures that are drawn from, where it is not from text alone."""
-    begins = checkpoint.is_for_inpainting or checkpoint.is_for_depth or checkpoint.is_refiner
-    upscales = checkpoint.is_upscaler or checkpoint.is_latent_upscaler
-    from_image = begins or checkpoint.reads_image or upscales
-    if not (checkpoint.controlnets or from_image):
+    if checkpoint.kind in (Kind.TEXT, Kind.LDM3D) and not checkpoint.controlnets:
         return {}
     import numpy as np
 
@@ -126,14 +124,14 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     image = np.stack([rows * 255 // profile.height, columns * 255 // profile.width, 0 * rows], -1)
     if checkpoint.controlnets:
         return {"control_image": [image.astype(np.uint8)] * len(checkpoint.controlnets)}
-    if upscales:
-        scale = profile.vae_scale_factor if checkpoint.is_upscaler else 2
+    if checkpoint.kind in UPSCALERS:
+        scale = profile.vae_scale_factor if checkpoint.kind is Kind.X4_UPSCALER else 2
         small = image[::scale, ::scale]
         return {"image": small.astype(np.uint8)}
     pictures = {"image": image.astype(np.uint8)}
-    if checkpoint.reads_image:
+    if checkpoint.kind is Kind.VARIATIONS:
         return pictures
-    if checkpoint.is_for_inpainting:
+    if checkpoint.kind is Kind.INPAINTING:
         pictures["mask"] = (255 * (rows < profile.height // 2)).astype(np.uint8)
     return {**pictures, "strength": 1.0}  # so that every step of few is run
 
@@ -149,7 +147,8 @@ def _reference_picture(
     import numpy as np
     import torch
 
-    from sd_export.load import load_pipeline, quiet
+    from sd_export.load import quiet
+    from sd_export.oracle import load_pipeline
 
     inputs: dict[str, Any] = {}
     if request.control_image:
@@ -158,9 +157,9 @@ def _reference_picture(
         inputs = {"image": request.image.image}
     if request.strength is not None:
         inputs["strength"] = request.strength
-    if not checkpoint.reads_image:
+    if checkpoint.kind is not Kind.VARIATIONS:
         inputs["prompt"] = request.prompt
-    if request.image is None or request.mask is not None or checkpoint.reads_image:
+    if request.image is None or request.mask is not None or checkpoint.kind is Kind.VARIATIONS:
         inputs |= {"height": profile.height, "width": profile.width}
     if request.mask is not None:
         inputs["mask_image"] = request.mask.image
@@ -176,7 +175,7 @@ def _reference_picture(
         return tensors
 
     inputs["output_type"] = "latent"
-    if checkpoint.depth_channels:  # LDM3D's pipeline fails on latents, others know no such callback
+    if checkpoint.kind is Kind.LDM3D:  # whose pipeline fails on latents; others know no callback
         inputs |= {"output_type": "np", "callback_on_step_end": keep}
     with torch.inference_mode(), quiet():
         output = pipeline(
@@ -185,7 +184,7 @@ def _reference_picture(
             generator=torch.Generator("cpu").manual_seed(_SEED),
             **inputs,
         )
-        if checkpoint.depth_channels:
+        if checkpoint.kind is Kind.LDM3D:
             latents, pixels = last["latents"], output.rgb
         else:
             latents = output.images

@@ -13,6 +13,7 @@ from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
 from sd_export.job import RECORD_FILE, Job
+from sd_export.kind import UPSCALERS, Kind
 from sd_export.license import license_words
 from sd_export.memory import settled
 from sd_export.precision import check_quantizable, check_request
@@ -113,7 +114,7 @@ def export(
             )
             checkpoint = replace(checkpoint, defaults=_defaults(checkpoint.defaults, asked))
             checkpoint = replace(checkpoint, max_prompt_chunks=max_prompt_chunks)
-            if checkpoint.reads_image:
+            if checkpoint.kind is Kind.VARIATIONS:
                 asked_for = {
                     "--embedding": bool(embeddings),
                     "--max-prompt-chunks": max_prompt_chunks > 1,
@@ -121,7 +122,7 @@ def export(
                     "--lora": bool(loras),
                 }
                 _refuse(asked_for, "is for prompts, and the checkpoint reads a picture instead")
-            if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
+            if checkpoint.kind in UPSCALERS:
                 tiled = {"--vae-tiling": vae_tiling}
                 _refuse(tiled, "is not for upscalers, whose tiles are another thing")
             if loras:
@@ -157,13 +158,7 @@ def export(
             if precision == "int8":
                 check_quantizable(
                     "fp32",
-                    from_text=not (
-                        checkpoint.is_for_inpainting
-                        or checkpoint.is_refiner
-                        or checkpoint.is_for_depth
-                        or checkpoint.reads_image
-                        or checkpoint.max_noise_level is not None
-                    ),
+                    from_text=checkpoint.kind in (Kind.TEXT, Kind.LDM3D),
                     feature_cache=feature_cache,
                 )
             if feature_cache:
@@ -231,9 +226,9 @@ def _profile(
     """The shapes asked for; the checkpoint's own sample size where nothing is."""
     factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
     step = max(factor, 8)  # diffusers draws no other, whatever the VAE
-    if checkpoint.is_upscaler or checkpoint.is_latent_upscaler:
+    if checkpoint.kind in UPSCALERS:
         # Of a small picture whose sides are no multiples of it diffusers leaves something out.
-        step = factor * (factor if checkpoint.is_upscaler else 2)
+        step = factor * (factor if checkpoint.kind is Kind.X4_UPSCALER else 2)
     sample = checkpoint.configs["unet"].get("sample_size") or 64
     rows, columns = (sample, sample) if isinstance(sample, int) else sample
     height = rows * factor if height is None else height

@@ -337,7 +337,7 @@ class Job:
             defaults=checkpoint.defaults,
             vae=None if checkpoint.vae is None else checkpoint.vae.source,
             force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
-            requires_aesthetics_score=checkpoint.is_refiner,
+            requires_aesthetics_score=checkpoint.requires_aesthetics_score,
             low_res_scheduler=None if low_res_scheduler is None else dict(low_res_scheduler),
             max_noise_level=checkpoint.max_noise_level,
             controlnets=tuple(checkpoint.controlnets.values()),

@@ -1,4 +1,4 @@
-"""Makes torch modules of a checkpoint; the only file that knows the classes of other libraries.
+"""Makes torch modules and tokenizers of a checkpoint, of other libraries' classes.
 
 A model is built without weights and given the file's own, one tensor at a time in float32, so it
 never lies in memory twice. Names that changed over the years are brought to today's here.
@@ -15,24 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_engines.errors import ExportError
-from sd_engines.spec import CONTROLNET, TEXT_ENCODERS
+from sd_engines.spec import CONTROLNET
 from sd_export.checkpoint import TOKENIZER_FOLDERS
 from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.embedding import add_tokens, add_vectors
-from sd_export.family import is_xl
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.single_file import single_file_names
 from sd_export.weights import Place, Weights
-from sd_runtime.plan import pipeline_scheduler_config
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    import numpy as np
     import tokenizers
 
     from sd_export.checkpoint import Checkpoint
@@ -93,164 +90,12 @@ def load_tokenizer(
     checkpoint: Checkpoint, text_encoder: str = "text_encoder"
 ) -> tokenizers.Tokenizer:
     """The tokenizer of ``text_encoder``, which pads and truncates to the encoder's positions."""
-    clip = _clip_tokenizer(checkpoint, text_encoder)
+    clip = clip_tokenizer(checkpoint, text_encoder)
     tokenizer: tokenizers.Tokenizer = clip.backend_tokenizer
     length = checkpoint.max_prompt_tokens
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=clip.pad_token_id, pad_token=clip.pad_token)
     return tokenizer
-
-
-def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """The unmodified pipeline of diffusers for the checkpoint, without its checker or watermark.
-
-    The one for what the UNet is for, for image-to-image where it is a refiner's, LDM3D's where the
-    VAE paints depth, the one of ControlNets where there are any, else the one for text, which draws
-    latent consistency models as well, and with any scheduler, as their own does not.
-    """
-    import diffusers
-
-    xl = is_xl(checkpoint.configs)
-    tasks = {
-        "ControlNet": bool(checkpoint.controlnets),
-        "Inpaint": checkpoint.is_for_inpainting,
-        "Depth2Img": checkpoint.is_for_depth,
-        "ImageVariation": checkpoint.reads_image,
-        "Img2Img": checkpoint.is_refiner,
-        "Upscale": checkpoint.is_upscaler,
-        "LatentUpscale": checkpoint.is_latent_upscaler,
-        "LDM3D": checkpoint.depth_channels > 0,
-    }
-    task = next((name for name, is_it in tasks.items() if is_it), "")
-    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    processor = None
-    if xl:
-        zeros = checkpoint.force_zeros_for_empty_prompt
-        options = {"add_watermarker": False, "force_zeros_for_empty_prompt": zeros}
-        if task in ("Inpaint", "Img2Img"):
-            options["requires_aesthetics_score"] = checkpoint.is_refiner
-    if checkpoint.is_upscaler:
-        low_res = diffusers.DDPMScheduler.from_config(checkpoint.configs["low_res_scheduler"])
-        level = checkpoint.max_noise_level
-        options = {"low_res_scheduler": low_res, "max_noise_level": level}
-    if checkpoint.is_latent_upscaler:
-        options = {}
-    config = dict(checkpoint.configs["scheduler"])
-    if task == "LDM3D":
-        options["image_encoder"] = None
-    if task in ("ControlNet", "Depth2Img", "ImageVariation", "LDM3D"):  # they take it as it is
-        config = pipeline_scheduler_config(config, family=checkpoint.family)
-    if task in ("Depth2Img", "ImageVariation"):
-        processor = _image_processor(checkpoint.configs["feature_extractor"])
-    if checkpoint.is_for_depth:
-        options = {DEPTH_ESTIMATOR: load_model(checkpoint, DEPTH_ESTIMATOR)}
-    if checkpoint.reads_image:
-        options[IMAGE_ENCODER] = load_model(checkpoint, IMAGE_ENCODER)
-    if checkpoint.controlnets:
-        options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
-    if not checkpoint.is_latent_upscaler:  # whose pipeline knows none
-        options["feature_extractor"] = processor
-    with quiet():
-        pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{task}Pipeline")
-        for encoder in TEXT_ENCODERS if xl else checkpoint.text_encoders:
-            present = encoder in checkpoint.text_encoders
-            tokenizer = TOKENIZER_FOLDERS[encoder]
-            options[encoder] = load_model(checkpoint, encoder) if present else None
-            options[tokenizer] = _clip_tokenizer(checkpoint, encoder) if present else None
-        scheduler_class = getattr(diffusers, checkpoint.configs["scheduler"]["_class_name"])
-        pipeline = pipeline_class(
-            vae=load_model(checkpoint, "vae"),
-            unet=load_model(checkpoint, "unet"),
-            scheduler=scheduler_class.from_config(config),
-            **options,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def use_scheduler(pipeline: Any, class_name: str, config: Mapping[str, Any]) -> None:
-    """Give a diffusers pipeline the scheduler ``class_name`` of ``config``.
-
-    ``clip_sample`` is false, as Stable Diffusion's configs that have it say: where it is left out,
-    some classes would clip latents as if they were pixels.
-    """
-    import diffusers
-
-    scheduler_class = getattr(diffusers, class_name)
-    with quiet():
-        pipeline.scheduler = scheduler_class.from_config({**config, "clip_sample": False})
-
-
-def nsfw_content_detected(
-    checkpoint: Checkpoint, checker: torch.nn.Module, images: np.ndarray
-) -> np.ndarray:
-    """What diffusers' pipeline finds in ``images``, float32 [n, H, W, 3] in [0, 1]: bool [n]."""
-    import numpy as np
-    from diffusers.image_processor import VaeImageProcessor
-
-    with quiet():
-        processor = _image_processor(checkpoint.configs["feature_extractor"])
-        pictures = VaeImageProcessor.numpy_to_pil(images)
-        pixels = processor(pictures, return_tensors="pt").pixel_values
-        _, found = checker(clip_input=pixels, images=[image.copy() for image in images])
-    return np.asarray(found, dtype=bool)
-
-
-def depth_mask(
-    checkpoint: Checkpoint,
-    estimator: torch.nn.Module,
-    images: np.ndarray,
-    *,
-    vae_scale_factor: int,
-) -> np.ndarray:
-    """What diffusers' pipeline estimates of ``images``, float32 [n, H, W, 3] in [0, 1].
-
-    float32 [n, 1, h, w]; `ExportError` where the estimator cannot look at pictures of their size.
-    """
-    import diffusers
-
-    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")  # not for this part of it
-    with quiet():
-        pipeline = diffusers.StableDiffusionDepth2ImgPipeline(
-            **dict.fromkeys(names),
-            depth_estimator=estimator,
-            feature_extractor=_image_processor(checkpoint.configs["feature_extractor"]),
-        )
-        pipeline.vae_scale_factor = vae_scale_factor
-        pictures = pipeline.image_processor.numpy_to_pil(images)
-        try:
-            mask = pipeline.prepare_depth_map(
-                pictures, None, len(pictures), False, torch.float32, torch.device("cpu")
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            height, width = images.shape[1:3]
-            raise _error(
-                DEPTH_ESTIMATOR,
-                f"it cannot look at pictures of {height}×{width} (height × width): {error}",
-                "Its config and its feature_extractor are of different models, or it takes square "
-                "pictures alone: try --height and --width of the same number.",
-            ) from error
-    found: np.ndarray = mask.numpy()
-    return found
-
-
-def image_embeds(
-    checkpoint: Checkpoint, encoder: torch.nn.Module, images: np.ndarray
-) -> np.ndarray:
-    """What diffusers' pipeline reads of ``images``, float32 [n, H, W, 3] in [0, 1]: [n, 1, d]."""
-    import diffusers
-
-    names = ("vae", "unet", "scheduler", "safety_checker")  # not for this part of it
-    with quiet():
-        pipeline = diffusers.StableDiffusionImageVariationPipeline(
-            **dict.fromkeys(names),
-            image_encoder=encoder,
-            feature_extractor=_image_processor(checkpoint.configs["feature_extractor"]),
-            requires_safety_checker=False,
-        )
-        pictures = pipeline.image_processor.numpy_to_pil(images)
-        embeds: torch.Tensor = pipeline._encode_image(pictures, torch.device("cpu"), 1, False)
-    return embeds.numpy()
 
 
 def _build(component: str, config: dict[str, Any]) -> torch.nn.Module:
@@ -364,7 +209,7 @@ def _todays_name(name: str, component: str) -> str:
     return _OLD_ATTENTION_NAME.sub(lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name)
 
 
-def _clip_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
+def clip_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
     """A tokenizer of transformers, with the tokens of the checkpoint's embeddings."""
     tokenizer = _own_tokenizer(checkpoint, text_encoder)
     add_tokens(tokenizer, checkpoint.embeddings_of(text_encoder))
@@ -401,15 +246,6 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
 
 def _real(folder: Path) -> str:
     return str(folder.absolute())
-
-
-def _image_processor(config: Mapping[str, Any]) -> Any:
-    """The one of the config's kind that works with Pillow; a kind's name changed over the years."""
-    from transformers import CLIPImageProcessorPil, DPTImageProcessorPil
-
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    processor: Any = DPTImageProcessorPil if kind.startswith("DPT") else CLIPImageProcessorPil
-    return processor(**{k: v for k, v in config.items() if not k.endswith("_type")})
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def reference_outputs(
     """
     import torch
 
-    from sd_export.load import depth_mask, image_embeds, nsfw_content_detected
+    from sd_export.oracle import depth_mask, image_embeds, nsfw_content_detected
     from sd_export.shallow_unet import shallow_reference
 
     if component == "safety_checker":

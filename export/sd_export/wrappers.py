@@ -26,6 +26,7 @@ from sd_export.controlnet_parts import ControlEmbedding, ControlNet
 from sd_export.depth_estimator import DepthEstimator
 from sd_export.family import is_xl
 from sd_export.image_encoder import ImageEncoder
+from sd_export.kind import Kind
 from sd_export.latent_upscaler import LatentUpscaler, PoolingTextEncoder
 from sd_export.preview_vae import PREVIEW_VAE
 from sd_export.safety_checker import SafetyChecker
@@ -179,7 +180,7 @@ def components_of(checkpoint: Checkpoint, *, feature_cache: bool) -> tuple[str, 
     depth as well, of what reads a picture in the place of a prompt, and of an upscaler that sees
     pixels.
     """
-    from_noise = checkpoint.depth_channels > 0 or checkpoint.reads_image or checkpoint.is_upscaler
+    from_noise = checkpoint.kind in (Kind.LDM3D, Kind.VARIATIONS, Kind.X4_UPSCALER)
     unwanted = {"vae_encoder": from_noise, "unet_shallow": not feature_cache}
     return tuple(
         component
@@ -210,13 +211,13 @@ def wrap(
     names = [spec.name for spec in inputs]
     wrapper: nn.Module
     if component in TEXT_ENCODERS:
-        if checkpoint.is_latent_upscaler:
+        if checkpoint.kind is Kind.X2_UPSCALER:
             wrapper = PoolingTextEncoder(model)
         elif is_xl(checkpoint.configs):
             wrapper = PenultimateTextEncoder(model)
         else:
             wrapper = TextEncoder(model)
-    elif component == "unet" and checkpoint.is_latent_upscaler:
+    elif component == "unet" and checkpoint.kind is Kind.X2_UPSCALER:
         wrapper = LatentUpscaler(model)
     elif component == "unet":
         wrapper = Unet(model, names=names)
@@ -230,7 +231,7 @@ def wrap(
     elif component == "preview_decoder":
         wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
     elif component == "vae_decoder":
-        gives_depth = checkpoint.depth_channels > 0
+        gives_depth = checkpoint.kind is Kind.LDM3D
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)
     elif component == "vae_encoder":
         wrapper = VaeEncoder(model, scaling_factor=scaling_factor)

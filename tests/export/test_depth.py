@@ -18,8 +18,9 @@ from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH, Profile, TensorSpec
 from sd_export.cli import main
 from sd_export.depth_estimator import DepthEstimator, _resized
-from sd_export.load import depth_mask, load_model
+from sd_export.load import load_model
 from sd_export.onnx_export import MODEL_FILE, save, trace
+from sd_export.oracle import depth_mask
 from sd_export.source import find_checkpoint
 from sd_export.verify import probe_inputs, relative_l2
 from tiny import SMALLEST

@@ -16,7 +16,9 @@ from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import Defaults
 from sd_export.clip_vocabulary import clip_vocabulary
-from sd_export.load import load_model, load_pipeline, load_tokenizer
+from sd_export.kind import Kind
+from sd_export.load import load_model, load_tokenizer
+from sd_export.oracle import load_pipeline
 from sd_export.single_file import single_file_names
 from sd_export.source import find_checkpoint
 from sd_export.weights import Weights
@@ -170,11 +172,11 @@ def test_a_single_file_for_inpainting_is_known_by_its_shapes(
     state[name] = torch.randn(len(state[name]), 9, 3, 3)
     save_file(state, tmp_path / "inpainting.safetensors")
     found = find_checkpoint(str(tmp_path / "inpainting.safetensors"))
-    assert found.is_for_inpainting
+    assert found.kind is Kind.INPAINTING
     assert found.latent_channels == 4
     unet = load_model(found, "unet")
     assert torch.equal(unet.conv_in.weight, state[name])
-    assert not find_checkpoint(str(single_file_checkpoint)).is_for_inpainting
+    assert find_checkpoint(str(single_file_checkpoint)).kind is Kind.TEXT
 
 
 @pytest.mark.parametrize("channels", [4, 9])
@@ -189,7 +191,7 @@ def test_the_unet_says_whether_a_folder_is_for_inpainting(
     ):
         config = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(config | changes))
-    assert find_checkpoint(str(folder)).is_for_inpainting == (channels == 9)
+    assert (find_checkpoint(str(folder)).kind is Kind.INPAINTING) == (channels == 9)
 
 
 def test_single_file_names_are_those_of_diffusers(

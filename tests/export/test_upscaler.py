@@ -13,7 +13,7 @@ import torch
 
 from sd_engines.errors import ConfigError, ExportError
 from sd_export import export
-from sd_export.load import load_pipeline
+from sd_export.oracle import load_pipeline
 from sd_export.source import find_checkpoint
 from tiny import change_json
 from tiny_upscaler import make_latent_upscaler, make_upscaler

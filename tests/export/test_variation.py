@@ -13,7 +13,9 @@ import torch
 from sd_engines.errors import ExportError
 from sd_export.cli import main
 from sd_export.image_encoder import ImageEncoder
-from sd_export.load import image_embeds, load_model
+from sd_export.kind import Kind
+from sd_export.load import load_model
+from sd_export.oracle import image_embeds
 from sd_export.source import find_checkpoint
 from tiny import SMALLEST, change_json
 from tiny_variation import PROCESSOR, make_variation_checkpoint
@@ -66,7 +68,7 @@ def test_an_image_encoder_beside_a_text_encoder_is_another_thing(
     index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
     path.write_text(json.dumps(index))
     found = find_checkpoint(str(tmp_path / "copy"))
-    assert not found.reads_image
+    assert found.kind is Kind.TEXT
     assert "image_encoder" not in found.weights
 
 

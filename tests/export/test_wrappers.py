@@ -13,8 +13,9 @@ import torch
 
 from sd_engines.spec import Profile, TensorSpec
 from sd_export.borders import borders
-from sd_export.load import load_model, nsfw_content_detected
+from sd_export.load import load_model
 from sd_export.onnx_export import trace
+from sd_export.oracle import nsfw_content_detected
 from sd_export.safety_checker import SafetyChecker
 from sd_export.source import find_checkpoint
 from sd_export.wrappers import COMPONENTS, MODEL_OF, wrap

@@ -15,7 +15,9 @@ from sd_engines.errors import ExportError
 from sd_engines.spec import Defaults
 from sd_export import export
 from sd_export.clip_vocabulary import clip_vocabulary
-from sd_export.load import load_model, load_pipeline, load_tokenizer
+from sd_export.kind import Kind
+from sd_export.load import load_model, load_tokenizer
+from sd_export.oracle import load_pipeline
 from sd_export.source import find_checkpoint
 from tiny_xl import make_xl_checkpoint
 
@@ -63,7 +65,7 @@ def test_single_file_is_what_diffusers_makes_of_it(folder: Path, tmp_path: Path)
     expected = getattr(diffusers, kind).from_single_file(str(path), config=str(folder))
     found = find_checkpoint(str(path))
     assert (found.family, found.license) == ("stable-diffusion-xl", "openrail++")
-    assert found.is_refiner == refiner
+    assert (found.kind is Kind.REFINER) == refiner
     assert found.text_encoders == (ENCODERS[1:] if refiner else ENCODERS)
     assert found.force_zeros_for_empty_prompt == expected.config["force_zeros_for_empty_prompt"]
     assert found.defaults == Defaults(50, 5.0, strength=0.3, inpainting_strength=0.9999)
