@@ -1,7 +1,20 @@
-"""Tiny random LDM3D checkpoints, and what diffusers' own pipeline of them draws."""
+"""Tiny random LDM3D checkpoints, and what diffusers' own pipelines of them draw.
+
+``ldm3d_upscaler.npz`` holds what its community pipeline makes of `UPSCALED` with the checkpoint of
+`tiny_upscaler.make_ldm3d_upscaler`: for case i ``pixels_i`` uint8, ``depth_i`` uint16 and
+``latents_i`` float32, from a torch generator of seed 7, ``target_res`` 16×24; a ``scheduler`` is
+diffusers' own class of that name, of the checkpoint's config. The file is
+pipeline_stable_diffusion_upscale_ldm3d.py of huggingface/diffusers, unmodified (sha256 80f2d66c03),
+in diffusers 0.42.1. It imports LDM3DPipelineOutput from where that no longer lies, so the modules
+of ``diffusers.pipelines.deprecated.stable_diffusion_ldm3d`` were put in `sys.modules` under their
+old names; its last step, from arrays to 16-bit pictures, fails with the Pillow of today, so it was
+asked for arrays, rounded here as it rounds. ``vae``, ``unet`` and ``text_encoder`` are the sums of
+the absolute values of their weights: another sum means another checkpoint, not another pipeline.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +23,22 @@ import torch
 from tiny import change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sd_runtime import Request
+
+_ROWS, _COLUMNS = np.mgrid[:12, :20]
+PICTURE = np.stack([_ROWS * 20, _COLUMNS * 12, 255 - _ROWS * 9 - _COLUMNS], -1).astype(np.uint8)
+DEPTH = (_ROWS * 4000 + _COLUMNS**2 * 37).astype(np.uint16)
+UPSCALED: tuple[dict[str, Any], ...] = (
+    {"num_inference_steps": 3},
+    {"num_inference_steps": 4, "noise_level": 200, "guidance_scale": 1.0},
+    {"num_inference_steps": 3, "negative_prompt": "a dog", "scheduler": "euler_a"},
+)
+"""Options beside the prompt "a red circle", `PICTURE` and `DEPTH`; all others are its own."""
+
+
+def upscaled_expected() -> Any:
+    """What is in ``ldm3d_upscaler.npz``, by name."""
+    return np.load(Path(__file__).with_name("ldm3d_upscaler.npz"))
 
 
 def make_ldm3d_checkpoint(folder: Path, *, channels: int, **options: Any) -> Path:

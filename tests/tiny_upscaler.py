@@ -1,4 +1,4 @@
-"""Tiny random x4 upscalers, made of the unmodified classes of their authors.
+"""Tiny random upscalers, made of the unmodified classes of their authors.
 
 As `tiny`'s of Stable Diffusion 2, with what stabilityai/stable-diffusion-x4-upscaler made
 otherwise: the UNet's channels, class labels and order of blocks, a VAE of factor 4, two schedulers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ldm3d import make_ldm3d_checkpoint
 from tiny import change_json, make_checkpoint, seeded
 
 if TYPE_CHECKING:
@@ -107,5 +108,43 @@ def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
         folder / "model_index.json",
         *("feature_extractor", "safety_checker", "requires_safety_checker"),
         _class_name="StableDiffusionLatentUpscalePipeline",
+    )
+    return folder
+
+
+def make_ldm3d_upscaler(folder: Path, *, seed: int = 0) -> Path:
+    """The same as Intel/ldm3d-sr: its VAE, of factor 2, takes and paints depth beside pictures.
+
+    Its scheduler begins at timestep 0, which its pipeline does not correct, as many others do.
+    """
+    import diffusers
+
+    make_ldm3d_checkpoint(
+        folder,
+        channels=4,
+        seed=seed,
+        scheduler="DDIMScheduler",
+        scheduler_options={"clip_sample": False, "set_alpha_to_one": False},
+        block_out_channels=(8,),
+        vae_block_out_channels=(8, 8),
+        cross_attention_dim=8,
+        attention_heads=2,
+        text_layers=1,
+        norm_num_groups=4,
+    )
+    with seeded(seed + 1):
+        unet = diffusers.UNet2DConditionModel.from_config(
+            diffusers.UNet2DConditionModel.load_config(folder / "unet"),
+            in_channels=8,
+            num_class_embeds=1000,
+        )
+    unet.save_pretrained(folder / "unet")
+    change_json(folder / "scheduler/scheduler_config.json", steps_offset=0)
+    change_json(
+        folder / "model_index.json",
+        _class_name="StableDiffusionUpscaleLDM3DPipeline",
+        low_res_scheduler=["diffusers", "DDPMScheduler"],
+        max_noise_level=350,
+        watermarker=[None, None],
     )
     return folder

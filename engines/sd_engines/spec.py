@@ -19,6 +19,7 @@ of picture i modulo their number."""
 STABLE_DIFFUSION_XL = "stable-diffusion-xl"
 X4_UPSCALER = "stable-diffusion-x4-upscaler"
 X2_UPSCALER = "stable-diffusion-x2-latent-upscaler"
+LDM3D_UPSCALER = "ldm3d-upscaler"
 """Families' names, for where diffusers' pipelines of them do things otherwise."""
 TIMESTEP_COND = "timestep_cond"
 """Input of a UNet that was distilled together with its guidance, and is told its scale there."""
@@ -32,12 +33,15 @@ POOLED_PROMPT_EMBEDS = "pooled_prompt_embeds"
 TIME_IDS = "time_ids"
 """Inputs of a UNet of Stable Diffusion XL: the prompt as one vector, and sizes in pixels."""
 DEPTH = "depth"
-"""Output of an LDM3D's ``vae_decoder``: the channels in which it paints depth."""
+"""Output of an LDM3D's ``vae_decoder``: the channels in which it paints depth; an input of the
+``vae_encoder`` of its upscaler."""
 LOW_RES_IMAGE: Final = "low_res_image"
 NOISE_LEVEL = "noise_level"
 """Inputs of an upscaler's UNet: the small picture with noise on it, and how much that is."""
 LOW_RES_LATENTS: Final = "low_res_latents"
 """Input of a latent upscaler's UNet: the small picture's latents."""
+IMAGE_LATENTS: Final = "image_latents"
+"""Input of the UNet of LDM3D's upscaler: latents of the picture and its depth, once resized."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 
@@ -105,7 +109,8 @@ class ModelSpec:
     With ``force_zeros_for_empty_prompt`` the embeddings of a negative prompt that is not given are
     zeros. With ``requires_aesthetics_score`` the UNet is a refiner's: `TIME_IDS` ends in a score.
     An upscaler's noise levels are timesteps of ``low_res_scheduler``, a scheduler's configuration,
-    from 0 to ``max_noise_level``; others have neither.
+    from 0 to ``max_noise_level``; others have neither, and upscalers that put no noise on a picture
+    the latter alone.
     """
 
     source: str

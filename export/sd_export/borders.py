@@ -9,6 +9,7 @@ from sd_engines.spec import (
     BATCH,
     CONTROL_EMBEDDING,
     DEPTH,
+    IMAGE_LATENTS,
     LOW_RES_IMAGE,
     LOW_RES_LATENTS,
     NOISE_LEVEL,
@@ -58,15 +59,16 @@ def borders(
     if component.startswith(CONTROL_EMBEDDING):
         embeds = replace(_features(checkpoint, profile), name="control_embeds")
         return (replace(images, name="control_image"),), (embeds,)
+    depth = replace(images, name=DEPTH, shape=(*images.shape[:3], checkpoint.depth_channels))
     if component == "vae_decoder" and checkpoint.depth_channels:
-        depth_shape = (BATCH, profile.height, profile.width, checkpoint.depth_channels)
-        return (latents,), (images, TensorSpec(DEPTH, "float32", depth_shape))
+        return (latents,), (images, depth)
     if component in ("vae_decoder", "preview_decoder"):
         return (latents,), (images,)
     if component == "vae_encoder":
         if checkpoint.kind is Kind.X2_UPSCALER:
             images, latents = (_halved(spec) for spec in (images, latents))
-        return (images,), (latents, replace(latents, name="latents_std"))
+        seen = (images, depth) if checkpoint.kind is Kind.LDM3D_UPSCALER else (images,)
+        return seen, (latents, replace(latents, name="latents_std"))
     return (images,), (TensorSpec("nsfw_content_detected", "bool", (BATCH,)),)
 
 
@@ -138,6 +140,10 @@ def _task_inputs(checkpoint: Checkpoint, sample: TensorSpec) -> tuple[TensorSpec
             return beside(LOW_RES_IMAGE, 3), TensorSpec(NOISE_LEVEL, "int64", (axis,))
         case Kind.X2_UPSCALER:
             return _halved(beside(LOW_RES_LATENTS, channels)), _pooled(checkpoint)
+        case Kind.LDM3D_UPSCALER:
+            labels = checkpoint.configs["unet"].get("num_class_embeds")
+            level = (TensorSpec(NOISE_LEVEL, "int64", (axis,)),) if labels else ()
+            return (beside(IMAGE_LATENTS, channels), *level)
         case _:
             return ()
 

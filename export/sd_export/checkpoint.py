@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sd_export.vae import Vae
     from sd_runtime.lora import Lora
 
+_LDM3D_TARGET_RES = (1024, 1024)
+"""What diffusers' StableDiffusionUpscaleLDM3DPipeline draws, whatever its UNet's config says."""
 TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -80,8 +82,18 @@ class Checkpoint:
         return kind_of(self.configs)
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that its pipeline draws where it is not told."""
+        if self.kind is Kind.LDM3D_UPSCALER:
+            return _LDM3D_TARGET_RES
+        factor = 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+        sample = self.configs["unet"].get("sample_size") or 64
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return rows * factor, columns * factor
+
+    @property
     def depth_channels(self) -> int:
-        """Channels in which the VAE paints depth beside the picture: 0 but of an LDM3D."""
+        """Channels in which the VAE paints depth beside the picture: 0 but of LDM3D's."""
         return painted_channels(self.configs) - 3
 
     @property

@@ -48,6 +48,7 @@ _REFUSED: Mapping[Kind, tuple[str, str]] = {
     ),
     Kind.X4_UPSCALER: _UPSCALER,
     Kind.X2_UPSCALER: _UPSCALER,
+    Kind.LDM3D_UPSCALER: _UPSCALER,
     Kind.REFINER: (
         "a refiner, which goes on with what its base model began",
         "Export the base model with the ControlNet: it leads the base model's steps.",

@@ -73,6 +73,10 @@ def prove_end_to_end(
             checkpoint, manifest.profile, request, tile=tuple(map(int, latents.shape[2:]))
         )
     release()
+    if checkpoint.kind is Kind.LDM3D_UPSCALER:
+        from sd_export.oracle import LDM3D_UPSCALER_REFERENCE
+
+        reference_name = f"{reference_name}, {LDM3D_UPSCALER_REFERENCE}"
     if not any(backend in PORTABLE_BACKENDS for backend in backends):
         manifest = _with_onnxruntime(manifest, work.bundle)
         backends = (*backends, "onnxruntime")
@@ -127,6 +131,9 @@ def _inputs(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     if checkpoint.kind in UPSCALERS:
         scale = profile.vae_scale_factor if checkpoint.kind is Kind.X4_UPSCALER else 2
         small = image[::scale, ::scale]
+        if checkpoint.kind is Kind.LDM3D_UPSCALER:
+            depth = (rows * 65535 // profile.height)[::scale, ::scale]
+            return {"image": small.astype(np.uint8), "depth_map": depth.astype(np.uint16)}
         return {"image": small.astype(np.uint8)}
     pictures = {"image": image.astype(np.uint8)}
     if checkpoint.kind is Kind.VARIATIONS:
@@ -148,7 +155,7 @@ def _reference_picture(
     import torch
 
     from sd_export.load import quiet
-    from sd_export.oracle import load_pipeline
+    from sd_export.oracle import ldm3d_upscaler_inputs, load_pipeline
 
     inputs: dict[str, Any] = {}
     if request.control_image:
@@ -168,6 +175,7 @@ def _reference_picture(
         from sd_export.tiled_vae import work_in_tiles
 
         work_in_tiles(pipeline.vae, *tile)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
     last: dict[str, torch.Tensor] = {}
 
     def keep(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> Any:
@@ -178,10 +186,14 @@ def _reference_picture(
     if checkpoint.kind is Kind.LDM3D:  # whose pipeline fails on latents; others know no callback
         inputs |= {"output_type": "np", "callback_on_step_end": keep}
     with torch.inference_mode(), quiet():
+        if checkpoint.kind is Kind.LDM3D_UPSCALER:
+            inputs |= ldm3d_upscaler_inputs(
+                pipeline, request, checkpoint=checkpoint, profile=profile, generator=generator
+            )
         output = pipeline(
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(_SEED),
+            generator=generator,
             **inputs,
         )
         if checkpoint.kind is Kind.LDM3D:
@@ -189,7 +201,7 @@ def _reference_picture(
         else:
             latents = output.images
             images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-            pixels = pipeline.image_processor.postprocess(images, output_type="np")
+            pixels = pipeline.image_processor.postprocess(images, output_type="np")[..., :3]
     return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
 
 

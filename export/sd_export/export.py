@@ -223,16 +223,15 @@ def _refuse(asked: Mapping[str, bool], why: str) -> None:
 def _profile(
     checkpoint: Checkpoint, *, height: int | None, width: int | None, batch_size: int
 ) -> Profile:
-    """The shapes asked for; the checkpoint's own sample size where nothing is."""
+    """The shapes asked for; the checkpoint's own size where none are."""
     factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
     step = max(factor, 8)  # diffusers draws no other, whatever the VAE
-    if checkpoint.kind in UPSCALERS:
+    if checkpoint.kind in (Kind.X4_UPSCALER, Kind.X2_UPSCALER):
         # Of a small picture whose sides are no multiples of it diffusers leaves something out.
         step = factor * (factor if checkpoint.kind is Kind.X4_UPSCALER else 2)
-    sample = checkpoint.configs["unet"].get("sample_size") or 64
-    rows, columns = (sample, sample) if isinstance(sample, int) else sample
-    height = rows * factor if height is None else height
-    width = columns * factor if width is None else width
+    own_height, own_width = checkpoint.default_size
+    height = own_height if height is None else height
+    width = own_width if width is None else width
     for name, pixels in (("height", height), ("width", width)):
         if not step <= pixels <= _MAX_PIXELS or pixels % step:
             near = min(max(round(pixels / step), 1) * step, _MAX_PIXELS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
 from sd_engines.spec import (
+    LDM3D_UPSCALER,
     STABLE_DIFFUSION_XL,
     TEXT_ENCODERS,
     X2_UPSCALER,
@@ -32,6 +33,8 @@ CONTROLNET_STRENGTH = 0.8
 UPSCALING = Defaults(num_inference_steps=75, guidance_scale=9.0)
 """What diffusers' StableDiffusionUpscalePipeline and the latent one draw with, likewise."""
 LDM3D_PIPELINE = "StableDiffusionLDM3DPipeline"
+LDM3D_UPSCALER_PIPELINE = "StableDiffusionUpscaleLDM3DPipeline"
+"""A community pipeline of diffusers, which it does not install."""
 _PIPELINES = {
     "StableDiffusionPipeline": Defaults(),
     "StableDiffusionImg2ImgPipeline": Defaults(),
@@ -47,12 +50,13 @@ _PIPELINES = {
     "StableDiffusionXLInpaintPipeline": replace(XL, guidance_scale=7.5),
     "StableDiffusionUpscalePipeline": UPSCALING,
     "StableDiffusionLatentUpscalePipeline": UPSCALING,
+    LDM3D_UPSCALER_PIPELINE: UPSCALING,
 }
 _HINT = (
     "sd-export takes Stable Diffusion v1, v2 and XL checkpoints, those for inpainting, the refiner "
     "and (as folders) depth to image, image variations, the x4 upscaler and the x2 latent upscaler "
-    "among them, and latent consistency models and LDM3D of the same shape; beside one "
-    "ControlNets, by --controlnet."
+    "among them, and latent consistency models, LDM3D and its upscaler of the same shape; beside "
+    "one ControlNets, by --controlnet."
 )
 _OTHER_PIPELINES = (  # by the name of diffusers' class; the first that fits
     ("StableDiffusion3", "Stable Diffusion 3"),
@@ -83,8 +87,8 @@ _OTHER_FILES = (  # by what the names of a file's weights start with; the first 
 )
 REFINER_TIME_IDS = 5
 """How many numbers a refiner is told of a picture; its base model is told 6."""
-_LDM3D_CHANNELS = (4, 6)
-"""A picture's three, and those of its depth: one, or a picture of it."""
+_PAINTED = {LDM3D_PIPELINE: (4, 6), LDM3D_UPSCALER_PIPELINE: (4,)}
+"""A picture's three channels, and those of its depth: one, or a picture of it."""
 _BY_CHANNELS = {
     7: "an upscaler without its class labels",
     8: "InstructPix2Pix",
@@ -133,7 +137,8 @@ def check_configs(
     channels = vae.get("latent_channels", 4)
     text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
     text_width = text_width or configs.get(IMAGE_ENCODER, {}).get("projection_dim", 512)
-    upscales = is_upscaler(configs) or is_latent_upscaler(configs)
+    upscales_depth = is_ldm3d_upscaler(configs)
+    upscales = is_upscaler(configs) or is_latent_upscaler(configs) or upscales_depth
     problem = None
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         problem = f"the denoiser is a {unet['_class_name']}"
@@ -148,7 +153,7 @@ def check_configs(
         problem = "its UNet takes not the pooled prompt and sizes of Stable Diffusion XL"
     elif unet.get("class_embed_type"):
         problem = "its UNet takes an embedded picture (Stable unCLIP)"
-    elif unet.get("num_class_embeds") and not is_upscaler(configs):
+    elif unet.get("num_class_embeds") and not (is_upscaler(configs) or upscales_depth):
         problem = "its UNet takes class labels, and no picture beside them as an upscaler's"
     elif is_upscaler(configs) and "safety_checker" in configs:
         problem = "it is an upscaler with a safety checker, which diffusers cannot run on it"
@@ -178,8 +183,12 @@ def check_configs(
         )
     elif vae.get("shift_factor") or vae.get("latents_mean"):
         problem = "its VAE shifts its latents"
-    elif painted_channels(configs) not in (_LDM3D_CHANNELS if pipeline == LDM3D_PIPELINE else (3,)):
+    elif painted_channels(configs) not in _PAINTED.get(pipeline, (3,)):
         problem = f"its VAE paints {painted_channels(configs)} channels for {pipeline}"
+    elif upscales_depth != (pipeline == LDM3D_UPSCALER_PIPELINE):
+        problem = f"its UNet takes {unet.get('in_channels', 4)} channels for {pipeline}"
+    elif upscales_depth and vae.get("in_channels", 3) != painted_channels(configs):
+        problem = f"its VAE takes {vae.get('in_channels', 3)} channels and paints 4"
     if problem is not None:
         raise _error(f"not a Stable Diffusion model that can be exported: {problem}")
 
@@ -188,12 +197,14 @@ def family_of(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """The family's name in the manifest: v2 reads prompts with OpenCLIP, v1 with OpenAI's CLIP.
 
     transformers holds both in one class; what differs is the activation. XL's UNet takes sizes,
-    the x4 upscaler's a small picture, the x2 one's its latents.
+    the x4 upscaler's a small picture, the x2 one's its latents, LDM3D's those of its depth too.
     """
     if is_latent_upscaler(configs):
         return X2_UPSCALER
     if is_upscaler(configs):
         return X4_UPSCALER
+    if is_ldm3d_upscaler(configs):
+        return LDM3D_UPSCALER
     if is_xl(configs):
         return STABLE_DIFFUSION_XL
     open_clip = configs.get("text_encoder", {}).get("hidden_act") == "gelu"
@@ -220,6 +231,12 @@ def is_latent_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
         and bool(unet.get("time_cond_proj_dim"))
         and (unet.get("in_channels"), unet.get("out_channels")) == (2 * channels, channels + 1)
     )
+
+
+def is_ldm3d_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the UNet takes latents beside its own, of a VAE that paints depth."""
+    channels = configs["vae"].get("latent_channels", 4)
+    return configs["unet"].get("in_channels", 4) == 2 * channels and painted_channels(configs) > 3
 
 
 def text_encoders(configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

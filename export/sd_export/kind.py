@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_export.family import (
     is_latent_upscaler,
+    is_ldm3d_upscaler,
     is_refiner,
     is_upscaler,
     painted_channels,
@@ -35,9 +36,11 @@ class Kind(Enum):
     """Its UNet sees a small picture's latents beside the latents."""
     LDM3D = "LDM3D"
     """Its VAE paints depth beside the picture."""
+    LDM3D_UPSCALER = "UpscaleLDM3D"
+    """Its UNet sees the latents of a picture and its depth beside the latents."""
 
 
-UPSCALERS = (Kind.X4_UPSCALER, Kind.X2_UPSCALER)
+UPSCALERS = (Kind.X4_UPSCALER, Kind.X2_UPSCALER, Kind.LDM3D_UPSCALER)
 
 
 def kind_of(configs: Mapping[str, Mapping[str, Any]]) -> Kind:
@@ -48,6 +51,8 @@ def kind_of(configs: Mapping[str, Mapping[str, Any]]) -> Kind:
         return Kind.X2_UPSCALER
     if is_upscaler(configs):
         return Kind.X4_UPSCALER
+    if is_ldm3d_upscaler(configs):
+        return Kind.LDM3D_UPSCALER
     if seen == 2 * latents + 1:
         return Kind.INPAINTING
     if seen == latents + 1:

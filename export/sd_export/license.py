@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sd_engines.spec import STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER
+from sd_engines.spec import LDM3D_UPSCALER, STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,7 @@ _OF_FAMILY = {
     "stable-diffusion-v1": ("Stable Diffusion v1", "creativeml-openrail-m"),
     "stable-diffusion-v2": ("Stable Diffusion v2", "openrail++"),
     STABLE_DIFFUSION_XL: ("Stable Diffusion XL", "openrail++"),
+    LDM3D_UPSCALER: ("LDM3D's upscaler", "creativeml-openrail-m"),
     X2_UPSCALER: ("Stable Diffusion's x2 latent upscaler", "openrail++"),
     X4_UPSCALER: ("Stable Diffusion's x4 upscaler", "openrail++"),
 }

@@ -12,16 +12,22 @@ from sd_export.checkpoint import TOKENIZER_FOLDERS
 from sd_export.family import is_xl
 from sd_export.kind import Kind
 from sd_export.load import clip_tokenizer, load_model, quiet
+from sd_export.wrappers import vae_scaling_factor
 from sd_runtime.plan import pipeline_scheduler_config
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
+from sd_runtime.upscaling import DEFAULT_NOISE_LEVEL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
 
+    from sd_engines.spec import Profile
     from sd_export.checkpoint import Checkpoint
+    from sd_runtime.request import Request
 
+LDM3D_UPSCALER_REFERENCE = "StableDiffusionUpscalePipeline on VaeImageProcessorLDM3D, AutoencoderKL"
+"""What stands for diffusers' pipeline of LDM3D's upscaler, for the certificate."""
 _TAKE_CONFIG_AS_IT_IS = (Kind.DEPTH, Kind.VARIATIONS, Kind.LDM3D)
 """Kinds whose pipelines do not correct a scheduler's old config, nor does that of ControlNets."""
 
@@ -31,12 +37,14 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
 
     The one for what the UNet is for, for image-to-image where it is a refiner's, LDM3D's where the
     VAE paints depth, the one of ControlNets where there are any, else the one for text, which draws
-    latent consistency models as well, and with any scheduler, as their own does not.
+    latent consistency models as well, and with any scheduler, as their own does not. For LDM3D's
+    upscaler the x4 upscaler's, which `ldm3d_upscaler_inputs` makes into its own.
     """
     import diffusers
 
     xl, kind = is_xl(checkpoint.configs), checkpoint.kind
     task = "ControlNet" if checkpoint.controlnets else kind.value
+    task = Kind.X4_UPSCALER.value if kind is Kind.LDM3D_UPSCALER else task
     config = dict(checkpoint.configs["scheduler"])
     if checkpoint.controlnets or kind in _TAKE_CONFIG_AS_IT_IS:
         config = pipeline_scheduler_config(config, family=checkpoint.family)
@@ -72,6 +80,10 @@ def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     options: dict[str, Any] = {"feature_extractor": processor}
     if kind is Kind.DEPTH:
         return {**options, DEPTH_ESTIMATOR: load_model(checkpoint, DEPTH_ESTIMATOR)}
+    if kind is Kind.LDM3D_UPSCALER:
+        levels = int(checkpoint.configs["unet"].get("num_class_embeds") or DEFAULT_NOISE_LEVEL + 1)
+        no_noise = diffusers.DDPMScheduler(trained_betas=[0.0] * levels)
+        return {**options, "low_res_scheduler": no_noise}
     if kind is Kind.X4_UPSCALER:
         low_res = diffusers.DDPMScheduler.from_config(checkpoint.configs["low_res_scheduler"])
         most = checkpoint.max_noise_level
@@ -90,6 +102,43 @@ def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.controlnets:
         options["controlnet"] = [load_model(checkpoint, name) for name in checkpoint.controlnets]
     return options
+
+
+def ldm3d_upscaler_inputs(
+    pipeline: Any,
+    request: Request,
+    *,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """What makes `load_pipeline`'s ``pipeline`` draw ``request`` as that of LDM3D's upscaler does.
+
+    `StableDiffusionUpscaleLDM3DPipeline` lies among diffusers' community examples, and is not
+    installed. Its steps are those of `StableDiffusionUpscalePipeline`, which is shown latents of
+    picture and depth, of 16 bits, in the place of a small picture, with no noise on them.
+    ``generator`` is the one that it is called with too: its first draw there would be that noise,
+    as many numbers as the first latents, which are drawn here in its place.
+    """
+    import numpy as np
+    from diffusers.image_processor import VaeImageProcessorLDM3D
+    from PIL import Image
+
+    scaling_factor = vae_scaling_factor(checkpoint)
+    pipeline.vae.register_to_config(scaling_factor=scaling_factor)  # the pipeline put its own there
+    processor = VaeImageProcessorLDM3D(
+        vae_scale_factor=profile.vae_scale_factor, resample="bilinear"
+    )
+    depth = Image.fromarray(request.depth_map.values.astype(np.uint16))
+    size = [profile.height, profile.width]
+    seen = processor.preprocess(request.image.image, depth, target_res=size)
+    posterior = pipeline.vae.encode(torch.cat(seen, dim=1)).latent_dist
+    image = posterior.sample(generator) * scaling_factor
+    latents = torch.randn(image.shape, generator=generator.clone_state())
+    noise_level = request.noise_level
+    if noise_level is None:
+        noise_level = min(DEFAULT_NOISE_LEVEL, checkpoint.max_noise_level or 0)
+    return {"image": image, "latents": latents, "noise_level": noise_level}
 
 
 def use_scheduler(pipeline: Any, class_name: str, config: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """What upscalers' checkpoints have that others have not, as diffusers' pipelines correct it.
 
 The x4 upscaler's UNet takes three channels of a picture's pixels, noised by a scheduler of its own,
-and a class label that says how much. The x2 latent upscaler's predicts x₀ of latents.
+and a class label that says how much. The x2 latent upscaler's predicts x₀ of latents. LDM3D's takes
+latents of a picture and its depth, with no noise on them, and maybe such a label.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
-from sd_export.family import is_latent_upscaler, is_upscaler
+from sd_export.family import is_latent_upscaler, is_ldm3d_upscaler, is_upscaler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,15 +38,17 @@ def max_noise_level(
 ) -> int | None:
     """The most noise that an upscaler's UNet knows, by its model_index.json; None for others.
 
-    diffusers puts none on a latent upscaler's. `ExportError` where the scheduler for it does not
-    go as far.
+    diffusers puts none on a latent upscaler's; nor on what LDM3D's sees, whose UNet may be told of
+    some all the same. `ExportError` where the scheduler for it does not go as far.
     """
-    if not is_upscaler(configs):
+    if not (is_upscaler(configs) or is_ldm3d_upscaler(configs)):
         return 0 if is_latent_upscaler(configs) else None
+    labels = int(configs["unet"].get("num_class_embeds") or 1)
+    most = min(int(index.get("max_noise_level", _MAX_NOISE_LEVEL)), labels - 1)
+    if is_ldm3d_upscaler(configs):
+        return most
     from sd_runtime.upscaling import low_res_level  # numpy, which sd-export --help does without
 
-    labels = int(configs["unet"]["num_class_embeds"])
-    most = min(int(index.get("max_noise_level", _MAX_NOISE_LEVEL)), labels - 1)
     try:
         low_res_level(configs[LOW_RES_SCHEDULER], most)
     except ConfigError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import load_engine
 from sd_engines.errors import ExportError
-from sd_engines.spec import BATCH, LOW_RES_LATENTS, NOISE_LEVEL, PICTURES, TIME_IDS
+from sd_engines.spec import BATCH, DEPTH, LOW_RES_LATENTS, NOISE_LEVEL, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
@@ -82,7 +82,7 @@ def probe_inputs(
             arrays[spec.name] = np.array(_NOISE_LEVELS[:rows])
         elif spec.name == TIME_IDS:
             arrays[spec.name] = rng.integers(0, 1025, shape).astype(np.float32)
-        elif spec.name == "images":
+        elif spec.name in ("images", DEPTH):
             arrays[spec.name] = _pictures(rng, shape)
         elif spec.name == "mask":
             arrays[spec.name] = (rng.random(shape) < 0.5).astype(np.float32)

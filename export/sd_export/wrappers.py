@@ -109,8 +109,8 @@ class Unet(nn.Module):
 
     Takes what ``names`` say, in their order: with mask [batch, 1, h, w] and masked_image_latents
     [batch, c, h, w] where it is for inpainting; with depth_mask [batch, 1, h, w] where it is for
-    depth to image; with low_res_image [batch, 3, h, w] and noise_level [batch] where it is an
-    upscaler; with timestep_cond [batch, d] where it was
+    depth to image; with low_res_image [batch, 3, h, w] or image_latents [batch, c, h, w], and
+    noise_level [batch], where it is an upscaler; with timestep_cond [batch, d] where it was
     distilled together with its guidance; with pooled_prompt_embeds [batch, e] and time_ids [batch,
     5 or 6] where it is of Stable Diffusion XL; with the residuals of ControlNets, zeros where there
     are none, the middle's last.
@@ -160,15 +160,19 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """images [batch, H, W, 3] in [0, 1] → latents, latents_std [batch, c, h, w], both scaled."""
+    """images [batch, H, W, 3] in [0, 1] → latents, latents_std [batch, c, h, w], both scaled.
+
+    With depth [batch, H, W, 1] in [0, 1] too, where the VAE takes it.
+    """
 
     def __init__(self, vae: nn.Module, *, scaling_factor: float) -> None:
         super().__init__()
         self.vae: Any = vae
         self.scaling_factor = scaling_factor
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode."""
+        images = torch.cat(seen, dim=-1) if len(seen) > 1 else seen[0]
         posterior = self.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1, return_dict=False)[0]
         return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
 
@@ -231,7 +235,7 @@ def wrap(
     elif component == "preview_decoder":
         wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
     elif component == "vae_decoder":
-        gives_depth = checkpoint.kind is Kind.LDM3D
+        gives_depth = checkpoint.depth_channels > 0
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)
     elif component == "vae_encoder":
         wrapper = VaeEncoder(model, scaling_factor=scaling_factor)

@@ -60,8 +60,8 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--depth-map",
     type=_FILE,
-    help="How near each part of --image is, where the bundle would estimate it: a grey picture or "
-    ".npy, brighter or greater is nearer.",
+    help="How near each part of --image is, where the bundle would estimate it, or makes both "
+    "larger: a grey picture or .npy, brighter or greater is nearer.",
 )
 @click.option(
     "--noise-level",

@@ -1,6 +1,8 @@
 """How near each part of a picture is, as somebody measured or estimated it: read and checked.
 
-Only differences count: what diffusers' StableDiffusionDepth2ImgPipeline makes of its ``depth_map``.
+To a depth-to-image checkpoint only differences count: what diffusers'
+StableDiffusionDepth2ImgPipeline makes of its ``depth_map``. To LDM3D's upscaler values do, as its
+VaeImageProcessorLDM3D reads them.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ class DepthMap:
     """How near each part of a picture is, in any unit, greater is nearer; of any size.
 
     ``sha256`` is of its size and its values, so that the same map in another file is equal.
-    ``name`` is for people, ``values`` are float32 [h, w].
+    ``name`` is for people, ``values`` are float32 [h, w]. ``white`` is what stands for 1 among
+    them: 65535 or 255, by the bits of their file or array; None where they have no known range.
     """
 
     sha256: str
     name: str = field(compare=False)
     values: NDArray[np.float32] = field(compare=False, repr=False)
+    white: int | None = field(compare=False)
 
     @classmethod
     def of(cls, source: object, *, name: str) -> Self:
@@ -71,7 +75,31 @@ class DepthMap:
             raise ConfigError(f"{name} is equally near everywhere", _HINT)
         header = f"depth {values.shape[1]}x{values.shape[0]}\n".encode()
         digest = hashlib.sha256(header + values.astype("<f4").tobytes()).hexdigest()
-        return cls(digest, name, values)
+        whole = array.dtype.kind == "u" and array.dtype.itemsize <= 2
+        return cls(digest, name, values, int(np.iinfo(array.dtype).max) if whole else None)
+
+    def check_range(self) -> None:
+        """`ConfigError` where values have no known range, as `scaled` needs one."""
+        if self.white is None:
+            raise ConfigError(
+                f"{self.name} holds numbers with no known range, and the bundle reads the values",
+                "Give a grey picture of 8 or 16 bits, such as the .depth.png that an LDM3D draws; "
+                "or an array or .npy file of uint8 or uint16.",
+            )
+
+    def scaled(self, height: int, width: int) -> NDArray[np.float32]:
+        """float32 [height, width] in 0 … 1, as diffusers' VaeImageProcessorLDM3D reads 16 bits.
+
+        By Lanczos' filter of Pillow, rounded to 16 bits, divided by 65535; that processor loses the
+        bilinear filter that the upscaler's pipeline asks it for. Of 8 bits, white is made 65535
+        first: diffusers divides those by 65535 too, which leaves next to nothing of them.
+        `check_range` comes first.
+        """
+        from PIL import Image
+
+        widened = (self.values * (65535 // (self.white or 65535))).astype(np.uint16)
+        resized = Image.fromarray(widened).resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(resized).astype(np.float32) / np.float32(65535)
 
     def normalized(self, height: int, width: int) -> NDArray[np.float32]:
         """float32 [1, height, width] from −1, the farthest, to 1; as diffusers resizes it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sd_engines.errors import ConfigError
-from sd_engines.spec import LOW_RES_LATENTS
+from sd_engines.spec import DEPTH, IMAGE_LATENTS, LOW_RES_LATENTS
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.recent import Recent
 from sd_runtime.task import DEPTH_ESTIMATOR, DEPTH_MASK, ENCODER
@@ -73,7 +73,7 @@ class ImageEncoder:
     ) -> None:
         self._engine = engine
         self._profile = profile
-        self._known: Recent[tuple[Task, tuple[str | None, ...]], Source] = Recent(capacity)
+        self._known: Recent[tuple[Task, tuple[object, ...]], Source] = Recent(capacity)
 
     def encode(
         self,
@@ -89,7 +89,8 @@ class ImageEncoder:
         `ConfigError` where a picture or its ``depth_map`` has no depth.
         """
         given = (image, mask, depth_map)
-        key = task, tuple(None if part is None else part.sha256 for part in given)
+        digests = (None if part is None else part.sha256 for part in given)
+        key = task, (*digests, depth_map and depth_map.white)
         make = partial(self._encode, task, image, mask, depth_map, timings)
         source = self._known.get(key, make)
         self._known.trim()
@@ -119,6 +120,9 @@ class ImageEncoder:
         )
         pixels = np.divide(image.pixels(height, width), 255, dtype=np.float32)
         pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels, "low_res_latents": pixels}
+        if depth_map is not None and IMAGE_LATENTS in task.draws:
+            depth = depth_map.scaled(height, width)
+            pictures["image_latents"] = np.concatenate([pixels, depth[..., None]], axis=-1)
         latent_mask = None
         if mask is not None:
             repainted = mask.mask(height, width)
@@ -157,7 +161,7 @@ class ImageEncoder:
 
     @staticmethod
     def _posterior(engine: Engine, picture: NDArray[np.float32], timings: Timings) -> Posterior:
-        """Of a picture, float32 [H, W, 3] in 0 … 1."""
+        """Of a picture, float32 [H, W, 3] in 0 … 1; with a fourth channel, of its depth too."""
         high, wide = (int(size) for size in engine.outputs["latents"].shape[2:])
         factor = int(engine.inputs["images"].shape[1]) // high
         tiling = Tiling(picture.shape[0] // factor, picture.shape[1] // factor, high, wide)
@@ -166,7 +170,9 @@ class ImageEncoder:
             binding = engine.bind(1)
             for top, left in (factor * np.array(tiling.tiles)).tolist():
                 part = picture[top : top + factor * high, left : left + factor * wide]
-                copy_into(binding.inputs["images"], part[None])
+                copy_into(binding.inputs["images"], part[None, ..., :3])
+                if DEPTH in binding.inputs:
+                    copy_into(binding.inputs[DEPTH], part[None, ..., 3:])
                 binding.run()
                 for name, parts in seen.items():
                     parts.append(to_host(binding.outputs[name])[0].copy())

@@ -13,6 +13,7 @@ import numpy as np
 
 from sd_engines.errors import ConfigError
 from sd_engines.spec import (
+    LDM3D_UPSCALER,
     LOW_RES_LATENTS,
     NOISE_LEVEL,
     STABLE_DIFFUSION_XL,
@@ -28,7 +29,15 @@ from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, sized_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
 from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
-from sd_runtime.task import LATENT_UPSCALING, REFINING, UPSCALING, Task, task_of
+from sd_runtime.task import (
+    DEPTH_UPSCALING,
+    LATENT_UPSCALING,
+    REFINING,
+    UPSCALING,
+    Task,
+    takes_noise_level,
+    task_of,
+)
 from sd_runtime.upscaling import noise_level_of, upscaling_of
 
 if TYPE_CHECKING:
@@ -141,7 +150,7 @@ def _plan(
 ) -> Plan:
     """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
     upscaling = upscaling_of(request, manifest) if task is UPSCALING else None
-    upscales = task in (UPSCALING, LATENT_UPSCALING)
+    upscales = task in (UPSCALING, LATENT_UPSCALING, DEPTH_UPSCALING)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
             f"cache_interval is {request.cache_interval}, and the bundle has no shallow UNet",
@@ -200,8 +209,8 @@ def _plan(
         is_refiner = model.requires_aesthetics_score
         ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
         unet_inputs[TIME_IDS], negative_unet_inputs[TIME_IDS] = ids[None], negative_ids[None]
-    if upscaling is not None:
-        unet_inputs[NOISE_LEVEL] = np.array([upscaling.noise_level])
+    if takes_noise_level(manifest):
+        unet_inputs[NOISE_LEVEL] = np.array([request.noise_level])
     guided_rows = request.guided_rows(table.num_rows) if width is None else range(0)
     if safety is not None:
         check_safety_guidance(request, is_guided=bool(guided_rows))
@@ -232,7 +241,7 @@ def pipeline_scheduler_config(
     Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
     whatever a checkpoint says; of Stable Diffusion XL and of upscalers diffusers takes its word.
     """
-    if family in (STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER):
+    if family in (STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER, LDM3D_UPSCALER):
         return {**scheduler_config, "clip_sample": False}
     return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 

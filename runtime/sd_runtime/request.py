@@ -56,9 +56,9 @@ class Request:
     0 … 1 is the share of the steps that run. An upscaler makes it larger instead, with noise of the
     ``noise_level`` on it first, 20 by default: the more, the more freely it is redrawn. A
     ``depth_map`` says how near each part of ``image`` is, to a bundle that would estimate it
-    otherwise: a path, a Pillow picture or numbers [h, w], a `DepthMap` once it is in. Where a
-    bundle draws variations, ``image`` is what is read in the place of a prompt, and ``prompt`` is
-    "".
+    otherwise, or that makes both larger: a path, a Pillow picture or numbers [h, w], a `DepthMap`
+    once it is in. Where a bundle draws variations, ``image`` is what is read in the place of a
+    prompt, and ``prompt`` is "".
 
     ``control_image`` is a picture for each ControlNet of the bundle, or one for its only one; each
     counts ``controlnet_conditioning_scale`` times, from ``control_guidance_start`` to

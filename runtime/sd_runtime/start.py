@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_engines.spec import LOW_RES_IMAGE, LOW_RES_LATENTS
 from sd_runtime.denoise import Known
 from sd_runtime.image_encoder import Source
-from sd_runtime.task import DEPTH_MASK
+from sd_runtime.task import DEPTH_MASK, UPSCALER_INPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,8 +59,7 @@ def begin(
         latents = alpha * stacked["image"] + sigma * noise
     else:
         latents = table.init_noise_scale * noise
-    low_res: tuple[Draw, ...] = (LOW_RES_IMAGE, LOW_RES_LATENTS)
-    fed: dict[str, Latents] = {name: stacked[name] for name in low_res if name in stacked}
+    fed: dict[str, Latents] = {name: stacked[name] for name in UPSCALER_INPUTS if name in stacked}
     if fed:
         return Start(latents, fed)
     if sources and sources[0].depth_mask is not None:

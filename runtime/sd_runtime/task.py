@@ -10,25 +10,44 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sd_engines.errors import BundleError, ConfigError
-from sd_engines.spec import DEPTH, LOW_RES_IMAGE, LOW_RES_LATENTS, TEXT_ENCODERS
+from sd_engines.spec import (
+    DEPTH,
+    IMAGE_LATENTS,
+    LOW_RES_IMAGE,
+    LOW_RES_LATENTS,
+    NOISE_LEVEL,
+    TEXT_ENCODERS,
+)
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
 
 Draw: TypeAlias = Literal[
-    "image", "noise", "masked_image", "low_res_image", "low_res_latents", "unused"
+    "image",
+    "noise",
+    "masked_image",
+    "low_res_image",
+    "low_res_latents",
+    "image_latents",
+    "unused",
 ]
 MASK_INPUTS = ("mask", "masked_image_latents")
 """What the UNet of an inpainting checkpoint takes besides; named so in its graph."""
 DEPTH_MASK = "depth_mask"
 """What the UNet of a depth-to-image checkpoint takes besides, as diffusers calls it."""
-CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK, LOW_RES_IMAGE, LOW_RES_LATENTS)
+UPSCALER_INPUTS: tuple[Draw, ...] = (LOW_RES_IMAGE, LOW_RES_LATENTS, IMAGE_LATENTS)
+"""What the UNet of an upscaler takes besides, one of these: a draw, which it is shown as it is."""
+CHANNEL_INPUTS = ("sample", *MASK_INPUTS, DEPTH_MASK, *UPSCALER_INPUTS)
 """All inputs that a UNet's first layer sees side by side, in this order."""
 ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
 IMAGE_ENCODER = "image_encoder"
 """What reads a picture in the place of a prompt, where a bundle has it and no text encoder."""
+_MAKE_LARGER = (
+    "Leave the picture out. The bundle of another checkpoint makes it and its depth larger: "
+    "sd-export --model Intel/ldm3d-sr --output BUNDLE."
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +56,8 @@ class Task:
 
     ``draws`` are the random draws before the first row, in diffusers' order, all of one stream a
     picture: the first noise, or latents out of the posterior of the picture or its masked form, or
-    the small picture that an upscaler is shown, or its latents; an "unused" one only moves the
-    stream on, as diffusers does.
+    the small picture that an upscaler is shown, its latents, or those of a picture and its depth;
+    an "unused" one only moves the stream on, as diffusers does.
     ``mixes_image``: the first latents are the picture's with noise, not noise alone.
     ``feeds_mask``: the UNet takes `MASK_INPUTS`; where there is a mask and it does not, what the
     mask leaves out becomes the picture's again after every row.
@@ -62,6 +81,7 @@ REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
 UPSCALING = Task("upscaling", ("low_res_image", "noise"))
 LATENT_UPSCALING = Task("upscaling", ("low_res_latents", "noise"))
+DEPTH_UPSCALING = Task("upscaling", ("image_latents", "noise"))
 
 
 def task_of(request: Request, manifest: Manifest) -> Task:
@@ -77,7 +97,7 @@ def task_of(request: Request, manifest: Manifest) -> Task:
         return UPSCALING
     if upscales(manifest):
         _check_encoder(manifest)
-        return LATENT_UPSCALING
+        return DEPTH_UPSCALING if gives_depth(manifest) else LATENT_UPSCALING
     if request.noise_level is not None:
         raise ConfigError(
             f"noise_level is {request.noise_level}, and the bundle is no upscaler's",
@@ -93,7 +113,9 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if request.depth_map is not None and not feeds_depth:
         raise ConfigError(
             "a depth map, and the bundle's UNet sees none",
-            "Leave --depth-map out, or draw with the bundle of a depth-to-image checkpoint: "
+            _MAKE_LARGER
+            if gives_depth(manifest)
+            else "Leave --depth-map out, or draw with the bundle of a depth-to-image checkpoint: "
             "sd-export --model stabilityai/stable-diffusion-2-depth --output BUNDLE.",
         )
     feeds_mask = takes_mask(manifest)
@@ -112,7 +134,7 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if gives_depth(manifest):
         raise ConfigError(
             "the bundle is of LDM3D, which draws from text alone",
-            "Leave the picture out; or draw with the bundle of another checkpoint.",
+            _MAKE_LARGER,
         )
     _check_encoder(manifest)
     if feeds_depth:
@@ -142,7 +164,12 @@ def takes_mask(manifest: Manifest) -> bool:
 
 def upscales(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an upscaler's."""
-    return not _unet_inputs(manifest).isdisjoint((LOW_RES_IMAGE, LOW_RES_LATENTS))
+    return not _unet_inputs(manifest).isdisjoint(UPSCALER_INPUTS)
+
+
+def takes_noise_level(manifest: Manifest) -> bool:
+    """Whether the bundle's UNet is told how much noise is on the picture that it makes larger."""
+    return NOISE_LEVEL in _unet_inputs(manifest)
 
 
 def takes_depth(manifest: Manifest) -> bool:
@@ -186,7 +213,10 @@ def plainest_request(manifest: Manifest) -> Request:
     import numpy as np  # not for sd-export --help
 
     black = np.zeros((1, 1, 3), np.uint8)
-    return Request("", image=black, mask=black if takes_mask(manifest) else None)
+    mask = black if takes_mask(manifest) else None
+    slope = np.array([[0, 1]], np.uint16)
+    depth_map = slope if upscales(manifest) and gives_depth(manifest) else None
+    return Request("", image=black, mask=mask, depth_map=depth_map)
 
 
 def check_served(manifest: Manifest) -> None:

@@ -18,6 +18,7 @@ from sd_engines.spec import LOW_RES_IMAGE
 from sd_runtime.image_encoder import Posterior, Source
 from sd_runtime.noise_schedule import Level, noise_schedule
 from sd_runtime.scheduler_config import effective_config
+from sd_runtime.task import gives_depth
 from sd_runtime.tiles import Tile, TileNoise, Tiling
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Upscaling:
 def noise_level_of(request: Request, manifest: Manifest) -> int:
     """How much noise is put on the small picture that ``request`` gives to an upscaler's bundle.
 
+    LDM3D's is told of it and no more, as by its pipeline in diffusers: nobody puts it there.
     Raises `ConfigError` where it asks for what an upscaler does not do, `BundleError` where the
     bundle does not say what noise its UNet knows.
     """
@@ -94,12 +96,20 @@ def noise_level_of(request: Request, manifest: Manifest) -> int:
             "the bundle is an upscaler: it makes a picture larger",
             "Give it one: --image PICTURE.",
         )
-    for name in ("mask", "depth_map", "strength"):
+    sees_depth = gives_depth(manifest)
+    for name in ("mask", "strength") if sees_depth else ("mask", "strength", "depth_map"):
         if getattr(request, name) is not None:
             raise ConfigError(
                 f"{name} is not for an upscaler, which makes the whole picture larger",
                 f"Leave {name} out; it draws from noise, led by the picture.",
             )
+    if sees_depth:
+        if request.depth_map is None:
+            raise ConfigError(
+                "the bundle is LDM3D's upscaler: it makes a picture and its depth larger",
+                "Give that too: --depth-map MAP, such as the .depth.png beside an LDM3D's picture.",
+            )
+        request.depth_map.check_range()
     most = manifest.model.max_noise_level
     if most is None:
         raise _silent()

@@ -21,7 +21,7 @@ from sd_runtime import Pipeline, Request
 from sd_runtime.control_options import CONTROL_NUMBERS, numbers
 from sd_runtime.scheduler_config import SCHEDULERS
 from tiny import SMALLEST, make_checkpoint
-from tiny_upscaler import make_latent_upscaler, make_upscaler
+from tiny_upscaler import make_latent_upscaler, make_ldm3d_upscaler, make_upscaler
 from tiny_variation import make_variation_checkpoint
 from tiny_xl import make_xl_checkpoint
 
@@ -464,6 +464,19 @@ def latent_upscaler_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("latent_upscaler")
     with exported(make_latent_upscaler(folder / "checkpoint"), batch_size=2) as model:
         yield TinyUpscaler(**vars(model))
+
+
+@pytest.fixture(scope="session")
+def ldm3d_upscaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """As Intel/ldm3d-sr: pictures of any size to 16×24, two at a time."""
+    from sd_export import export
+
+    folder = tmp_path_factory.mktemp("ldm3d_upscaler")
+    with one_thread():
+        make_ldm3d_upscaler(folder / "checkpoint")
+        export(folder / "checkpoint", folder / "bundle", batch_size=2, height=16, width=24)
+    with Pipeline.load(folder / "bundle", threads=1) as pipeline:
+        yield pipeline
 
 
 @pytest.fixture

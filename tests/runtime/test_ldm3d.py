@@ -119,8 +119,13 @@ def test_shared_batches_are_split_with_their_depth(ldm3d_model: TinyModel) -> No
 def test_a_picture_to_begin_with_is_refused(ldm3d_model: TinyModel) -> None:
     assert tasks_of(ldm3d_model.pipeline.bundle.manifest) == ("text-to-image",)
     picture = np.zeros((16, 16, 3), np.uint8)
-    with pytest.raises(ConfigError, match="LDM3D, which draws from text alone"):
+    with pytest.raises(ConfigError, match="LDM3D, which draws from text alone") as caught:
         ldm3d_model.pipeline.stream(Request("a cat", image=picture))
+    assert "--model Intel/ldm3d-sr" in caught.value.hint
+    given = Request("a cat", image=picture, depth_map=np.array([[0, 1]]))
+    with pytest.raises(ConfigError, match="a depth map") as caught:
+        ldm3d_model.pipeline.stream(given)
+    assert "--model Intel/ldm3d-sr" in caught.value.hint
 
 
 def test_a_depth_map_that_cannot_be_written_is_refused_first(

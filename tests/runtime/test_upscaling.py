@@ -117,6 +117,7 @@ def test_a_smaller_picture_comes_out_four_times_as_large(upscaler_model: TinyUps
     [
         ({"image": None}, "it makes a picture larger"),
         ({"mask": PICTURE[..., 0]}, "mask is not for an upscaler"),
+        ({"depth_map": np.arange(4.0).reshape(2, 2)}, "depth_map is not for an upscaler"),
         ({"strength": 0.5}, "strength is not for an upscaler"),
         ({"noise_level": 351}, "knows 350 at most"),
         ({"noise_level": -1}, "noise_level is -1"),
