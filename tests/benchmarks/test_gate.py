@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -80,15 +81,24 @@ def test_a_stage_that_is_not_there_is_said_after_one_pair() -> None:
     assert counts == []
 
 
-def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path) -> None:
+def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path, tmp_path: Path) -> None:
+    processes = tmp_path / "processes"
+    base_python = tmp_path / "python"
+    base_python.write_text(f'#!/bin/sh\necho $$ >> {processes}\nexec {sys.executable} "$@"\n')
+    base_python.chmod(0o755)
     comparison = gate_in_turns(
-        shapes_bundle, shapes_bundle, GENEROUS, settings=SETTINGS, max_pairs=24
+        shapes_bundle,
+        shapes_bundle,
+        GENEROUS,
+        settings=SETTINGS,
+        max_pairs=24,
+        base_python=base_python,
     )
+    assert len(processes.read_text().split()) == 1, "the base answers from a process of its own"
     assert comparison.judgement.paired
     assert comparison.judgement.verdict is Verdict.PASS
     assert comparison.base.settings == comparison.new.settings == SETTINGS
     assert len(comparison.base.samples) == len(comparison.new.samples) == 24
-    assert comparison.base.peak_memory_bytes != comparison.new.peak_memory_bytes, "own processes"
     starts = [[s.started_s for s in side.samples] for side in (comparison.base, comparison.new)]
     assert (np.diff(np.ravel(np.transpose(starts)).reshape(12, 4)[:, [0, 1, 3, 2]]) > 0).all()
 
