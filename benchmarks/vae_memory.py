@@ -36,9 +36,8 @@ def make_graph(model: str, folder: Path, side: int | None) -> tuple[ComponentEnt
     from sd_export.wrappers import wrap
 
     checkpoint = find_checkpoint(model)
-    vae = checkpoint.configs["vae"]
-    side = side or int(vae["sample_size"])
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = side or int(checkpoint.configs["vae"]["sample_size"])
+    factor = checkpoint.vae_scale_factor
     profile = Profile(batch_size=1, height=side, width=side, vae_scale_factor=factor)
     inputs, outputs = borders(COMPONENT, checkpoint=checkpoint, profile=profile)
     module = wrap(COMPONENT, load_model(checkpoint, "vae"), checkpoint=checkpoint, profile=profile)

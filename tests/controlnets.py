@@ -1,11 +1,17 @@
-"""Tiny random ControlNets for a tiny checkpoint, made by the unmodified class of diffusers."""
+"""Tiny random ControlNets for a tiny checkpoint, made by the unmodified class of diffusers.
+
+And what leads them.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from sd_runtime import Request
 from tiny import seeded
 
 if TYPE_CHECKING:
@@ -38,3 +44,16 @@ def make_controlnet(
             torch.nn.init.normal_(layer.bias, std=0.2)
     controlnet.save_pretrained(folder)
     return folder
+
+
+def control_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A random one, smooth."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def control_request(size: tuple[int, int], **options: Any) -> Request:
+    """Two ControlNets, each with a picture of its own, where ``options`` do not say otherwise."""
+    defaults = {"seed": 8, "num_inference_steps": 4, "guidance_scale": 3.0}
+    pictures = {"control_image": [control_picture(seed, size) for seed in (0, 1)]}
+    return Request(options.pop("prompt", "a cat"), **{**pictures, **defaults, **options})

@@ -55,14 +55,7 @@ def make_upscaler(folder: Path, *, seed: int = 0) -> Path:
     diffusers.DDPMScheduler(**_BETAS).save_pretrained(folder / "low_res_scheduler")
     change_json(folder / "scheduler/scheduler_config.json", **_BETAS)
     change_json(folder / "vae/config.json", scaling_factor=0.08333)
-    change_json(
-        folder / "model_index.json",
-        _class_name="StableDiffusionUpscalePipeline",
-        low_res_scheduler=["diffusers", "DDPMScheduler"],
-        max_noise_level=350,
-        watermarker=[None, None],
-    )
-    return folder
+    return _named(folder, "StableDiffusionUpscalePipeline")
 
 
 def make_latent_upscaler(folder: Path, *, seed: int = 0) -> Path:
@@ -140,9 +133,14 @@ def make_ldm3d_upscaler(folder: Path, *, seed: int = 0) -> Path:
         )
     unet.save_pretrained(folder / "unet")
     change_json(folder / "scheduler/scheduler_config.json", steps_offset=0)
+    return _named(folder, "StableDiffusionUpscaleLDM3DPipeline")
+
+
+def _named(folder: Path, class_name: str) -> Path:
+    """``folder`` as that of an upscaler's pipeline, whose UNet knows levels of noise."""
     change_json(
         folder / "model_index.json",
-        _class_name="StableDiffusionUpscaleLDM3DPipeline",
+        _class_name=class_name,
         low_res_scheduler=["diffusers", "DDPMScheduler"],
         max_noise_level=350,
         watermarker=[None, None],

@@ -90,10 +90,9 @@ def check_comparable(base: Measurement, new: Measurement, *, paired: bool = Fals
     """
     if not paired:
         check_environment(base.environment, new.environment)
-    asked = [asdict(measurement.settings) for measurement in (base, new)]
-    for settings in asked:
-        del settings["height"], settings["width"]  # the profile holds what they came to
-    settings = _differing(*asked)
+    settings = _differing(asdict(base.settings), asdict(new.settings))
+    for name in ("height", "width"):  # the profile holds what they came to
+        settings.pop(name, None)
     if settings:
         raise ConfigError(
             f"measured with other settings: {_words(settings)}",

@@ -6,12 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.spec import Defaults
-from sd_export.family import (
-    family_of,
-    is_refiner,
-    painted_channels,
-    text_encoders,
-)
+from sd_export.family import family_of, is_refiner, painted_channels, text_encoders
 from sd_export.kind import Kind, kind_of
 from sd_export.model_files import WEIGHT_STEMS
 
@@ -77,6 +72,11 @@ class Checkpoint:
         return int(self.configs["vae"].get("latent_channels", 4))
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a picture's side to one of its latents'."""
+        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    @property
     def kind(self) -> Kind:
         """What the UNet is for."""
         return kind_of(self.configs)
@@ -86,10 +86,9 @@ class Checkpoint:
         """Height and width in pixels that its pipeline draws where it is not told."""
         if self.kind is Kind.LDM3D_UPSCALER:
             return _LDM3D_TARGET_RES
-        factor = 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
         sample = self.configs["unet"].get("sample_size") or 64
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
-        return rows * factor, columns * factor
+        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
     @property
     def depth_channels(self) -> int:

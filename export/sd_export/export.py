@@ -224,7 +224,7 @@ def _profile(
     checkpoint: Checkpoint, *, height: int | None, width: int | None, batch_size: int
 ) -> Profile:
     """The shapes asked for; the checkpoint's own size where none are."""
-    factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
+    factor = checkpoint.vae_scale_factor
     step = max(factor, 8)  # diffusers draws no other, whatever the VAE
     if checkpoint.kind in (Kind.X4_UPSCALER, Kind.X2_UPSCALER):
         # Of a small picture whose sides are no multiples of it diffusers leaves something out.

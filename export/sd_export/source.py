@@ -33,7 +33,6 @@ from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
 _SEERS = ("safety_checker", DEPTH_ESTIMATOR, IMAGE_ENCODER)
 """Models of pictures, which the checkpoint's feature_extractor prepares for them."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")

@@ -74,7 +74,8 @@ class EngineSet(Closing):
     def __getitem__(self, component: str) -> Engine:
         """The engine of ``component``: one not open yet opens on the UNet's backend, if it can."""
         if component not in self.opened:
-            self.opened[component] = self._open(component, prefer=self.opened["unet"].entry)
+            unet = self.opened["unet"].entry
+            self.opened[component] = self._open(component, self.loras, prefer=unet)
         return self.opened[component]
 
     def at(self, bundle: Bundle) -> Self:
@@ -109,26 +110,27 @@ class EngineSet(Closing):
         The engines that LoRAs change are opened anew, before the old ones are closed: where a LoRA
         is refused, everything stays as it is. Raises as `open_engine` and `fused_weights`.
         """
-        before, self.loras = self.loras, tuple(loras)
-        try:
-            with ExitStack() as opening:
-                changed = {
-                    name: opening.enter_context(
-                        self._open(name, prefer=engine.entry, precision=engine.entry.precision)
-                    )
-                    for name, engine in self.opened.items()
-                    if name in OWNERS
-                }
-                opening.pop_all()
-        except BaseException:
-            self.loras = before
-            raise
+        with ExitStack() as opening:
+            changed = {
+                name: opening.enter_context(
+                    self._open(name, loras, prefer=engine.entry, precision=engine.entry.precision)
+                )
+                for name, engine in self.opened.items()
+                if name in OWNERS
+            }
+            opening.pop_all()
         for name, engine in changed.items():
             self.opened[name].close()
             self.opened[name] = engine
+        self.loras = tuple(loras)
 
     def _open(
-        self, component: str, *, prefer: EngineEntry, precision: Precision | None = None
+        self,
+        component: str,
+        loras: Sequence[Lora],
+        *,
+        prefer: EngineEntry,
+        precision: Precision | None = None,
     ) -> Engine:
         return open_engine(
             self.bundle,
@@ -137,7 +139,7 @@ class EngineSet(Closing):
             threads=self._threads,
             precision=precision,
             prefer=prefer,
-            weights=fused_weights(self.bundle, component, self.loras),
+            weights=fused_weights(self.bundle, component, loras),
         )
 
     def close(self) -> None:

@@ -31,6 +31,8 @@ UNET_END_NAMES = {
     "out.2": "conv_out",
 }
 """What lies before, beside and behind the blocks → diffusers' names."""
+_ORIGINAL_RESNET_NAMES = {new: original for original, new in RESNET_NAMES.items()}
+_ORIGINAL_UNET_END_NAMES = {new: original for original, new in UNET_END_NAMES.items()}
 
 
 def original_unet_names(names: Collection[str]) -> dict[str, str]:
@@ -54,9 +56,8 @@ def original_unet_names(names: Collection[str]) -> dict[str, str]:
 
 def _original_name(name: str, *, per_level: int, attending: Collection[str]) -> str | None:
     """``per_level`` blocks; ``attending`` levels upwards have attention before an upsampler."""
-    ends = {new: original for original, new in UNET_END_NAMES.items()}
-    if name in ends:
-        return ends[name]
+    if name in _ORIGINAL_UNET_END_NAMES:
+        return _ORIGINAL_UNET_END_NAMES[name]
     side, *path = name.split(".")
     if side == "mid_block":  # resnet, attention, resnet
         kind, number, *rest = path
@@ -77,4 +78,4 @@ def _original_name(name: str, *, per_level: int, attending: Collection[str]) -> 
 def _part(path: list[str]) -> str:
     """The rest of a name, which is a resnet's or stays."""
     part = ".".join(path)
-    return {new: original for original, new in RESNET_NAMES.items()}.get(part, part)
+    return _ORIGINAL_RESNET_NAMES.get(part, part)

@@ -42,7 +42,6 @@ class Upscaling:
     image: InputImage
     scale: int
     tiling: Tiling
-    noise_level: int
     level: Level
 
     @property
@@ -136,7 +135,6 @@ def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
         image=request.image,
         scale=profile.vae_scale_factor,
         tiling=Tiling(given.height, given.width, profile.latent_height, profile.latent_width),
-        noise_level=noise_level,
         level=low_res_level(scheduler, noise_level),
     )
     height, width = upscaling.size

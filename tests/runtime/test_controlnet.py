@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from controlnets import control_picture, control_request
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from sd_runtime import Pipeline, Request
+from sd_runtime import Pipeline
 from sd_runtime.cli import main
 from sd_runtime.controlnet import controlnet_names
 from sd_runtime.image import read_recipe_text
@@ -30,14 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
 def picture(seed: int, *, size: tuple[int, int] = (24, 24)) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    return control_picture(seed, size)
 
 
-def request_for(**options: Any) -> Request:
-    defaults = {"seed": 8, "num_inference_steps": 4, "guidance_scale": 3.0}
-    pictures = {"control_image": [picture(0), picture(1)]}
-    return Request(options.pop("prompt", "a cat"), **{**pictures, **defaults, **options})
+request_for = partial(control_request, (24, 24))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from sd_runtime import Pipeline, Request
+from controlnets import control_picture, control_request
+from sd_runtime import Pipeline
 from sd_runtime.plan import plan
 
 if TYPE_CHECKING:
@@ -21,15 +22,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
-def picture(seed: int) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC)
-
-
-def request_for(**options: Any) -> Request:
-    defaults = {"seed": 8, "num_inference_steps": 4, "guidance_scale": 3.0}
-    pictures = {"control_image": [picture(0), picture(1)]}
-    return Request(options.pop("prompt", "a cat"), **{**pictures, **defaults, **options})
+picture = partial(control_picture, size=(16, 16))
+request_for = partial(control_request, (16, 16))
 
 
 @pytest.mark.parametrize(

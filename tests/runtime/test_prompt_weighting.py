@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pictures import assert_drawn_alike
 from sd_engines.errors import ConfigError
 from sd_export.cli import main
 from sd_runtime import Pipeline, Request
@@ -28,7 +29,6 @@ from tiny import make_smallest_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sd_runtime.result import Result
 
 EMBEDS = np.load(Path(__file__).parent / "prompt_weighting" / "lpw_embeds.npz")
 CASES = [
@@ -74,18 +74,6 @@ def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def assert_same(pipeline: Pipeline, oracle: Any, request: Request, **inputs: Any) -> Result:
-    result = pipeline.generate(request)
-    expected = oracle(
-        num_inference_steps=request.num_inference_steps,
-        generator=torch.Generator("cpu").manual_seed(7),
-        **inputs,
-    ).images[0]
-    difference = np.abs(result.pixels[0].astype(int) - np.asarray(expected).astype(int))
-    assert (difference <= 1).mean() >= 0.999
-    return result
-
-
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_pictures_are_those_of_the_long_prompt_weighting_pipeline(
     pipeline: Pipeline, oracle: Any, case: int
@@ -98,7 +86,7 @@ def test_pictures_are_those_of_the_long_prompt_weighting_pipeline(
         f"{kind}_embeds": torch.from_numpy(EMBEDS[f"{name}_{case}"])[None]
         for kind, name in (("prompt", "prompt"), ("negative_prompt", "negative"))
     }
-    result = assert_same(pipeline, oracle, request, **inputs)
+    result = assert_drawn_alike(pipeline, oracle, request, **inputs)
     (recipe,) = result.recipes
     again = pipeline.generate(Recipe.from_json(vars(recipe)).request())
     assert np.array_equal(again.pixels, result.pixels)
@@ -110,7 +98,7 @@ def test_a_prompt_of_one_chunk_is_drawn_as_ever(
     pipeline: Pipeline, oracle: Any, prompt: str
 ) -> None:
     request = Request(prompt, seed=7, num_inference_steps=3)
-    assert_same(pipeline, oracle, request, prompt=prompt)
+    assert_drawn_alike(pipeline, oracle, request, prompt=prompt)
 
 
 def test_a_long_prompt_is_every_chunk_of_it(pipeline: Pipeline, oracle: Any) -> None:
@@ -125,7 +113,9 @@ def test_a_long_prompt_is_every_chunk_of_it(pipeline: Pipeline, oracle: Any) -> 
             for all_ in (chunks, [empty, empty])
         )
     request = Request(PLAIN_LONG, seed=7, num_inference_steps=3)
-    assert_same(pipeline, oracle, request, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    assert_drawn_alike(
+        pipeline, oracle, request, prompt_embeds=embeds, negative_prompt_embeds=negative
+    )
 
 
 def test_what_two_chunks_do_not_hold_is_named(

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pictures import assert_drawn_alike
 from sd_export import export
 from sd_runtime import Pipeline, Request
 from sd_runtime.recipe import Recipe
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import TinyModel
-    from sd_runtime.result import Result
 
 CASES = [
     (r"a (red) [cat] ((dog:0.5) horse) \(white\) (unclosed [x", "(blue:1.5), a ] b)"),
@@ -96,18 +96,6 @@ def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def assert_same(pipeline: Pipeline, oracle: Any, request: Request, **inputs: Any) -> Result:
-    result = pipeline.generate(request)
-    expected = oracle(
-        num_inference_steps=request.num_inference_steps,
-        generator=torch.Generator("cpu").manual_seed(7),
-        **inputs,
-    ).images[0]
-    difference = np.abs(result.pixels[0].astype(int) - np.asarray(expected).astype(int))
-    assert (difference <= 1).mean() >= 0.999
-    return result
-
-
 def prompt_inputs(embeds: Any, case: object) -> dict[str, torch.Tensor]:
     """What diffusers' pipeline takes in the place of the texts of a case."""
     names = {
@@ -127,7 +115,7 @@ def test_words_weigh_what_they_weigh_to_automatic1111(
     request = Request(
         prompt, negative_prompt=negative, seed=7, num_inference_steps=3, prompt_weighting=True
     )
-    result = assert_same(pipeline, oracle, request, **prompt_inputs(embeds, case))
+    result = assert_drawn_alike(pipeline, oracle, request, **prompt_inputs(embeds, case))
     (recipe,) = result.recipes
     again = pipeline.generate(Recipe.from_json(vars(recipe)).request())
     assert np.array_equal(again.pixels, result.pixels)
@@ -170,7 +158,7 @@ def test_a_prompt_of_one_chunk_is_drawn_as_ever(
     pipeline: Pipeline, oracle: Any, prompt: str, negative: str | None
 ) -> None:
     request = Request(prompt, negative_prompt=negative, seed=7, num_inference_steps=3)
-    assert_same(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
+    assert_drawn_alike(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
 
 
 @pytest.mark.parametrize("negative", [None, "a dog"])
@@ -200,7 +188,7 @@ def test_a_long_prompt_is_every_chunk_of_it(
     zeros = torch.zeros_like(prompt[0]), torch.zeros_like(prompt[1])
     beside = zeros if negative is None else encoded(negative)
     request = Request(PLAIN_LONG, negative_prompt=negative, seed=7, num_inference_steps=3)
-    assert_same(
+    assert_drawn_alike(
         pipeline,
         oracle,
         request,
@@ -223,7 +211,7 @@ def test_learned_words_draw_as_in_diffusers(
     pipeline: Pipeline, oracle: Any, prompt: str, negative: str | None
 ) -> None:
     request = Request(prompt, negative_prompt=negative, seed=7, num_inference_steps=3)
-    drawn = assert_same(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
+    drawn = assert_drawn_alike(pipeline, oracle, request, prompt=prompt, negative_prompt=negative)
     plain = pipeline.generate(
         Request("a in the of", negative_prompt=negative, seed=7, num_inference_steps=3)
     )
