@@ -63,9 +63,9 @@ class ImageEncoder:
     """Encodes pictures one by one; its engines are opened when they are first needed.
 
     ``engine`` opens a component's engine, or gives the one that is open; pictures take the size of
-    ``profile``, and where the encoder is made for less it sees them by tiles. The last ``capacity``
-    sources are kept (of 64×64 latents, 260 KiB at most): a picture that many prompts start from is
-    encoded once.
+    ``profile``, but for those that latents are made larger of; and where the encoder is made for
+    less it sees them by tiles. The last ``capacity`` sources are kept (of 64×64 latents, 260 KiB at
+    most): a picture that many prompts start from is encoded once.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ImageEncoder:
                 self._engine(DEPTH_ESTIMATOR)
         height, width = self._profile.height, self._profile.width
         if LOW_RES_LATENTS in task.draws:
-            height, width = (int(size) for size in engine.inputs["images"].shape[1:3])
+            height, width = image.image.height, image.image.width
         latent_height, latent_width = (
             side // self._profile.vae_scale_factor for side in (height, width)
         )

@@ -29,6 +29,7 @@ from sd_runtime.result import Result, Step
 from sd_runtime.start import Start, begin
 from sd_runtime.timing import Timings, clock
 from sd_runtime.tokenizer import Tokenizer
+from sd_runtime.upscaling import noised
 
 if TYPE_CHECKING:
     import os
@@ -264,15 +265,9 @@ class Pipeline(Closing):
         embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
         timings: Timings,
     ) -> Iterator[Row]:
-        request = plan.request
         sources: list[Source] = []
-        if plan.upscaling is not None:
-            sources = [plan.upscaling.source(image) for image in batch]
-        elif request.image is not None and not plan.task.reads_image:
-            source = self._images.encode(
-                plan.task, request.image, request.mask, request.depth_map, timings=timings
-            )
-            sources = [source] * len(batch)
+        if plan.request.image is not None and not plan.task.reads_image:
+            sources = [self._source(image, plan, timings) for image in batch]
         with timings.measure("noise"):
             noise = [plan.noise(image) for image in batch]
             start = begin(plan.task, noise, self.latents_shape, plan.table, sources=sources)
@@ -280,6 +275,18 @@ class Pipeline(Closing):
         if plan.refining is None or self.refiner is None:
             return rows
         return self.refiner._refine(rows, noise, batch, plan.refining, timings)
+
+    def _source(self, image: ImageRequest, plan: Plan, timings: Timings) -> Source:
+        """What a picture, or a tile of one that is made larger, starts from."""
+        given, upscaling = plan.request, plan.upscaling
+        if upscaling is None:
+            return self._images.encode(
+                plan.task, given.image, given.mask, given.depth_map, timings=timings
+            )
+        part = upscaling.part(image)
+        if upscaling.level is not None:
+            return noised(part, upscaling.level)
+        return self._images.encode(plan.task, part, timings=timings)
 
     def _refine(
         self,

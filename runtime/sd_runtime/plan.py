@@ -38,7 +38,7 @@ from sd_runtime.task import (
     takes_noise_level,
     task_of,
 )
-from sd_runtime.upscaling import noise_level_of, upscaling_of
+from sd_runtime.upscaling import fitting, noise_level_of, upscaling_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +62,7 @@ class Plan:
     the picture's size, `TIME_IDS`; ``negative_unet_inputs`` take their place beside a negative
     prompt. To an upscaler's the `NOISE_LEVEL`, int64 [1]. ``safety`` is there where the request has
     safety guidance. ``refining`` is what a refiner does after it, ``upscaling`` what an upscaler
-    that sees pixels makes larger. Without ``reads_prompt`` empty text takes the place of every
+    makes larger by tiles. Without ``reads_prompt`` empty text takes the place of every
     prompt.
     """
 
@@ -122,7 +122,9 @@ def plan(request: Request, manifest: Manifest, *, refiner: Manifest | None = Non
     and two bundles that do not; `BundleError` where the bundle lacks what the task needs.
     """
     task = task_of(request, manifest)
-    if task is not UPSCALING:  # whose tiles have a size, and whose pictures come out in any
+    if task.by_tiles:
+        manifest = fitting(request, manifest)
+    else:
         manifest = manifest.at(request.height, request.width)
         request = replace(request, height=manifest.profile.height, width=manifest.profile.width)
     if refiner is None:
@@ -149,7 +151,7 @@ def _plan(
     denoising_end: float | None = None,
 ) -> Plan:
     """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
-    upscaling = upscaling_of(request, manifest) if task is UPSCALING else None
+    upscaling = upscaling_of(request, manifest) if task.by_tiles else None
     upscales = task in (UPSCALING, LATENT_UPSCALING, DEPTH_UPSCALING)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(

@@ -63,6 +63,7 @@ class Task:
     mask leaves out becomes the picture's again after every row.
     ``feeds_depth``: the UNet takes `DEPTH_MASK`.
     ``reads_image``: the UNet reads the picture in the place of a prompt, and begins from noise.
+    ``by_tiles``: the picture may have any size, and is drawn by tiles of the bundle's.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Task:
     feeds_mask: bool = False
     feeds_depth: bool = False
     reads_image: bool = False
+    by_tiles: bool = False
 
 
 TEXT_TO_IMAGE = Task("text-to-image", ("noise",))
@@ -79,8 +81,8 @@ DEPTH_TO_IMAGE = Task("depth-to-image", ("image", "noise"), mixes_image=True, fe
 IMAGE_VARIATION = Task("image-variation", ("noise",), reads_image=True)
 REFINING = Task("refining", ())
 """Goes on where another model stopped, whose latents it takes as they are."""
-UPSCALING = Task("upscaling", ("low_res_image", "noise"))
-LATENT_UPSCALING = Task("upscaling", ("low_res_latents", "noise"))
+UPSCALING = Task("upscaling", ("low_res_image", "noise"), by_tiles=True)
+LATENT_UPSCALING = Task("upscaling", ("low_res_latents", "noise"), by_tiles=True)
 DEPTH_UPSCALING = Task("upscaling", ("image_latents", "noise"))
 
 

@@ -32,20 +32,24 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Overlapping tiles that cover a picture; one, and wider than it, where it is smaller."""
+    """Overlapping tiles that cover a picture; one, and wider than it, where it is smaller.
+
+    They begin at multiples of ``grid``, of which their sides are multiples too.
+    """
 
     height: int
     width: int
     tile_height: int
     tile_width: int
+    grid: int = 1
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
         """All of them, row by row, as evenly spread as whole pixels allow."""
         return tuple(
             Tile(top, left)
-            for top in _starts(self.height, self.tile_height)
-            for left in _starts(self.width, self.tile_width)
+            for top in _starts(self.height, self.tile_height, self.grid)
+            for left in _starts(self.width, self.tile_width, self.grid)
         )
 
     def cut(self, picture: NDArray[_T], tile: Tile) -> NDArray[_T]:
@@ -63,8 +67,9 @@ class Tiling:
         high, wide, channels = drawn.shape[1:]
         scale = high // self.tile_height
         weight = np.outer(_depths(high), _depths(wide))[..., None]
-        size = max(self.height, self.tile_height), max(self.width, self.tile_width)
-        total = np.zeros((scale * size[0], scale * size[1], channels), np.float32)
+        last = self.tiles[-1]
+        size = scale * (last.top + self.tile_height), scale * (last.left + self.tile_width)
+        total = np.zeros((*size, channels), np.float32)
         weights = np.zeros((*total.shape[:2], 1), np.float32)
         for (top, left), pixels in zip(self.tiles, drawn, strict=True):
             rows = slice(scale * top, scale * top + high)
@@ -81,12 +86,14 @@ class TileNoise(NoiseStream):
     It lies in cells of the size that is drawn, row by row from the upper left. That first cell is
     ``seed``'s own stream, so a picture of one tile has the noise that it would have without tiles.
     The cell in row r and column c is the stream of another seed: the first four bytes, big-endian,
-    of the SHA-256 of "seed r c", in decimal digits.
+    of the SHA-256 of "seed r c", in decimal digits. Draws may be finer or coarser than the picture
+    that is cut, as latents are.
     """
 
     def __init__(self, seed: int, tile: Tile, *, tile_height: int, tile_width: int) -> None:
         super().__init__(seed)
-        self._top, self._left = tile.top % tile_height, tile.left % tile_width
+        self._side = tile_height, tile_width
+        self._inside = tile.top % tile_height, tile.left % tile_width
         rows = range(tile.top // tile_height, -(-tile.top // tile_height) + 1)
         columns = range(tile.left // tile_width, -(-tile.left // tile_width) + 1)
         self._cells = [
@@ -94,19 +101,23 @@ class TileNoise(NoiseStream):
         ]
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The tile's part of the next draw, float32 of ``shape``, which ends in a tile's sides."""
+        """The tile's part of the next draw, float32 of ``shape``, whose last axes are its sides."""
         rows = [np.concatenate([cell.normal(shape) for cell in row], -1) for row in self._cells]
         whole = np.concatenate(rows, -2)
-        height, width = shape[-2:]
-        return whole[..., self._top : self._top + height, self._left : self._left + width]
+        top, left = (
+            start * size // side
+            for start, size, side in zip(self._inside, shape[-2:], self._side, strict=True)
+        )
+        return whole[..., top : top + shape[-2], left : left + shape[-1]]
 
 
-def _starts(size: int, tile: int) -> list[int]:
+def _starts(size: int, tile: int, grid: int) -> list[int]:
+    size, tile = -(-size // grid), tile // grid
     if size <= tile:
         return [0]
     shared = tile // _OVERLAP
     steps = -(-(size - tile) // (tile - shared))
-    return [(size - tile) * step // steps for step in range(steps + 1)]
+    return [(size - tile) * step // steps * grid for step in range(steps + 1)]
 
 
 def _depths(size: int) -> NDArray[np.float32]:

@@ -1,8 +1,9 @@
 """Making a picture larger: what an upscaler's UNet is shown of it, tile by tile.
 
-The small picture has as many pixels as the latents have places, and goes into the UNet beside them,
-with noise on it so that the UNet does not take its flaws for detail (Ho et al. 2021,
-arXiv:2106.15282, section 4; Rombach et al. 2022, arXiv:2112.10752, section 4.4).
+The x4 upscaler's small picture has as many pixels as the latents have places, and goes into the
+UNet beside them, with noise on it so that the UNet does not take its flaws for detail (Ho et al.
+2021, arXiv:2106.15282, section 4; Rombach et al. 2022, arXiv:2112.10752, section 4.4). The x2
+latent upscaler's UNet is shown latents of it, a quarter as many as it draws.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.errors import BundleError, ConfigError
-from sd_engines.spec import LOW_RES_IMAGE
+from sd_engines.spec import LOW_RES_IMAGE, LOW_RES_LATENTS
 from sd_runtime.image_encoder import Posterior, Source
+from sd_runtime.input_image import InputImage
 from sd_runtime.noise_schedule import Level, noise_schedule
 from sd_runtime.scheduler_config import effective_config
 from sd_runtime.task import gives_depth
@@ -27,22 +29,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
-    from sd_runtime.input_image import InputImage
     from sd_runtime.request import ImageRequest, Request
 
 DEFAULT_NOISE_LEVEL = 20
 """What diffusers' StableDiffusionUpscalePipeline takes where it is not told."""
 _FIRST = Tile(0, 0)
+_SHOWN = (LOW_RES_IMAGE, LOW_RES_LATENTS)
 
 
 @dataclass(frozen=True)
 class Upscaling:
-    """A picture that is to be ``scale`` times as large, and the noise that is put on it first."""
+    """A picture that is to be ``scale`` times as large, and the noise that is put on it first.
+
+    Without a ``level`` the UNet is shown latents of it, which the VAE's encoder makes.
+    """
 
     image: InputImage
     scale: int
     tiling: Tiling
-    level: Level
+    level: Level | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,15 +58,10 @@ class Upscaling:
         """What is drawn for ``images``: the tiles of the first, then those of the next."""
         return tuple(image._replace(tile=tile) for image in images for tile in self.tiling.tiles)
 
-    def source(self, image: ImageRequest) -> Source:
-        """What the UNet is shown of one of `tiles_of`: a draw of a posterior, float32 [3, h, w]."""
+    def part(self, image: ImageRequest) -> InputImage:
+        """The picture that is one of `tiles_of`."""
         pixels = self.tiling.cut(self._pixels, image.tile or _FIRST)
-        mean: NDArray[np.float32] = np.divide(pixels.transpose(2, 0, 1), 255, dtype=np.float32)
-        mean *= 2
-        mean -= 1
-        mean *= np.float32(self.level.alpha)
-        std = np.full(mean.shape, self.level.sigma, np.float32)
-        return Source({LOW_RES_IMAGE: Posterior(mean, std)})
+        return InputImage.of(pixels, name=f"a tile of {self.image.name}")
 
     def noise(self, image: ImageRequest) -> TileNoise:
         """The random draws of one of `tiles_of`."""
@@ -81,6 +81,16 @@ class Upscaling:
     @cached_property
     def _pixels(self) -> NDArray[np.uint8]:
         return self.image.pixels(self.tiling.height, self.tiling.width)
+
+
+def noised(image: InputImage, level: Level) -> Source:
+    """What a UNet is shown of a picture's pixels: a draw of a posterior, float32 [3, h, w]."""
+    pixels = image.pixels(image.image.height, image.image.width)
+    mean: NDArray[np.float32] = np.divide(pixels.transpose(2, 0, 1), 255, dtype=np.float32)
+    mean *= 2
+    mean -= 1
+    mean *= np.float32(level.alpha)
+    return Source({LOW_RES_IMAGE: Posterior(mean, np.full(mean.shape, level.sigma, np.float32))})
 
 
 def noise_level_of(request: Request, manifest: Manifest) -> int:
@@ -123,19 +133,26 @@ def noise_level_of(request: Request, manifest: Manifest) -> int:
 
 
 def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
-    """What ``request`` comes to on the bundle of an upscaler that sees pixels.
+    """What ``request`` comes to on the bundle of an upscaler that works by tiles.
 
     Raises as `noise_level_of`, and `ConfigError` for a size that does not come out.
     """
     noise_level, scheduler = noise_level_of(request, manifest), manifest.model.low_res_scheduler
-    if scheduler is None:
-        raise _silent()
+    (shown,) = (spec for spec in manifest.components["unet"].inputs if spec.name in _SHOWN)
     profile, given = manifest.profile, request.image.image
+    grid, level = 1, None
+    if shown.name == LOW_RES_LATENTS:
+        grid = profile.vae_scale_factor
+    elif scheduler is None:
+        raise _silent()
+    else:
+        level = low_res_level(scheduler, noise_level)
+    height, width = (grid * int(size) for size in shown.shape[2:])
     upscaling = Upscaling(
         image=request.image,
-        scale=profile.vae_scale_factor,
-        tiling=Tiling(given.height, given.width, profile.latent_height, profile.latent_width),
-        level=low_res_level(scheduler, noise_level),
+        scale=profile.height // height,
+        tiling=Tiling(given.height, given.width, height, width, grid),
+        level=level,
     )
     height, width = upscaling.size
     if (request.height or height, request.width or width) != (height, width):
@@ -145,6 +162,16 @@ def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
             "Leave the size out, and resize what comes out.",
         )
     return upscaling
+
+
+def fitting(request: Request, manifest: Manifest) -> Manifest:
+    """``manifest`` with the size that the picture comes out in as its own, if it has that size.
+
+    Raises as `upscaling_of`.
+    """
+    size = upscaling_of(request, manifest).size
+    built = {(entry.profile.height, entry.profile.width) for entry in manifest.all_sizes}
+    return manifest.at(*size) if size in built else manifest
 
 
 def low_res_level(scheduler_config: Mapping[str, Any], noise_level: int) -> Level:

@@ -76,3 +76,24 @@ def test_tiles_see_the_same_noise_where_they_overlap() -> None:
         assert abs(whole.mean()) < 0.2
         assert abs(whole.std() - 1) < 0.2
         assert len(np.unique(whole)) > 0.99 * whole.size  # no cell is another's again
+
+
+def test_tiles_begin_where_a_latent_does() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (29, 41, 3), np.uint8)
+    tiling = Tiling(29, 41, 16, 16, grid=4)
+    tops, lefts = (0, 8, 16), (0, 8, 16, 28)
+    assert tiling.tiles == tuple(Tile(top, left) for top in tops for left in lefts)
+    drawn = np.stack([tiling.cut(picture, tile) for tile in tiling.tiles])
+    np.testing.assert_array_equal(tiling.join(drawn), picture)
+
+
+@pytest.mark.parametrize("side", [2, 4, 16])
+def test_noise_of_latents_lies_as_their_tiles_do(side: int) -> None:
+    first, second = noise(7, Tile(0, 0)), noise(7, Tile(4, 12))
+    below = first.normal((1, 2, side, side)), noise(7, Tile(0, 8)).normal((1, 2, side, side))
+    part = second.normal((1, 2, side, side))
+    assert part.shape == (1, 2, side, side)
+    np.testing.assert_array_equal(
+        part[..., : side // 2, : side // 2], below[1][..., side // 2 :, side // 2 :]
+    )
+    assert not np.isin(part, below[0]).any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sd_engines.errors import BundleError, ConfigError
+from sd_engines.manifest import SizeEntry
 from sd_engines.spec import Defaults
 from sd_export.triton import write_model_repository
 from sd_runtime import Request
@@ -77,21 +78,31 @@ def test_upscaler_is_data_of_the_bundle(upscaler_model: TinyUpscaler) -> None:
     assert (proof.metric, proof.figure >= 0.999) == ("pixels_within_1", True)
 
 
-def test_the_first_tile_is_what_diffusers_makes_of_it_alone(upscaler_model: TinyUpscaler) -> None:
-    whole = Request("a cat", seed=5, image=LARGE, num_inference_steps=3, scheduler="euler_a")
-    result = upscaler_model.pipeline.generate(whole)
-    assert result.pixels.shape == (1, 4 * 13, 4 * 20, 3)
-    with upscaler_model._scheduled("euler_a"):
-        pixels, latents, _ = upscaler_model.expected(replace(whole, image=PICTURE))
+@pytest.fixture(params=["upscaler_model", "latent_upscaler_model"])
+def upscaler(request: pytest.FixtureRequest) -> TinyUpscaler:
+    """Each of those that work by tiles."""
+    model: TinyUpscaler = request.getfixturevalue(request.param)
+    return model
+
+
+def test_the_first_tile_is_what_diffusers_makes_of_it_alone(upscaler: TinyUpscaler) -> None:
+    scale = upscaler.pipeline.profile.height // len(PICTURE)
+    scheduler = {4: "euler_a", 2: "euler_karras"}[scale]  # none that draws noise predicts x₀
+    whole = Request("a cat", seed=5, image=LARGE, num_inference_steps=3, scheduler=scheduler)
+    result = upscaler.pipeline.generate(whole)
+    assert result.pixels.shape == (1, scale * 13, scale * 20, 3)
+    with upscaler._scheduled(scheduler):
+        pixels, latents, _ = upscaler.expected(replace(whole, image=PICTURE))
     assert np.linalg.norm(result.latents[0] - latents) <= 1e-4 * np.linalg.norm(latents)
-    corner = result.pixels[0, :20, :24].astype(int)  # which no other tile draws on
-    assert (np.abs(corner - pixels[0, :20, :24]) <= 1).mean() >= 0.999
+    corner = slice(5 * scale), slice(6 * scale)  # which no other tile draws on
+    differences = np.abs(result.pixels[0][corner].astype(int) - pixels[0][corner])
+    assert (differences <= 1).mean() >= 0.999
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(upscaler_model: TinyUpscaler) -> None:
+def test_a_picture_does_not_depend_on_its_neighbours(upscaler: TinyUpscaler) -> None:
     options: dict[str, Any] = {"image": LARGE, "num_inference_steps": 2}
-    both = upscaler_model.pipeline.generate(Request(("a cat", "a dog"), seed=(3, 9), **options))
-    dog = upscaler_model.pipeline.generate(Request("a dog", seed=9, **options))
+    both = upscaler.pipeline.generate(Request(("a cat", "a dog"), seed=(3, 9), **options))
+    dog = upscaler.pipeline.generate(Request("a dog", seed=9, **options))
     np.testing.assert_allclose(both.latents[len(dog.latents) :], dog.latents, atol=1e-5)
     assert (np.abs(both.pixels[1].astype(int) - dog.pixels[0]) <= 1).mean() >= 0.999
 
@@ -105,11 +116,28 @@ def test_steps_count_tiles(upscaler_model: TinyUpscaler) -> None:
     assert {step.num_steps for step in steps} == {6}
 
 
-def test_a_smaller_picture_comes_out_four_times_as_large(upscaler_model: TinyUpscaler) -> None:
+def test_a_smaller_picture_comes_out_as_many_times_as_large(upscaler: TinyUpscaler) -> None:
+    scale = upscaler.pipeline.profile.height // len(PICTURE)
     request = Request("a cat", seed=5, image=PICTURE[:5, :3], num_inference_steps=1)
-    assert upscaler_model.pipeline.generate(request).pixels.shape == (1, 20, 12, 3)
+    result = upscaler.pipeline.generate(request)
+    assert result.pixels.shape == (1, scale * 5, scale * 3, 3)
+    (recipe,) = result.recipes
+    assert (recipe.height, recipe.width) == result.pixels.shape[1:3]
+    again = upscaler.pipeline.generate(recipe.request(image=PICTURE[:5, :3]))
+    np.testing.assert_array_equal(again.pixels, result.pixels)
     plain = Request("", seed=5, image=np.zeros((1, 1, 3), np.uint8), num_inference_steps=1)
-    assert upscaler_model.pipeline.generate(plain).pixels.shape == (1, 4, 4, 3)
+    assert upscaler.pipeline.generate(plain).pixels.shape == (1, scale, scale, 3)
+
+
+def test_a_picture_is_drawn_whole_where_the_bundle_has_its_size(upscaler: TinyUpscaler) -> None:
+    manifest = upscaler.pipeline.bundle.manifest
+    scale = manifest.profile.height // len(PICTURE)
+    own = SizeEntry(**{part.name: getattr(manifest, part.name) for part in fields(SizeEntry)})
+    wide = replace(own, profile=replace(own.profile, height=8 * scale, width=24 * scale))
+    request = Request("a cat", image=np.zeros((8, 24, 3), np.uint8))
+    assert plan(request, manifest).profile == manifest.profile
+    planned = plan(request, replace(manifest, sizes=(wide,)))
+    assert planned.profile == wide.profile
 
 
 @pytest.mark.parametrize(
