@@ -30,6 +30,7 @@ SMALLEST: dict[str, Any] = {
     "cross_attention_dim": 8,
     "attention_heads": 2,
     "norm_num_groups": 4,
+    "text_layers": 1,
 }
 """What makes a checkpoint of one level, whose pictures are its latents' size: fastest to export."""
 CLIP_PROCESSOR: dict[str, Any] = {
@@ -261,9 +262,25 @@ def make_checkpoint(
     return folder
 
 
-def make_smallest_checkpoint(folder: Path, *, seed: int = 0) -> Path:
-    """A checkpoint of the `SMALLEST` shape."""
-    return make_checkpoint(folder, seed=seed, **SMALLEST)
+def make_smallest_checkpoint(folder: Path, *, seed: int = 0, **options: Any) -> Path:
+    """A checkpoint of the `SMALLEST` shape, but for ``options``."""
+    return make_checkpoint(folder, seed=seed, **{**SMALLEST, **options})
+
+
+def make_tiny_vae(folder: Path, *, levels: int = 1, latent_channels: int = 4) -> Path:
+    """Save a random `AutoencoderTiny`, whose pictures are 2^(levels - 1) times their latents."""
+    import diffusers
+
+    with seeded(7):
+        vae = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8,) * levels,
+            decoder_block_out_channels=(8,) * levels,
+            num_encoder_blocks=(1,) * levels,
+            num_decoder_blocks=(1,) * levels,
+            latent_channels=latent_channels,
+        )
+    vae.save_pretrained(folder)
+    return folder
 
 
 def _save_safety_checker(folder: Path) -> None:

@@ -26,7 +26,7 @@ def make_xl_checkpoint(
     block_out_channels: tuple[int, ...] = (16, 32),
     vae_block_out_channels: tuple[int, ...] = (8, 8),
     text_width: int = 16,
-    text_layers: int = 3,
+    text_layers: int = 2,
     projection_dim: int = 24,
     time_embed_dim: int = 8,
     head_size: int = 8,

@@ -46,6 +46,35 @@ def report_of_2022(of_2022: Path) -> ExportReport:
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the shapes of ``smallest``, with other weights."""
+    from tiny import make_smallest_checkpoint
+
+    return make_smallest_checkpoint(tmp_path_factory.mktemp("other") / "other", seed=9)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random `AutoencoderTiny` for the latents of ``smallest``."""
+    from tiny import make_tiny_vae
+
+    return make_tiny_vae(tmp_path_factory.mktemp("taesd") / "taesd")
+
+
+@pytest.fixture(scope="session")
+def bundle_of_two_vaes(
+    smallest: Path, other: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``smallest`` with the VAE of ``other``, and with ``tiny_vae`` for previews."""
+    from sd_export.cli import main
+
+    bundle = tmp_path_factory.mktemp("two_vaes") / "bundle"
+    options = ["--vae", str(other / "vae"), "--preview-vae", str(tiny_vae), "--quiet"]
+    assert main(["--model", str(smallest), "--output", str(bundle), *options]) == 0
+    return bundle
+
+
+@pytest.fixture(scope="session")
 def single_file_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of v1's own depth whose shapes follow v1's fixed sizes."""
     from tiny import make_checkpoint

@@ -11,7 +11,7 @@ import torch
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.export import export
 from sd_runtime import Pipeline, Request
-from tiny import make_smallest_checkpoint
+from tiny import make_tiny_vae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,35 +19,15 @@ if TYPE_CHECKING:
 REQUEST = Request("a cat", seed=3, num_inference_steps=3, guidance_scale=3, scheduler="euler")
 
 
-def tiny_vae(folder: Path, *, levels: int = 1, latent_channels: int = 4) -> Path:
-    from diffusers import AutoencoderTiny
-
-    torch.manual_seed(7)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8,) * levels,
-        decoder_block_out_channels=(8,) * levels,
-        num_encoder_blocks=(1,) * levels,
-        num_decoder_blocks=(1,) * levels,
-        latent_channels=latent_channels,
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_smallest_checkpoint(tmp_path_factory.mktemp("preview") / "checkpoint")
-
-
 def test_previews_are_the_tiny_decoders_and_pictures_the_vaes(
-    checkpoint: Path, tmp_path: Path
+    tiny_vae: Path, bundle_of_two_vaes: Path
 ) -> None:
     from diffusers import AutoencoderTiny
 
-    model = tiny_vae(tmp_path / "taesd")
-    report = export(checkpoint, tmp_path / "bundle", preview_vae=str(model))
-    assert any(entry.component == "preview_decoder" for entry in report.manifest.certificate)
-    vae = AutoencoderTiny.from_pretrained(model)
-    with Pipeline.load(tmp_path / "bundle", threads=1) as pipeline:
+    vae = AutoencoderTiny.from_pretrained(tiny_vae)
+    with Pipeline.load(bundle_of_two_vaes, threads=1) as pipeline:
+        certificate = pipeline.bundle.manifest.certificate
+        assert any(entry.component == "preview_decoder" for entry in certificate)
         assert "preview_decoder" not in pipeline.engines, "it is opened for the first preview"
         own = pipeline.generate(REQUEST)
         for step in pipeline.stream(REQUEST):
@@ -70,16 +50,16 @@ def test_previews_are_the_tiny_decoders_and_pictures_the_vaes(
     ],
 )
 def test_one_of_other_latents_is_refused(
-    checkpoint: Path, tmp_path: Path, options: dict[str, Any], message: str
+    smallest: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    model = tiny_vae(tmp_path / "taesd", **options)
+    model = make_tiny_vae(tmp_path / "taesd", **options)
     with pytest.raises(ExportError, match=message):
-        export(checkpoint, tmp_path / "bundle", preview_vae=str(model))
+        export(smallest, tmp_path / "bundle", preview_vae=str(model))
     assert not (tmp_path / "bundle").exists()
 
 
-def test_what_is_no_tiny_vae_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_is_no_tiny_vae_is_refused(smallest: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not an AutoencoderTiny"):
-        export(checkpoint, tmp_path / "bundle", preview_vae=str(checkpoint / "vae"))
+        export(smallest, tmp_path / "bundle", preview_vae=str(smallest / "vae"))
     with pytest.raises(ConfigError, match="no such file or folder"):
-        export(checkpoint, tmp_path / "bundle", preview_vae="./missing")
+        export(smallest, tmp_path / "bundle", preview_vae="./missing")

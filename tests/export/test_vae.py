@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from compvis import original_state
 from sd_engines.errors import ConfigError, ExportError, SdError
-from sd_export.cli import main
 from sd_export.load import load_model
 from sd_export.source import find_checkpoint
 from sd_export.vae import with_vae
 from sd_runtime import Pipeline, Request
 from sd_runtime.image import read_recipe_text
 from sd_runtime.recipe import recipes_from_text
-from tiny import make_checkpoint, make_smallest_checkpoint
+from tiny import make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,23 +30,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the shapes of ``smallest``, with other weights."""
-    return make_smallest_checkpoint(tmp_path_factory.mktemp("other") / "other", seed=9)
-
-
 def test_pictures_are_those_of_diffusers_with_that_vae(
-    smallest: Path, other: Path, tmp_path: Path
+    smallest: Path, other: Path, bundle_of_two_vaes: Path, tmp_path: Path
 ) -> None:
-    bundle = tmp_path / "bundle"
-    options = ["--model", str(smallest), "--output", str(bundle), "--vae", str(other / "vae")]
-    assert main([*options, "--quiet"]) == 0
     request = Request("a cat", seed=3, num_inference_steps=2)
     picture = np.full((8, 8, 3), 90, np.uint8)
     picture[2:5, 1:4] = (200, 30, 10)
     again = Request("a cat", seed=3, num_inference_steps=4, image=picture, strength=0.5)
-    with Pipeline.load(bundle, threads=1) as pipeline:
+    with Pipeline.load(bundle_of_two_vaes, threads=1) as pipeline:
         assert pipeline.bundle.manifest.model.vae == str(other / "vae")
         result, encoded = pipeline.generate(request), pipeline.generate(again)
     (path,) = result.save(tmp_path / "cat.png")

@@ -407,7 +407,7 @@ def refiner_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyMode
     """As stabilityai/stable-diffusion-xl-refiner-1.0, and of ``xl_model``'s latents."""
     folder = tmp_path_factory.mktemp("refiner")
     checkpoint = make_xl_checkpoint(
-        folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,)
+        folder / "checkpoint", refiner=True, seed=1, block_out_channels=(16,), text_layers=3
     )
     with exported(checkpoint, batch_size=2) as model:
         yield model
@@ -432,7 +432,8 @@ def ldm3d_model(
     """
     folder = tmp_path_factory.mktemp("ldm3d") / "checkpoint"
     checker = request.param == 4
-    make_ldm3d_checkpoint(folder, channels=request.param, safety_checker=checker, seed=1, **SMALL)
+    shape = {**SMALL, "text_layers": 2}
+    make_ldm3d_checkpoint(folder, channels=request.param, safety_checker=checker, seed=1, **shape)
     with exported(folder, batch_size=2) as model:
         yield model
 

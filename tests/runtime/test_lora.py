@@ -52,7 +52,7 @@ def write_lora(path: Path, *, seed: int, dtype: torch.dtype = torch.float32) -> 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, its bundle, and three LoRAs."""
     folder = tmp_path_factory.mktemp("lora")
-    make_smallest_checkpoint(folder / "checkpoint")
+    make_smallest_checkpoint(folder / "checkpoint", text_layers=2)
     write_lora(folder / "one.safetensors", seed=1)
     write_lora(folder / "other.safetensors", seed=2)
     write_lora(folder / "half.safetensors", seed=3, dtype=torch.bfloat16)

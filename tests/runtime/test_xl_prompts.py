@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 def make_checkpoint(folder: Path) -> Path:
     """Embeddings of random weights have a mean of 0, which cannot be restored: these have not."""
-    make_xl_checkpoint(folder, block_out_channels=(16,), text_width=8, text_layers=2)
+    make_xl_checkpoint(folder, block_out_channels=(16,), text_width=8)
     for encoder in ("text_encoder", "text_encoder_2"):
         path = folder / encoder / "model.safetensors"
         weights = load_file(path)
