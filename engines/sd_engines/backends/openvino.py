@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.backends.openvino_ir import read_ir
+from sd_engines.backends.openvino_norms import keep_channels_last
 from sd_engines.backends.openvino_package import core, package
 from sd_engines.backends.openvino_precision import (
     DEVICE,
@@ -55,6 +56,9 @@ _DTYPES = {
     "f16": "float16",
     "f32": "float32",
 }
+_IMAGES = "images"
+"""Border of graphs that look at pictures or paint them, whose tensors are wide and of few channels;
+a UNet gains nothing by `keep_channels_last`."""
 _NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 """OpenVINO 2026.4 crashes where it generates code for the norms of k-diffusion's blocks, of which a
 latent upscaler's UNet is made."""
@@ -215,6 +219,8 @@ class OpenVinoEngine(Closing):
                     for port in model.inputs
                 }
             )
+            if _IMAGES in self.inputs or _IMAGES in self.outputs:
+                keep_channels_last(model)
             compiled = core().compile_model(
                 model,
                 DEVICE,
