@@ -21,6 +21,7 @@ from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.guidance import Safety
 from sd_runtime.image_encoder import ImageEncoder
+from sd_runtime.input_image import InputImage
 from sd_runtime.lora import Lora, find_loras
 from sd_runtime.picture_reader import PictureReader
 from sd_runtime.plan import max_prompt_chunks, plan
@@ -286,7 +287,8 @@ class Pipeline(Closing):
         part = upscaling.part(image)
         if upscaling.level is not None:
             return noised(part, upscaling.level)
-        return self._images.encode(plan.task, part, timings=timings)
+        picture = InputImage.of(part, name=f"a tile of {upscaling.image.name}")
+        return self._images.encode(plan.task, picture, timings=timings)
 
     def _refine(
         self,

@@ -17,10 +17,9 @@ import numpy as np
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.spec import LOW_RES_IMAGE, LOW_RES_LATENTS
 from sd_runtime.image_encoder import Posterior, Source
-from sd_runtime.input_image import InputImage
 from sd_runtime.noise_schedule import Level, noise_schedule
 from sd_runtime.scheduler_config import effective_config
-from sd_runtime.task import gives_depth
+from sd_runtime.task import UPSCALER_INPUTS, gives_depth
 from sd_runtime.tiles import Tile, TileNoise, Tiling
 
 if TYPE_CHECKING:
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
+    from sd_runtime.input_image import InputImage
     from sd_runtime.request import ImageRequest, Request
 
 DEFAULT_NOISE_LEVEL = 20
 """What diffusers' StableDiffusionUpscalePipeline takes where it is not told."""
 _FIRST = Tile(0, 0)
-_SHOWN = (LOW_RES_IMAGE, LOW_RES_LATENTS)
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,9 @@ class Upscaling:
         """What is drawn for ``images``: the tiles of the first, then those of the next."""
         return tuple(image._replace(tile=tile) for image in images for tile in self.tiling.tiles)
 
-    def part(self, image: ImageRequest) -> InputImage:
-        """The picture that is one of `tiles_of`."""
-        pixels = self.tiling.cut(self._pixels, image.tile or _FIRST)
-        return InputImage.of(pixels, name=f"a tile of {self.image.name}")
+    def part(self, image: ImageRequest) -> NDArray[np.uint8]:
+        """The pixels of one of `tiles_of`, uint8 [h, w, 3]."""
+        return self.tiling.cut(self._pixels, image.tile or _FIRST)
 
     def noise(self, image: ImageRequest) -> TileNoise:
         """The random draws of one of `tiles_of`."""
@@ -83,9 +81,8 @@ class Upscaling:
         return self.image.pixels(self.tiling.height, self.tiling.width)
 
 
-def noised(image: InputImage, level: Level) -> Source:
-    """What a UNet is shown of a picture's pixels: a draw of a posterior, float32 [3, h, w]."""
-    pixels = image.pixels(image.image.height, image.image.width)
+def noised(pixels: NDArray[np.uint8], level: Level) -> Source:
+    """What a UNet is shown of a picture's ``pixels``: a draw of a posterior, float32 [3, h, w]."""
     mean: NDArray[np.float32] = np.divide(pixels.transpose(2, 0, 1), 255, dtype=np.float32)
     mean *= 2
     mean -= 1
@@ -138,7 +135,7 @@ def upscaling_of(request: Request, manifest: Manifest) -> Upscaling:
     Raises as `noise_level_of`, and `ConfigError` for a size that does not come out.
     """
     noise_level, scheduler = noise_level_of(request, manifest), manifest.model.low_res_scheduler
-    (shown,) = (spec for spec in manifest.components["unet"].inputs if spec.name in _SHOWN)
+    (shown,) = (spec for spec in manifest.components["unet"].inputs if spec.name in UPSCALER_INPUTS)
     profile, given = manifest.profile, request.image.image
     grid, level = 1, None
     if shown.name == LOW_RES_LATENTS:

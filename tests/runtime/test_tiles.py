@@ -89,11 +89,8 @@ def test_tiles_begin_where_a_latent_does() -> None:
 
 @pytest.mark.parametrize("side", [2, 4, 16])
 def test_noise_of_latents_lies_as_their_tiles_do(side: int) -> None:
-    first, second = noise(7, Tile(0, 0)), noise(7, Tile(4, 12))
-    below = first.normal((1, 2, side, side)), noise(7, Tile(0, 8)).normal((1, 2, side, side))
-    part = second.normal((1, 2, side, side))
-    assert part.shape == (1, 2, side, side)
-    np.testing.assert_array_equal(
-        part[..., : side // 2, : side // 2], below[1][..., side // 2 :, side // 2 :]
-    )
-    assert not np.isin(part, below[0]).any()
+    shape, half = (1, 2, side, side), side // 2
+    elsewhere, above, part = (noise(7, Tile(*at)).normal(shape) for at in ((0, 0), (0, 8), (4, 12)))
+    assert part.shape == shape
+    np.testing.assert_array_equal(part[..., :half, :half], above[..., half:, half:])
+    assert not np.isin(part, elsewhere).any()
