@@ -66,8 +66,10 @@ def save_model(
     tensors = {}
     for key, like in model.state_dict().items():
         if like.ndim < 2:
+            # ones and zeros would be folded away, and figures come out too good
             is_scale = key.endswith("weight") and "embeds" not in key
-            tensors[key] = torch.full(like.shape, float(is_scale), dtype=dtype)
+            tensors[key] = torch.empty(like.shape, dtype=dtype)
+            tensors[key].normal_(float(is_scale), 0.1, generator=generator)
         else:
             std = 0.02 if "embedding" in key else 1 / math.sqrt(math.prod(like.shape[1:]))
             tensors[key] = torch.empty(like.shape, dtype=dtype).normal_(0, std, generator=generator)

@@ -21,7 +21,9 @@ from sd_engines.backends.openvino_precision import (
     check_precision,
     computes_in_8_bits,
     precision_hint,
+    products_are_scarce,
 )
+from sd_engines.backends.openvino_winograd import halve_products
 from sd_engines.border import (
     check_arrays,
     check_batch,
@@ -140,6 +142,8 @@ def load(
             raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
     if weights:
         _replace_constants(model, weights)
+    if products_are_scarce(engine):
+        halve_products(model)
     return OpenVinoEngine(
         model,
         mapped,
