@@ -13,6 +13,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from sd_runtime.serve.offer import model_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -43,19 +45,25 @@ class Metrics:
         self._queue_s = Histogram(
             "sd_serve_queue_seconds",
             "What a drawn request waited",
+            ["model"],
             buckets=_REQUEST_BUCKETS_S,
             registry=registry,
         )
         self._stage_s = Histogram(
             "sd_serve_stage_seconds",
             "One run of a stage; unet once a step, total once a batch",
-            ["stage"],
+            ["model", "stage"],
             buckets=_STAGE_BUCKETS_S,
             registry=registry,
         )
-        self._pictures = Counter("sd_serve_pictures", "Pictures drawn", registry=registry)
+        self._pictures = Counter(
+            "sd_serve_pictures", "Pictures drawn", ["model"], registry=registry
+        )
         self._joined = Counter(
-            "sd_serve_joined_requests", "Requests that shared a batch", registry=registry
+            "sd_serve_joined_requests",
+            "Requests that shared a batch",
+            ["model"],
+            registry=registry,
         )
 
     def watch(self, room: EngineRoom) -> None:
@@ -69,16 +77,18 @@ class Metrics:
             Gauge(f"sd_serve_{name}", what, registry=self._registry).set_function(value)
 
     def count_batch(self, tickets: Sequence[Ticket], timings: Timings) -> None:
-        """Note a batch that was drawn, for `EngineRoom`."""
+        """Note a batch that was drawn, for `EngineRoom`: all of it by one model."""
+        model = model_name(tickets[0].pipeline.bundle.path)
         for stage, spans in timings.spans.items():
-            observe = self._stage_s.labels(stage).observe
+            observe = self._stage_s.labels(model, stage).observe
             for began, ended in spans:
                 observe(ended - began)
         for ticket in tickets:
-            self._queue_s.observe((ticket.started_s or ticket.accepted_s) - ticket.accepted_s)
-            self._pictures.inc(ticket.request.num_images)
+            waited_s = (ticket.started_s or ticket.accepted_s) - ticket.accepted_s
+            self._queue_s.labels(model).observe(waited_s)
+            self._pictures.labels(model).inc(ticket.request.num_images)
         if len(tickets) > 1:
-            self._joined.inc(len(tickets))
+            self._joined.labels(model).inc(len(tickets))
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Note an answer. ``route`` is a path's pattern, so that nobody can make up new ones."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,10 +71,15 @@ class Server:
             with error:
                 return Reply(error.code, dict(error.headers), error.read())
 
-    def metric(self, name: str) -> float:
-        """The value of a metric, its labels as they are written; 0 where it has none yet."""
-        lines = self.ask("/metrics").body.decode().splitlines()
-        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all series that have ``labels``; 0 where there is none yet."""
+        families = text_string_to_metric_families(self.ask("/metrics").body.decode())
+        samples = (sample for family in families for sample in family.samples)
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def log_line(self, request_id: str) -> dict[str, Any]:
         """What it logs of an answer, and may log after it was sent."""

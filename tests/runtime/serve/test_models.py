@@ -82,6 +82,19 @@ def test_openais_client_chooses_by_model(
             client.images.generate(prompt="a cat", extra_body={"control_images": ["", ""]})
 
 
+def test_metrics_tell_bundles_apart(server: Server) -> None:
+    def pictures() -> list[float]:
+        names = ("plain", "lines")
+        return [server.metric("sd_serve_pictures_total", model=name) for name in names]
+
+    plain, lines = pictures()
+    runs = server.metric("sd_serve_stage_seconds_count", model="lines", stage="unet")
+    body = {"prompt": "a cat", "model": "lines", **EXTRA}
+    assert server.ask("/v1/images/generations", body).status == 200
+    assert pictures() == [plain, lines + 1]
+    assert server.metric("sd_serve_stage_seconds_count", model="lines", stage="unet") == runs + 2
+
+
 def test_the_web_uis_clients_choose_by_settings(
     server: Server, models: dict[str | None, TinyModel]
 ) -> None:
