@@ -37,7 +37,8 @@ class Job:
     peer's own for what it converts or compiles once. ``scheduler_name`` is ours, ``scheduler`` the
     path of its config in diffusers' words, ``sigmas`` its grid as sigma / alpha, one more than
     there are UNet calls. ``noise`` is the path of float32 [draws, 1, channels, height / 8,
-    width / 8], the first one for the latents.
+    width / 8], the first one for the latents. ``pictures`` is how many this process will be asked
+    for, None where they are many.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Job:
     guidance_scale: float
     height: int
     width: int
+    pictures: int | None
 
     @classmethod
     def from_question(cls, question: Mapping[str, Any]) -> Self:

@@ -28,8 +28,13 @@ class SdToolkit:
         """Open the bundle."""
         from sd_runtime import Pipeline
 
+        steps = job.num_inference_steps
         self._pipeline = Pipeline.load(
-            job.bundle, backend=job.backend, threads=job.threads, request=_request(job)
+            job.bundle,
+            backend=job.backend,
+            threads=job.threads,
+            request=_request(job),
+            num_steps=None if job.pictures is None else job.pictures * steps,
         )
         return {}
 

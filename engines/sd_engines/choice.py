@@ -1,8 +1,8 @@
 """Which of a bundle's engines ``auto`` takes: the fastest measured on this machine, remembered.
 
 Speed never costs digits: only engines of one precision compete, that of the first engine in the
-order of `BACKENDS` which can run here. What won is kept in a small file per bundle, machine and
-set of versions below ``$XDG_CACHE_HOME/sd-toolkit``; without it, it is measured again.
+order of `BACKENDS` which can run here. What was measured is kept in a small file per bundle,
+machine and set of versions below ``$XDG_CACHE_HOME/sd-toolkit``; without it, it is measured again.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sd_engines.cores import usable_cores
 from sd_engines.engine import check_engine, listed_engines, open_engine
 from sd_engines.errors import BackendError, EngineMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sd_engines.bundle import Bundle
-    from sd_engines.engine import Engine
+    from sd_engines.engine import Binding
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
 
@@ -42,14 +42,29 @@ _MEASURING = Lock()
 """Two pipelines that open at once would measure each other."""
 
 
+class Pace(NamedTuple):
+    """What one engine takes here: to open for a guided picture, and to run on one."""
+
+    open_ms: float
+    run_ms: float
+
+    def cost_ms(self, runs: int | None) -> float:
+        """What so many runs cost, opening among it; None: of one run among many."""
+        return self.run_ms if runs is None else self.open_ms + runs * self.run_ms
+
+
 def fastest_engine(
     bundle: Bundle,
     component: str,
     *,
     threads: int | None = None,
     precision: Precision | None = None,
+    runs: int | None = None,
 ) -> EngineEntry | None:
     """The engine of ``component`` that ``auto`` is to take here; None where none can run.
+
+    That is the one which is done first with ``runs`` runs, or where their number is not known the
+    one that runs fastest: what compiles long gains nothing in a process of a single picture.
 
     The first call for a bundle on a machine opens the candidates one after the other and runs
     each on one guided picture; where only one can run, nothing is measured. ``precision`` None is
@@ -61,31 +76,39 @@ def fastest_engine(
         return entries[0] if entries else None
     with _MEASURING:
         path = _memory_path(entries, threads or usable_cores())
-        remembered = _recall(path, entries)
-        if remembered is not None:
+        if remembered := _recall(path, entries):
+            best = _soonest(entries, remembered, runs)
             with suppress(BackendError, EngineMismatchError):
-                check_engine(bundle, remembered)
-                return remembered
+                check_engine(bundle, best)
+                return best
         candidates, warnings = _candidates(bundle, entries)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         logger.info(
             "Measuring once which is fastest here: %s", ", ".join(e.backend for e in candidates)
         )
-        runs_ms: dict[str, float] = {}
+        paces: dict[str, Pace] = {}
         for entry in candidates:
             try:
-                runs_ms[entry.key] = _run_ms(bundle, entry, threads)
+                pace = paces[entry.key] = _pace(bundle, entry, threads)
             except (BackendError, EngineMismatchError) as error:
                 warnings.append(f"{component}: {entry.backend} was not measured: {error.message}")
                 logger.warning(warnings[-1])
             else:
-                logger.info("%s: %.4g ms by %s", component, runs_ms[entry.key], entry.backend)
-        if not runs_ms:
+                words = "%s: %.4g ms by %s, which opens in %.4g ms"
+                logger.info(words, component, pace.run_ms, entry.backend, pace.open_ms)
+        if not paces:
             return None
-        fastest = min(candidates, key=lambda entry: runs_ms.get(entry.key, float("inf")))
-        _remember(path, {"engine": fastest.key, "runs_ms": runs_ms, "warnings": warnings})
-        return fastest
+        _remember(path, paces, warnings)
+        return _soonest(candidates, paces, runs)
+
+
+def _soonest(
+    entries: Sequence[EngineEntry], paces: Mapping[str, Pace], runs: int | None
+) -> EngineEntry:
+    """That of ``entries`` which is done first; those without a pace take no part."""
+    measured = [entry for entry in entries if entry.key in paces]
+    return min(measured, key=lambda entry: paces[entry.key].cost_ms(runs))
 
 
 def _candidates(
@@ -110,18 +133,20 @@ def _candidates(
     return candidates, warnings
 
 
-def _run_ms(bundle: Bundle, entry: EngineEntry, threads: int | None) -> float:
-    """The shortest of the first runs of ``entry`` on one guided picture."""
+def _pace(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Pace:
+    """What opening ``entry`` took, and the shortest of its first runs on one guided picture."""
+    start = perf_counter()
     with open_engine(
         bundle, entry.component, backend=entry.backend, precision=entry.precision, threads=threads
     ) as engine:
         profile = bundle.manifest.profile
         batch = profile.max_batch(entry.component, engine.inputs.values())
-        return _shortest_run_ms(engine, min(2, batch))
+        binding = engine.bind(min(2, batch), pictures=1)
+        open_ms = 1e3 * (perf_counter() - start)
+        return Pace(open_ms, _shortest_run_ms(binding))
 
 
-def _shortest_run_ms(engine: Engine, batch: int) -> float:
-    binding = engine.bind(batch, pictures=1)
+def _shortest_run_ms(binding: Binding) -> float:
     for array in binding.inputs.values():
         array[...] = 1
     output = next(iter(binding.outputs.values()))
@@ -187,24 +212,34 @@ def _read(path: str | Path) -> str:
         return ""
 
 
-def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> EngineEntry | None:
-    """The engine that ``path`` names, its warnings repeated; None where it names none of them."""
+def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> dict[str, Pace]:
+    """What ``path`` remembers of ``entries``, by key, its warnings repeated; nothing if unknown."""
     if path is None:
-        return None
+        return {}
     try:
         memory = json.loads(path.read_bytes())
-        remembered = next(entry for entry in entries if entry.key == memory["engine"])
-        for warning in memory["warnings"]:
-            logger.warning("%s", warning)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, StopIteration):
-        return None
-    return remembered
+        known = {entry.key for entry in entries}
+        paces = {
+            key: Pace(float(pace["open_ms"]), float(pace["run_ms"]))
+            for key, pace in memory["paces"].items()
+            if key in known
+        }
+        warnings = [str(warning) for warning in memory["warnings"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return paces
 
 
-def _remember(path: Path | None, memory: dict[str, Any]) -> None:
-    """Write ``memory`` at ``path``, whole or not at all."""
+def _remember(path: Path | None, paces: Mapping[str, Pace], warnings: Sequence[str]) -> None:
+    """Write what was measured at ``path``, whole or not at all."""
     if path is None:
         return
+    memory = {
+        "paces": {key: pace._asdict() for key, pace in paces.items()},
+        "warnings": warnings,
+    }
     staging = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,11 +53,12 @@ class EngineSet(Closing):
         backend: str = "auto",
         threads: int | None = None,
         precision: Precision | None = None,
+        num_steps: int | None = None,
         loras: Sequence[Lora] = (),
     ) -> Self:
         """Open what every picture of ``bundle`` needs, and what the first ones of ``planned`` do.
 
-        Raises as `open_engines`.
+        ``num_steps`` as in `open_engines`. Raises as `open_engines`.
         """
         batches = {} if planned is None else first_batches(planned, bundle.manifest.profile)
         opened = open_engines(
@@ -66,6 +67,7 @@ class EngineSet(Closing):
             backend=backend,
             threads=threads,
             precision=precision,
+            num_steps=num_steps,
             batches=batches,
             loras=loras,
         )

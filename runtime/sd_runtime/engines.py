@@ -116,6 +116,7 @@ def open_engines(
     backend: str,
     threads: int | None,
     precision: Precision | None = None,
+    num_steps: int | None = None,
     batches: Mapping[str, Collection[Rows]],
     loras: Sequence[Lora] = (),
 ) -> dict[str, Engine]:
@@ -124,12 +125,14 @@ def open_engines(
     ``loras`` are put on them.
 
     While one is hashed another is read, and while one is compiled another is. ``backend`` "auto"
-    prefers the one whose UNet is fastest here. ``precision`` is the UNet's, and that of others
-    which have it. All engines are open, or none.
+    prefers the one whose UNet is fastest here, or is done first with ``num_steps`` calls.
+    ``precision`` is the UNet's, and that of others which have it. All engines are open, or none.
     """
     prefer = None
     if backend == "auto":
-        prefer = fastest_engine(bundle, "unet", threads=threads, precision=precision)
+        prefer = fastest_engine(
+            bundle, "unet", threads=threads, precision=precision, runs=num_steps
+        )
 
     def open_bound(component: str) -> Engine:
         asked = component == "unet" or listed_engines(

@@ -64,6 +64,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             threads=job.threads,
             precision=order.precision,
             request=order.requests[0],
+            num_steps=num_steps,
             loras=job.loras,
             refiner=job.refiner,
         )

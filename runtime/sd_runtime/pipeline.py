@@ -85,6 +85,7 @@ class Pipeline(Closing):
         threads: int | None = None,
         precision: Precision | None = None,
         request: Request | None = None,
+        num_steps: int | None = None,
         loras: Sequence[str | Lora] = (),
         refiner: str | os.PathLike[str] | None = None,
     ) -> Self:
@@ -102,6 +103,8 @@ class Pipeline(Closing):
         there is nothing else.
         Engines that compile for a number of pictures do so when it is first asked for; given a
         ``request``, they do so here, side by side, and requests like it are answered at once.
+        ``num_steps`` says how many UNet calls will be asked for in all, where that is known: "auto"
+        then takes the engine that is done first, opening it among it.
         ``loras``, each ``FILE.safetensors`` or ``FILE.safetensors=SCALE``, are put on the engines,
         as far as a backend's weights can be changed; `use_loras` takes others.
         ``refiner`` is a second bundle, which goes on with every picture where this one stops
@@ -121,7 +124,9 @@ class Pipeline(Closing):
         other = None
         if second is not None:
             refining_plan = planned.refining if planned else None
-            other = cls._open(second, refining_plan, backend=backend, threads=threads)
+            other = cls._open(
+                second, refining_plan, backend=backend, threads=threads, num_steps=num_steps
+            )
         try:
             return cls._open(
                 bundle,
@@ -129,6 +134,7 @@ class Pipeline(Closing):
                 backend=backend,
                 threads=threads,
                 precision=precision,
+                num_steps=num_steps,
                 loras=found,
                 refiner=other,
             )
@@ -146,6 +152,7 @@ class Pipeline(Closing):
         backend: str,
         threads: int | None,
         precision: Precision | None = None,
+        num_steps: int | None = None,
         loras: Sequence[Lora] = (),
         refiner: Self | None = None,
     ) -> Self:
@@ -155,7 +162,13 @@ class Pipeline(Closing):
             for name in text_encoders(bundle.manifest)
         }
         engines = EngineSet.open(
-            bundle, planned, backend=backend, threads=threads, precision=precision, loras=loras
+            bundle,
+            planned,
+            backend=backend,
+            threads=threads,
+            precision=precision,
+            num_steps=num_steps,
+            loras=loras,
         )
         return cls(engines, tokenizers, refiner=refiner)
 

@@ -79,7 +79,7 @@ def job(folder: Path, prompt: str) -> dict[str, object]:
         **{"precision": "fp32", "backend": "auto", "safety_checker": False, "sigmas": [1.0, 0.0]},
         **{"scheduler_name": "euler", "scheduler": "", "noise": "", "negative_prompt": ""},
         **{"prompt": prompt, "seed": 200, "num_inference_steps": 1, "guidance_scale": 1.0},
-        **{"height": 8, "width": 16},
+        **{"height": 8, "width": 16, "pictures": None},
     }
 
 

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sd_engines import choice, open_engine
+from sd_engines.backends.openvino import OpenVinoEngine
 from sd_engines.bundle import Bundle, EngineEntry, portable_entry
 from sd_engines.choice import fastest_engine
 from sd_engines.engine import listed_engines
@@ -50,8 +51,8 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(binding, "run", slow_run)
 
 
-def backend_of(bundle: Bundle, *, threads: int | None = 1) -> str | None:
-    engine = fastest_engine(bundle, "unet", threads=threads)
+def backend_of(bundle: Bundle, *, threads: int | None = 1, runs: int | None = None) -> str | None:
+    engine = fastest_engine(bundle, "unet", threads=threads, runs=runs)
     return None if engine is None else engine.backend
 
 
@@ -82,8 +83,10 @@ def test_the_fastest_is_taken_and_remembered(
     assert caplog.text.count("Measuring once") == 1
     (file,) = cache.iterdir()
     memory = json.loads(file.read_text())
-    assert min(memory["runs_ms"], key=memory["runs_ms"].get) == memory["engine"]
-    assert max(memory["runs_ms"].values()) >= 20 > min(memory["runs_ms"].values())
+    runs_ms = {key: pace["run_ms"] for key, pace in memory["paces"].items()}
+    keys = {entry.key: entry.backend for entry in tiny_bundle.manifest.engines}
+    assert keys[min(runs_ms, key=runs_ms.__getitem__)] == fast
+    assert max(runs_ms.values()) >= 20 > min(runs_ms.values())
 
     slow_down(monkeypatch, fast)  # measured again, it would lose
     assert backend_of(tiny_bundle) == fast
@@ -91,6 +94,30 @@ def test_the_fastest_is_taken_and_remembered(
     engine = fastest_engine(tiny_bundle, "unet", threads=1)
     with open_engine(tiny_bundle, "unet", prefer=engine) as opened:
         assert opened.entry == engine
+
+
+def test_a_few_runs_go_to_what_opens_sooner(
+    tiny_bundle: Bundle,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of two that are slow, one to run and one to open, a known number of runs decides."""
+    caplog.set_level(logging.INFO, logger="sd_engines.choice")
+    slow_down(monkeypatch, "onnxruntime")
+    compile_ = OpenVinoEngine._compile
+
+    def slow_compile(self: OpenVinoEngine, rows: tuple[int, int]) -> Any:
+        time.sleep(0.4)
+        return compile_(self, rows)
+
+    monkeypatch.setattr(OpenVinoEngine, "_compile", slow_compile)
+    assert [backend_of(tiny_bundle, runs=runs) for runs in (1, 1000, None)] == [
+        "onnxruntime",
+        "openvino",
+        "openvino",
+    ]
+    assert caplog.text.count("Measuring once") == 1
 
 
 def test_a_remembered_choice_imports_only_the_winner(tiny_bundle: Bundle, cache: Path) -> None:
@@ -175,8 +202,9 @@ def test_a_single_engine_is_not_measured(tiny_bundle: Bundle, cache: Path) -> No
         b"[]",
         b"null",
         b"{}",
-        b'{"engine": 7, "warnings": []}',
-        b'{"engine": "another", "warnings": []}',
+        b'{"paces": 7, "warnings": []}',
+        b'{"paces": {}, "warnings": []}',
+        b'{"paces": {"another": {"open_ms": 1, "run_ms": 1}}, "warnings": []}',
         b"[" * 100_000,
     ],
 )
@@ -189,7 +217,7 @@ def test_a_corrupt_memory_is_replaced(
     good = json.loads(file.read_text())
     file.write_bytes(content)
     assert backend_of(tiny_bundle) == "onnxruntime"
-    assert json.loads(file.read_text())["engine"] == good["engine"]
+    assert json.loads(file.read_text())["paces"].keys() == good["paces"].keys()
     assert list(cache.iterdir()) == [file], "no staging file stays"
 
 

@@ -198,7 +198,7 @@ def _start_cold(contestant: Contestant, folder: Path) -> None:
     logger.info("%s: starts cold", contestant.peer.name)
     picture = folder / f"{contestant.peer.name}.png"
     with contestant.worker() as worker:
-        worker.tell(contestant.question("load"))
+        worker.tell(contestant.question("load", pictures=1))
         worker.tell({"do": "generate", "picture": str(picture), "latents": None})
         loaded = worker.answer()
         drawn = worker.answer()

@@ -54,9 +54,9 @@ class Contestant:
         """Start a process."""
         return Worker(self.command, log=self.log, environment=self.environment)
 
-    def question(self, do: str) -> dict[str, Any]:
-        """A question that carries the whole job."""
-        return {"do": do, **self.job}
+    def question(self, do: str, *, pictures: int | None = None) -> dict[str, Any]:
+        """A question that carries the whole job, of so many ``pictures`` where that is known."""
+        return {"do": do, "pictures": pictures, **self.job}
 
 
 def enlist(
