@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.border import import_package
+
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from numpy.typing import NDArray
 
     from sd_engines.engine import Array
@@ -25,3 +30,15 @@ def copy_into(target: Array, source: Array) -> None:
 def to_host(array: Array) -> NDArray[Any]:
     """``array`` as numpy; waits for the GPU where it lives there."""
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def on_stream(cuda_stream: int) -> AbstractContextManager[object]:
+    """Where this thread's work for a GPU is enqueued: a caller's cudaStream_t, or 0, CuPy's own.
+
+    `BackendError` for a stream where CuPy is missing.
+    """
+    if not cuda_stream:
+        return nullcontext()
+    cuda = import_package("cupy", extra="cuda").cuda
+    stream: AbstractContextManager[object] = cuda.ExternalStream(cuda_stream)
+    return stream

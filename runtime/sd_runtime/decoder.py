@@ -33,10 +33,11 @@ _PREVIEWERS = ("preview_decoder", "vae_decoder")
 class Decoded(NamedTuple):
     """Pictures uint8 [n, H, W, 3], and depth maps uint16 [n, H, W] where the VAE paints them.
 
-    ``flags`` are the safety checker's word on each; empty without one.
+    The pictures are where the VAE left them. ``flags`` are the safety checker's word on each; empty
+    without one.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Array
     depth: NDArray[np.uint16] | None
     flags: list[bool]
 
@@ -63,10 +64,11 @@ class Decoder:
         """
         with timings.measure("vae_decoder"):
             outputs = self._decode(latents)
-            images = to_host(outputs["images"])
-        # Checked only now: on a GPU, looking at the latents earlier would wait for them twice.
-        _check_finite("the UNet", to_host(latents))
-        _check_finite("the VAE decoder", images)
+            images = outputs["images"]
+            is_finite = _is_finite(images)  # on a GPU, waits for all that leads to them
+        # The latents only now: on a GPU, looking at them earlier would wait twice.
+        _check_finite("the UNet", is_finite=_is_finite(latents))
+        _check_finite("the VAE decoder", is_finite=is_finite)
         pixels = _pixels_from(images)
         depth = depth_from_channels(to_host(outputs[DEPTH])) if self._gives_depth else None
         if not may_be_plain and (pixels == pixels[:, :1, :1]).all(axis=(1, 2, 3)).any():
@@ -80,15 +82,16 @@ class Decoder:
             copy_into(checker.inputs["images"], pixels.astype(np.float32) / 255)
             checker.run()
             flags = to_host(checker.outputs["nsfw_content_detected"])
-        pixels[flags] = 0
-        if depth is not None:
-            depth[flags] = 0
+        for index in np.flatnonzero(flags):
+            pixels[index] = 0
+            if depth is not None:
+                depth[index] = 0
         return Decoded(pixels, depth, flags.tolist())
 
     def preview(self, row: Row) -> NDArray[np.uint8]:
         """What the pictures would be at ``row``, uint8 [n, H, W, 3]."""
         latents = predicted_original_sample(row, self._prediction_type)
-        return _pixels_from(to_host(self._decode(latents, by=self._previewer)["images"]))
+        return to_host(_pixels_from(self._decode(latents, by=self._previewer)["images"]))
 
     def _decode(self, latents: Array, *, by: str = "vae_decoder") -> Mapping[str, Array]:
         """What the decoder gives, in its own buffers; of larger latents than it takes, by tiles."""
@@ -123,15 +126,19 @@ def depth_from_channels(channels: NDArray[np.float32]) -> NDArray[np.uint16]:
     """
     if channels.shape[-1] == 1:
         return (channels[..., 0] * 65535).astype(np.uint16)
-    painted = _pixels_from(channels).astype(np.uint16)
+    painted: NDArray[np.uint16] = _pixels_from(channels).astype(np.uint16)
     return painted[..., 1] * np.uint16(256) + painted[..., 2]
 
 
-def _pixels_from(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _pixels_from(images: Array) -> Array:
     """0 … 1 to 0 … 255, rounded as diffusers rounds."""
     return (images * 255).round().astype(np.uint8)
 
 
-def _check_finite(source: str, array: NDArray[np.float32]) -> None:
-    if not np.isfinite(array).all():
+def _is_finite(array: Array) -> bool:
+    return bool(np.isfinite(array).all())
+
+
+def _check_finite(source: str, *, is_finite: bool) -> None:
+    if not is_finite:
         raise BackendError(f"{source} returned values that are not finite (NaN)", PRECISION_HINT)

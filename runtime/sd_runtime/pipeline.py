@@ -249,11 +249,12 @@ class Pipeline(Closing):
                         pictures = np.concatenate(pixels)
                         if plan.upscaling is not None:
                             with timings.measure("join"):
-                                pictures = plan.upscaling.join(pictures)
+                                pictures = plan.upscaling.join(to_host(pictures))
                         timings.add("total", start, clock())
                         result = Result(
                             request=request,
-                            pixels=pictures,
+                            pixels=to_host(pictures),
+                            device_pixels=pictures,
                             latents=np.concatenate(latents),
                             nsfw_content_detected=(
                                 tuple(chain.from_iterable(flags)) if decoder.checks else None

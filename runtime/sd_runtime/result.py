@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 class Result:
     """The pictures of one request, in its order.
 
-    ``pixels`` uint8 [n, H, W, 3]; ``latents`` float32 [n, c, h, w], as the decoder got them, and of
-    every tile of an upscaled picture;
-    ``nsfw_content_detected`` is one bool per picture, None without a safety checker; what it
-    finds is painted black. ``request`` is the one that ran, its seed filled in. ``depth`` uint16
+    ``pixels`` uint8 [n, H, W, 3]; ``device_pixels`` are the same where the VAE left them, CuPy's on
+    a GPU, for whoever takes DLPack, as ``torch.from_dlpack(result.device_pixels)`` does.
+    ``latents`` float32 [n, c, h, w], as the decoder got them, and of every tile of an upscaled
+    picture; ``nsfw_content_detected`` is one bool per picture, None without a safety checker; what
+    it finds is painted black. ``request`` is the one that ran, its seed filled in. ``depth`` uint16
     [n, H, W] are the depth maps that an LDM3D paints; None of all others.
     """
 
     request: Request
     pixels: NDArray[np.uint8]
+    device_pixels: Array
     latents: NDArray[np.float32]
     nsfw_content_detected: tuple[bool, ...] | None
     recipes: tuple[Recipe, ...]

@@ -121,8 +121,11 @@ def load(
     provider: Any = _PROVIDERS[target]
     stream = None
     if target == "cuda":
-        # A blocking stream: ordered with CuPy's default stream without waiting on the host.
-        stream = import_package("cupy", extra="cuda").cuda.Stream(non_blocking=False)
+        cuda = import_package("cupy", extra="cuda").cuda
+        stream = cuda.get_current_stream()
+        if stream.ptr == 0:  # the default one, which cannot be named
+            # A blocking stream: ordered with the default one without waiting on the host.
+            stream = cuda.Stream(non_blocking=False)
         # TF32 is on by default: fp32 would be 10 bits of mantissa.
         provider = (provider, {"user_compute_stream": str(stream.ptr), "use_tf32": "0"})
     try:

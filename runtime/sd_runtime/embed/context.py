@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
+from sd_runtime.arrays import on_stream
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.table import SCHEDULERS
@@ -35,10 +36,17 @@ class Context(Closing):
         threads: int | None,
         queue_size: int,
         loras: Sequence[str] = (),
+        cuda_stream: int = 0,
     ) -> None:
         check_served(open_bundle(bundle).manifest)
-        self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads, loras=loras)
-        self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
+        with on_stream(cuda_stream):
+            self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads, loras=loras)
+        self._room = EngineRoom(
+            self._pipeline,
+            queue_size=queue_size,
+            on_drawn=self._count_stages,
+            cuda_stream=cuda_stream,
+        )
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._stages: dict[str, list[float]] = {}

@@ -6,6 +6,7 @@ here reaches C: it becomes a status. Nothing is printed either.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import json
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from sd_engines.engine import Array
     from sd_runtime.result import Result
     from sd_runtime.serve.ticket import Progress, Ticket
 
@@ -40,6 +42,12 @@ _REFUSALS = {
     "shutting_down": ("SD_ERROR_CONFIG", "Open another context: this one is being closed."),
 }
 """What the engine room refuses, as a code of sd_runtime.h and a hint for its callers."""
+
+_DLPACK, _DLPACK_TAKEN = b"dltensor", b"used_dltensor"
+_PYTHON = ctypes.pythonapi
+_PYTHON.PyCapsule_GetPointer.restype = ctypes.c_void_p
+_PYTHON.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_PYTHON.PyCapsule_SetName.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def open_door(native: Any, owns_interpreter: bool) -> None:
@@ -114,6 +122,7 @@ class Door:
             threads=params.threads or None,
             queue_size=params.queue_size or QUEUE_SIZE,
             loras=loras,
+            cuda_stream=self._address(params.cuda_stream),
         )
 
     def close(self, context: Any) -> None:
@@ -155,7 +164,10 @@ class Door:
                 on_progress=functools.partial(self._report, job),
             )
             self._jobs[self._address(job)] = (opened, ticket)
-        ticket.result.add_done_callback(functools.partial(self._end, opened, job, encoding))
+        ends = functools.partial(
+            self._end, opened, job, encoding, keeps_tensor=bool(request.device_pixels)
+        )
+        ticket.result.add_done_callback(ends)
 
     def cancel(self, job: Any) -> None:
         """Stop a job; one that has ended meanwhile is left as it is."""
@@ -194,13 +206,24 @@ class Door:
             pixels = self.ffi.from_buffer("uint8_t[]", progress.preview)
             self.lib.job_preview(job, progress.first_image, n, height, width, pixels)
 
-    def _end(self, context: Context, job: Any, encoding: str | None, ended: Future[Result]) -> None:
+    def _end(
+        self,
+        context: Context,
+        job: Any,
+        encoding: str | None,
+        ended: Future[Result],
+        *,
+        keeps_tensor: bool,
+    ) -> None:
         """Hand the pictures over, or say why there are none; runs in the thread that draws."""
         del self._jobs[self._address(job)]
         try:
             result = ended.result()
             files = [result.encode(i, encoding) for i in range(len(result.pixels)) if encoding]
             packed, _kept_alive = self._packed(result, files)
+            if keeps_tensor:
+                tensor = managed_tensor(result.device_pixels)
+                self.lib.job_keep_tensor(job, self.ffi.cast("struct DLManagedTensor *", tensor))
         except BaseException as error:
             status = status_from(self, error)
             cancelled = self.lib.sd_status_code(status) == self.lib.SD_ERROR_CANCELLED
@@ -249,6 +272,14 @@ class Door:
         if text == self.ffi.NULL:
             raise MemoryError
         out[0] = text
+
+
+def managed_tensor(array: Array) -> int:
+    """The address of a DLManagedTensor of ``array``, to be freed by its deleter."""
+    capsule = array.__dlpack__()
+    tensor = _PYTHON.PyCapsule_GetPointer(capsule, _DLPACK)
+    _PYTHON.PyCapsule_SetName(capsule, _DLPACK_TAKEN)  # as the protocol says: it is ours now
+    return int(tensor)
 
 
 def _options(text: str) -> dict[str, Any]:

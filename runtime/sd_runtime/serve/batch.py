@@ -45,6 +45,7 @@ def split_result(result: Result, requests: Sequence[Request]) -> Iterator[Result
         yield Result(
             request=request,
             pixels=result.pixels[own],
+            device_pixels=result.device_pixels[own],
             latents=result.latents[own],
             nsfw_content_detected=None if flags is None else flags[own],
             recipes=result.recipes[own],

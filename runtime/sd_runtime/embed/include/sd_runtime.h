@@ -21,6 +21,7 @@ extern "C" {
 typedef struct sd_status sd_status;   /* why something failed */
 typedef struct sd_context sd_context; /* an open bundle, its engines and the thread that draws */
 typedef struct sd_job sd_job;         /* one request on its way */
+struct DLManagedTensor;               /* of DLPack, with which frameworks share arrays */
 
 enum {
   SD_OK = 0,
@@ -75,6 +76,9 @@ typedef struct sd_open_params {
   /* LoRAs to put on the engines, "FILE.safetensors" or "FILE.safetensors=SCALE" each, the last one
    * followed by NULL; NULL: none. */
   const char *const *loras;
+  /* A cudaStream_t for all work of the engines on a GPU, which must live until the context is
+   * closed; NULL: one of their own. */
+  void *cuda_stream;
 } sd_open_params;
 
 typedef struct sd_request {
@@ -96,6 +100,7 @@ typedef struct sd_request {
   uint8_t *pixels;
   size_t pixels_bytes;
   void *job_data; /* for the callbacks; must live until the job has ended */
+  uint32_t device_pixels; /* 1: keep the pictures for sd_job_device_pixels, too */
 } sd_request;
 
 typedef struct sd_file {
@@ -144,6 +149,11 @@ int sd_job_wait(sd_job *job, int64_t timeout_ms);
 sd_status *sd_job_cancel(sd_job *job);
 /* Its pictures, or why there are none. */
 sd_status *sd_job_result(sd_job *job, sd_result *result);
+/* Its pictures where the engines left them, on a GPU if they ran there: uint8 [n][height][width][3]
+ * as DLPack's DLManagedTensor (dlpack.h declares it). Once, and only if sd_request.device_pixels
+ * said so. It is complete, whatever stream reads it, is yours until you call its deleter, and may
+ * outlive the job and the context. */
+sd_status *sd_job_device_pixels(sd_job *job, struct DLManagedTensor **tensor);
 /* Cancels it if it has not ended. Afterwards the library does not touch the caller's pixels. */
 void sd_job_free(sd_job *job);
 

@@ -99,6 +99,7 @@ struct Request {
   std::string format = {};                 // "png", "jpeg" or "webp": also encode
   std::uint32_t previews = 0;              // to OpenParams::on_preview
   std::span<std::uint8_t> pixels = {};     // where the pictures are to go; must outlive the Job
+  bool device_pixels = false;              // keep them for Job::device_pixels too
 };
 
 // A view into its Job: good while that lives.
@@ -166,6 +167,14 @@ class Job {
   }
   Result result() && = delete;  // it would outlive its job
 
+  // Waits; once, if Request::device_pixels said so. The caller's: call its deleter.
+  DLManagedTensor* device_pixels() const {
+    wait();
+    DLManagedTensor* tensor = nullptr;
+    detail::check(sd_job_device_pixels(job_.get(), &tensor));
+    return tensor;
+  }
+
   sd_job* get() const noexcept { return job_.get(); }
 
  private:
@@ -181,6 +190,7 @@ struct OpenParams {
   std::function<void(sd_job*, const Progress&)> on_progress = {};
   std::function<void(sd_job*, const Preview&)> on_preview = {};
   std::vector<std::string> loras = {};  // each "FILE.safetensors" or "FILE.safetensors=SCALE"
+  void* cuda_stream = nullptr;          // a cudaStream_t of the caller's, for the engines' work
 };
 
 // An open bundle. Its end cancels all jobs; their results stay.
@@ -203,6 +213,7 @@ class Context {
     for (const std::string& lora : params_->loras) loras.push_back(lora.c_str());
     loras.push_back(nullptr);
     open.loras = loras.data();
+    open.cuda_stream = params_->cuda_stream;
     sd_context* context = nullptr;
     detail::check(sd_context_open(&open, &context));
     context_.reset(context);
@@ -224,6 +235,7 @@ class Context {
     asked.previews = request.previews;
     asked.pixels = request.pixels.data();
     asked.pixels_bytes = request.pixels.size();
+    asked.device_pixels = request.device_pixels ? 1 : 0;
     sd_job* job = nullptr;
     detail::check(sd_job_submit(context_.get(), &asked, &job));
     return Job(job);

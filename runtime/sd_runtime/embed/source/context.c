@@ -80,7 +80,8 @@ sd_status *sd_job_submit(sd_context *context, const sd_request *request, sd_job 
   *job = NULL;
   if (context == NULL) return wrong("context is NULL", "Open one first.");
   sd_request ours;
-  sd_status *status = params_copy(&ours, sizeof ours, sizeof ours, request, "sd_request");
+  const size_t first_bytes = offsetof(sd_request, device_pixels);
+  sd_status *status = params_copy(&ours, sizeof ours, first_bytes, request, "sd_request");
   if (status != NULL) return status;
   sd_job *made = job_new(context, &ours);
   if (made == NULL) return status_out_of_memory();

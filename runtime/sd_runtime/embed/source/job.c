@@ -8,6 +8,25 @@
 
 #include "door.h"
 
+/* The start of it, and its deleter, are of DLPack's ABI; a tensor itself is of no interest here. */
+struct DLManagedTensor {
+  struct {
+    void *data;
+    struct {
+      int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct {
+      uint8_t code, bits;
+      uint16_t lanes;
+    } dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+  } tensor;
+  void *manager;
+  void (*deleter)(struct DLManagedTensor *self);
+};
+
 struct sd_job {
   pthread_mutex_t lock; /* for all below but what never changes */
   pthread_cond_t ended;
@@ -22,6 +41,7 @@ struct sd_job {
   sd_file *files;
   uint8_t *file_data;
   char *json;
+  struct DLManagedTensor *device_pixels;
   /* These never change. */
   void *user_data, *job_data;
   sd_progress_callback on_progress;
@@ -55,6 +75,7 @@ void job_discard(sd_job *job) {
   free(job->files);
   free(job->file_data);
   free(job->json);
+  if (job->device_pixels != NULL) job->device_pixels->deleter(job->device_pixels);
   pthread_cond_destroy(&job->ended);
   pthread_mutex_destroy(&job->lock);
   free(job);
@@ -137,6 +158,12 @@ static void end(sd_job *job, int state) {
   let_go(job);
 }
 
+void job_keep_tensor(sd_job *job, struct DLManagedTensor *tensor) {
+  pthread_mutex_lock(&job->lock);
+  job->device_pixels = tensor;
+  pthread_mutex_unlock(&job->lock);
+}
+
 void job_succeed(sd_job *job, const sd_result *result) {
   pthread_mutex_lock(&job->lock);
   if (job->freed || copy_result(job, result)) {
@@ -197,23 +224,43 @@ sd_status *sd_job_cancel(sd_job *job) {
   return door_cancel(job);
 }
 
+/* Why a job has nothing to give, while it is locked; NULL where it has. */
+static sd_status *why_nothing(const sd_job *job) {
+  if (job->state < SD_JOB_SUCCEEDED)
+    return status_new(SD_ERROR_NOT_ENDED, "the job has not ended", "Wait for it first.");
+  if (job->error != NULL)
+    return status_new(sd_status_code(job->error), sd_status_message(job->error),
+                      sd_status_hint(job->error));
+  return NULL;
+}
+
 sd_status *sd_job_result(sd_job *job, sd_result *result) {
   if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
   if (result == NULL || result->struct_size < sizeof *result)
     return status_new(SD_ERROR_CONFIG, "result is NULL or has no struct_size",
                       "Set result.struct_size = sizeof result.");
   pthread_mutex_lock(&job->lock);
-  sd_status *error = NULL;
-  if (job->state < SD_JOB_SUCCEEDED)
-    error = status_new(SD_ERROR_NOT_ENDED, "the job has not ended", "Wait for it first.");
-  else if (job->error != NULL)
-    error = status_new(sd_status_code(job->error), sd_status_message(job->error),
-                       sd_status_hint(job->error));
-  else {
+  sd_status *error = why_nothing(job);
+  if (error == NULL) {
     size_t struct_size = result->struct_size;
     *result = job->result;
     result->struct_size = struct_size;
   }
+  pthread_mutex_unlock(&job->lock);
+  return error;
+}
+
+sd_status *sd_job_device_pixels(sd_job *job, struct DLManagedTensor **tensor) {
+  if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
+  if (tensor == NULL)
+    return status_new(SD_ERROR_CONFIG, "tensor is NULL", "Say where the tensor is to go.");
+  pthread_mutex_lock(&job->lock);
+  sd_status *error = why_nothing(job);
+  *tensor = job->device_pixels;
+  if (error == NULL && *tensor == NULL)
+    error = status_new(SD_ERROR_CONFIG, "the job has no pictures on the device",
+                       "Set sd_request.device_pixels, and take them once.");
+  job->device_pixels = NULL;
   pthread_mutex_unlock(&job->lock);
   return error;
 }

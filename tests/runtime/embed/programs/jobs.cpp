@@ -1,5 +1,7 @@
 // Jobs under way, by the C++ wrapper: callbacks, cancelling, a full queue. jobs BUNDLE PNG LORA
 // writes one picture's file, with two LoRAs, and prints only what went wrong.
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdio>
@@ -11,6 +13,8 @@
 #include <vector>
 
 #include "sd_runtime.hpp"
+
+#include "dlpack.h"
 
 #define CHECK(condition)                                               \
   do {                                                                 \
@@ -24,8 +28,9 @@ static_assert(!std::is_copy_constructible_v<sd::Context> && !std::is_copy_constr
 static_assert(std::is_nothrow_move_constructible_v<sd::Context>);
 static_assert(std::is_nothrow_move_assignable_v<sd::Job>);
 // Frozen with SD_ABI_VERSION 1, on 64 bits.
-static_assert(sizeof(sd_open_params) == 64 && sizeof(sd_request) == 104);
-static_assert(offsetof(sd_open_params, loras) == 56);  // what it began with
+static_assert(sizeof(sd_open_params) == 72 && sizeof(sd_request) == 112);
+static_assert(offsetof(sd_open_params, loras) == 56);  // what they began with
+static_assert(offsetof(sd_request, device_pixels) == 104);
 static_assert(sizeof(sd_result) == 72 && sizeof(sd_progress) == 16 && sizeof(sd_preview) == 32);
 
 namespace {
@@ -83,6 +88,29 @@ void draw(const char* bundle, const char* png, const std::string& lora) {
       .write(reinterpret_cast<const char*>(file.data()), static_cast<std::streamsize>(file.size()));
   CHECK(code_of([&] { context.submit({.prompt = "a cat", .scheduler = "etch"}); }) ==
         sd::Code::config);
+}
+
+void share(const char* bundle) {
+  const sd::Context context({.bundle = bundle, .backend = "onnxruntime", .threads = 1});
+  sd::Request request{.prompt = "a cat", .num_inference_steps = 1, .num_images_per_prompt = 2};
+  const sd::Job without = context.submit(request);
+  CHECK(code_of([&] { without.device_pixels(); }) == sd::Code::config);
+  request.device_pixels = true;
+  { const sd::Job nobody_takes_them = context.submit(request); nobody_takes_them.wait(); }
+  auto job = std::make_unique<sd::Job>(context.submit(request));
+  DLManagedTensor* tensor = job->device_pixels();
+  CHECK(code_of([&] { job->device_pixels(); }) == sd::Code::config);
+  const DLTensor& pixels = tensor->dl_tensor;
+  CHECK(pixels.device.device_type == kDLCPU && pixels.ndim == 4);
+  CHECK(pixels.dtype.code == kDLUInt && pixels.dtype.bits == 8 && pixels.dtype.lanes == 1);
+  const auto expected = std::to_array<std::int64_t>({2, 64, 64, 3});
+  CHECK(std::equal(expected.begin(), expected.end(), pixels.shape));
+  const auto* data = static_cast<const std::uint8_t*>(pixels.data) + pixels.byte_offset;
+  const auto image = job->result().image(1);
+  const std::vector<std::uint8_t> drawn(image.begin(), image.end());
+  job.reset();
+  CHECK(std::equal(drawn.begin(), drawn.end(), data + drawn.size()));
+  tensor->deleter(tensor);
 }
 
 void stop(const char* bundle) {
@@ -163,6 +191,7 @@ void crowd(const char* bundle) {
 int main(int argc, char** argv) {
   CHECK(argc == 4);
   draw(argv[1], argv[2], argv[3]);
+  share(argv[1]);
   stop(argv[1]);
   crowd(argv[1]);
 }

@@ -1,0 +1,65 @@
+"""What a context does that its callers from C cannot see on every machine."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from sd_engines.errors import BackendError
+from sd_runtime import Pipeline, Request
+from sd_runtime.embed.context import Context
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+def test_the_engines_work_on_the_callers_stream(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = threading.local()
+
+    class ExternalStream:
+        def __init__(self, pointer: int) -> None:
+            self.pointer = pointer
+
+        def __enter__(self) -> Self:
+            current.pointer = self.pointer
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            current.pointer = None
+
+    loaded_on = []
+    load = Pipeline.load
+
+    def watched_load(*arguments: object, **options: object) -> Pipeline:
+        loaded_on.append(current.pointer)
+        return load(*arguments, **options)  # type: ignore[arg-type]
+
+    drawn_on = set()
+    cupy = SimpleNamespace(cuda=SimpleNamespace(ExternalStream=ExternalStream))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(Pipeline, "load", watched_load)
+    bundle = str(tiny_model.bundle)
+    with Context(bundle, threads=1, queue_size=1, cuda_stream=0x5EED) as context:
+        ticket = context.submit(
+            Request("a cat", num_inference_steps=3),
+            previews=0,
+            on_progress=lambda _: drawn_on.add(current.pointer),
+        )
+        ticket.result.result()
+    assert loaded_on == [0x5EED]
+    assert drawn_on == {0x5EED}
+    assert current.pointer is None
+
+
+def test_a_stream_without_cupy_is_refused(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(BackendError, match="cupy"):
+        Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=1)
