@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -28,7 +30,7 @@ from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 from sd_engines.seal import add_engines, seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sd_engines.spec import Precision, Profile
 
@@ -100,6 +102,29 @@ class Bundle:
         hint = f"Build it again: {again}"
         self._verify({engine.file: FileEntry(sha256=engine.sha256, bytes=engine.bytes)}, hint=hint)
         return self.path / engine.file
+
+    @contextmanager
+    def verifying(self, engine: EngineEntry) -> Iterator[Path]:
+        """The same file for a body that reads it, whose weights are hashed meanwhile.
+
+        What tells a backend what to do, a graph or an engine that was built, is checked before the
+        body runs. Weights are numbers: only their files' sizes are, and their bytes before it ends.
+        Raises as `verified_engine`, in place of what the body raises.
+        """
+        if engine.is_built:
+            yield self.verified_engine(engine)
+            return
+        component = self.manifest.components[engine.component]
+        weights = dict(component.files)
+        self._verify({component.file: weights.pop(component.file)})
+        for name, entry in weights.items():
+            check_file(self.path, name, entry.bytes)
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(self._verify, weights)
+            try:
+                yield self.path / component.file
+            finally:
+                hashing.result()
 
     def verify(self) -> None:
         """Check every byte that the manifest lists; `BundleError` names the first file at fault."""

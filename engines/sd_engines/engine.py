@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, get_args
 
@@ -11,12 +12,13 @@ from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMism
 from sd_engines.spec import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
     from types import ModuleType, TracebackType
 
     from numpy.typing import NDArray
 
+    from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
     from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Profile, TensorSpec
@@ -152,8 +154,12 @@ def open_engine(
     precision: Precision | None = None,
     prefer: EngineEntry | None = None,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    batches: Collection[Rows] = (),
 ) -> Engine:
     """Open ``component`` of ``bundle``, its bytes checked; ``weights`` as in `load_engine`.
+
+    It is bound for ``batches``, each of rows and of the pictures that they belong to, so that
+    what compiles for them has done so.
 
     ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
     installed, made for this machine and opens; ``prefer`` and its backend's others go before all,
@@ -184,7 +190,7 @@ def open_engine(
     refusals: list[BackendError | EngineMismatchError] = []
     for entry in entries:
         try:
-            return _open(bundle, entry, threads, weights)
+            return _open(bundle, entry, threads, weights, batches)
         except (BackendError, EngineMismatchError) as error:
             refusals.append(error)
             level = logging.WARNING if isinstance(error, EngineMismatchError) else logging.INFO
@@ -242,17 +248,26 @@ def _open(
     entry: EngineEntry,
     threads: int | None,
     weights: Mapping[str, NDArray[Any]] | None,
+    batches: Collection[Rows],
 ) -> Engine:
     check_engine(bundle, entry)  # hashing takes seconds
     component = bundle.manifest.components[entry.component]
-    return load_engine(
-        bundle.verified_engine(entry),
-        component=component,
-        engine=entry,
-        max_batch=bundle.manifest.profile.max_batch(entry.component, component.inputs),
-        threads=threads,
-        weights=weights,
-    )
+    with ExitStack() as opening:
+        with bundle.verifying(entry) as path:
+            engine = opening.enter_context(
+                load_engine(
+                    path,
+                    component=component,
+                    engine=entry,
+                    max_batch=bundle.manifest.profile.max_batch(entry.component, component.inputs),
+                    threads=threads,
+                    weights=weights,
+                )
+            )
+            for rows, pictures in batches:
+                engine.bind(rows, pictures=pictures)
+        opening.pop_all()
+    return engine
 
 
 def _module(backend: str) -> ModuleType:

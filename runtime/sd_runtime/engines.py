@@ -122,11 +122,11 @@ def open_engines(
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
 
-    ``loras`` are put on them.
+    ``loras`` are put on them. All at once: while one is hashed another is compiled.
 
-    While one is hashed another is read, and while one is compiled another is. ``backend`` "auto"
-    prefers the one whose UNet is fastest here, or is done first with ``num_steps`` calls.
-    ``precision`` is the UNet's, and that of others which have it. All engines are open, or none.
+    ``backend`` "auto" prefers the one whose UNet is fastest here, or is done first with
+    ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it.
+    All engines are open, or none.
     """
     prefer = None
     if backend == "auto":
@@ -138,7 +138,7 @@ def open_engines(
         asked = component == "unet" or listed_engines(
             bundle, component, backend=backend, precision=precision
         )
-        engine = open_engine(
+        return open_engine(
             bundle,
             component,
             backend=backend,
@@ -146,14 +146,8 @@ def open_engines(
             precision=precision if asked else None,
             prefer=prefer,
             weights=fused_weights(bundle, component, loras),
+            batches=batches.get(component, ()),
         )
-        try:
-            for rows, pictures in batches.get(component, ()):
-                engine.bind(rows, pictures=pictures)
-        except BaseException:
-            engine.close()
-            raise
-        return engine
 
     pool = ThreadPoolExecutor(len(components))
     opening = {component: pool.submit(open_bound, component) for component in components}

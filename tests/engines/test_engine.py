@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import sd_engines
 from sd_engines import open_engine
+from sd_engines.backends import onnxruntime
+from sd_engines.backends.onnxruntime import OnnxRuntimeBinding, OnnxRuntimeEngine
 from sd_engines.bundle import Bundle
 from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine
@@ -20,7 +23,10 @@ from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMism
 from tiny_onnx import PROFILE, needs, stale_plan, unet_arrays
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sd_engines import Engine
+    from sd_engines.entries import FileEntry
 
 
 def _name(engine: Engine) -> str:
@@ -124,3 +130,53 @@ def test_usable_cores_obeys_the_affinity() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert result.stdout == b"1\n"
+
+
+def test_weights_are_hashed_while_the_engine_opens(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnxruntime")
+    unet = tiny_bundle.manifest.components["unet"]
+    (weights,) = (name for name in unet.files if name != unet.file)
+    hashing, compiled, closed = Event(), Event(), Event()
+    real_hash, real_bind = Bundle._verify, OnnxRuntimeEngine.bind
+
+    def hash_late(bundle: Bundle, files: Mapping[str, FileEntry], **options: str) -> None:
+        if weights in files:
+            hashing.set()
+            assert compiled.wait(timeout=60), "the engine waits for the hash"
+        real_hash(bundle, files, **options)
+
+    def bind(engine: OnnxRuntimeEngine, batch: int, **options: int) -> OnnxRuntimeBinding:
+        assert hashing.wait(timeout=60), "the hash waits for the engine"
+        binding = real_bind(engine, batch, **options)
+        compiled.set()
+        return binding
+
+    monkeypatch.setattr(Bundle, "_verify", hash_late)
+    monkeypatch.setattr(OnnxRuntimeEngine, "bind", bind)
+    monkeypatch.setattr(OnnxRuntimeEngine, "close", lambda _: closed.set())
+    options: dict[str, Any] = {"backend": "onnxruntime", "batches": [(2, 1)]}
+    open_engine(tiny_bundle, "unet", **options)
+    assert not closed.is_set()
+    data = bytearray((tiny_bundle.path / weights).read_bytes())
+    data[-1] ^= 1
+    (tiny_bundle.path / weights).write_bytes(data)
+    with pytest.raises(BundleError, match="altered"):
+        open_engine(tiny_bundle, "unet", **options)
+    assert closed.is_set()
+
+
+def test_a_graph_is_hashed_before_it_is_read(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnxruntime")
+    graph = tiny_bundle.path / tiny_bundle.manifest.components["unet"].file
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(data)
+    read: list[object] = []
+    monkeypatch.setattr(onnxruntime, "load", lambda *_, **__: read.append(0))
+    with pytest.raises(BundleError, match="altered"):
+        open_engine(tiny_bundle, "unet", backend="onnxruntime")
+    assert read == []
