@@ -216,13 +216,11 @@ def scheduler_name(name: str) -> str:
 
     ConfigError for an unknown name, naming the nearest, and for those that no table can hold.
     """
-    known = {_folded(key): key for key in SCHEDULERS}
-    refused = {_folded(key): key for key in REFUSED} | {"dpm++_sde": "DPMSolverSDEScheduler"}
     folded = _folded(name)
-    if folded in known:
-        return known[folded]
-    if folded.removesuffix("_karras") in refused:
-        class_name = refused[folded.removesuffix("_karras")]
+    if folded in _KNOWN:
+        return _KNOWN[folded]
+    if folded.removesuffix("_karras") in _REFUSED:
+        class_name = _REFUSED[folded.removesuffix("_karras")]
         raise ConfigError(
             f"scheduler {name!r} is not supported: {REFUSED[class_name]}",
             f"Use another; known: {', '.join(sorted(SCHEDULERS))}.",
@@ -310,3 +308,7 @@ def _check_type(key: str, value: object, default: object) -> None:
 
 def _folded(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+_KNOWN = {_folded(key): key for key in SCHEDULERS}
+_REFUSED = {_folded(key): key for key in REFUSED} | {"dpm++_sde": "DPMSolverSDEScheduler"}

@@ -8,8 +8,10 @@ The sample is kept in the variance-preserving scale, so the UNet's input is the 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULERS", "SchedulerTable", "compile_table", "scheduler_name"]
 
+_KEPT: Final = 64
+"""Tables that are remembered: a request asks for its own anew, and most ask for the same."""
+
 
 @dataclass(frozen=True)
 class SchedulerTable:
-    """R rows, one per UNet call, with K model outputs of history; all float64.
+    """R rows, one per UNet call, with K model outputs of history; all float64, and read-only.
 
     A text-to-image sample starts as ``init_noise_scale · noise``, an image-to-image one as
     ``noised_alpha[0] · x₀ + noised_sigma[0] · noise``. After the last row it is what diffusers'
@@ -106,6 +111,23 @@ def compile_table(
         ConfigError: a value out of range, an unknown name, or a sampler that is not linear.
 
     """
+    config = json.dumps(dict(scheduler_config))
+    return _compiled(
+        config, scheduler, num_inference_steps, eta, strength, denoising_start, denoising_end
+    )
+
+
+@lru_cache(maxsize=_KEPT)
+def _compiled(
+    scheduler_config_json: str,
+    scheduler: str | None,
+    num_inference_steps: int,
+    eta: float,
+    strength: float,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> SchedulerTable:
+    scheduler_config = json.loads(scheduler_config_json)
     name = scheduler_name(scheduler or scheduler_config.get("_class_name", "PNDMScheduler"))
     config = effective_config(scheduler_config, name)
     num_train_timesteps = int(config["num_train_timesteps"])
@@ -180,8 +202,8 @@ def _table(rows: Rows, prediction_type: str) -> SchedulerTable:
     depth = int(np.max(np.nonzero(history.any(axis=0))[0], initial=0)) + 1
     noised = rows.noised_levels or rows.levels[:-1]
     converted = np.array([rows.conversion(prediction_type, level) for level in rows.levels[:-1]])
-    return SchedulerTable(
-        timesteps=np.asarray(rows.timesteps, np.float64),
+    table = SchedulerTable(
+        timesteps=np.array(rows.timesteps, np.float64),
         pred_sample=converted[:, 0],
         pred_output=converted[:, 1],
         coef_sample=updates[:, 0],
@@ -194,3 +216,7 @@ def _table(rows: Rows, prediction_type: str) -> SchedulerTable:
         noised_sigma=np.array([*(level.sigma for level in noised), 0.0]),
         init_noise_scale=rows.init_noise_scale,
     )
+    for field in fields(table):
+        if field.name != "init_noise_scale":
+            getattr(table, field.name).flags.writeable = False  # others have it too
+    return table

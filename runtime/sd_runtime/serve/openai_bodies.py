@@ -93,6 +93,11 @@ class Asked(Body):
         offer.check(request)
         return request
 
+    @property
+    def brings_pictures(self) -> bool:
+        """Whether there are any to decode."""
+        raise NotImplementedError
+
     def pictures(self) -> dict[str, Any]:
         """What the drawing starts from, as a request names it."""
         return {}
@@ -111,6 +116,11 @@ class Generation(Asked):
     controlnet_conditioning_scale: _Scale | list[_Scale] | None = None
     control_guidance_start: _Share | list[_Share] | None = None
     control_guidance_end: _Share | list[_Share] | None = None
+
+    @property
+    def brings_pictures(self) -> bool:
+        """Whether it is led by any."""
+        return self.control_images is not None
 
     def control_sources(self) -> list[UploadFile | str] | None:
         """The control pictures in base64."""
@@ -160,6 +170,11 @@ class Edit(Asked):
             several = name in _LISTS and not isinstance(value, list)
             taken[name] = [value] if several else value
         return taken
+
+    @property
+    def brings_pictures(self) -> bool:
+        """It starts from one."""
+        return True
 
     def control_sources(self) -> list[UploadFile | str] | None:
         """The control pictures, as files or in base64."""

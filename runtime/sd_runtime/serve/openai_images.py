@@ -74,7 +74,10 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     async def drawn(body: Asked, connection: Request) -> Response:
         model = models.find(body.model)
         offer, pipeline = model.offer, model.pipeline
-        request = await asyncio.to_thread(body.request, offer)  # it decodes the pictures
+        if body.brings_pictures:  # to decode them takes a while
+            request = await asyncio.to_thread(body.request, offer)
+        else:
+            request = body.request(offer)
         format_ = body.output_format or "png"
         if body.stream:
             previews = body.partial_images or 0
