@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from itertools import cycle
+from random import Random
 from statistics import median, quantiles
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -32,18 +33,20 @@ if TYPE_CHECKING:
 
 _MAIN = "import sys; from sd_runtime.serve.cli import main; sys.exit(main())"
 _DRAW = "/v1/images/generations"
-_BACKOFF_S = 0.02
-"""What a refused client of the overload waits: far less than Retry-After says."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: its HTTP status, the time from the first byte out to the last one in."""
+    """One answer: its HTTP status, the time from the first byte out to the last one in.
+
+    ``retry_after_s`` is what a refused client is asked to wait, 0 of all others.
+    """
 
     status: int
     ms: float
     body: bytes
     stages_ms: dict[str, float]
+    retry_after_s: float
 
 
 class ServerProcess(Closing):
@@ -102,7 +105,13 @@ def ask(connection: HTTPConnection, body: dict[str, Any]) -> Reply:
     data = response.read()
     ms = 1e3 * (perf_counter() - start)
     stages = re.findall(r"(\w+);dur=([0-9.]+)", response.headers.get("Server-Timing", ""))
-    return Reply(response.status, ms, data, {stage: float(took) for stage, took in stages})
+    return Reply(
+        status=response.status,
+        ms=ms,
+        body=data,
+        stages_ms={stage: float(took) for stage, took in stages},
+        retry_after_s=float(response.headers.get("Retry-After", 0)),
+    )
 
 
 def overhead_ms(server: ServerProcess, request: Request, *, rounds: int) -> list[float]:
@@ -156,12 +165,17 @@ def put_under_load(
     clients: int,
     seconds: float,
 ) -> Load:
-    """Let ``clients`` ask for ``requests`` in turn, each again as soon as it is answered."""
+    """Let ``clients`` ask for ``requests`` in turn, each again as soon as it is answered.
+
+    One that is refused waits as long as it is told to, and up to half as long again: clients that
+    were refused at once would else come back at once.
+    """
     bodies = [json.loads(json.dumps(body_of(request))) for request in requests]
     start = perf_counter()
 
     def client(number: int) -> list[tuple[int, Reply | None]]:
         connection, replies = server.connection(), []
+        chance = Random(number)  # noqa: S311 - no secret
         for index in cycle(range(len(bodies))):
             if perf_counter() - start > seconds:
                 break
@@ -172,8 +186,8 @@ def put_under_load(
             except (OSError, HTTPException):
                 connection.close()
             replies.append((which, reply))
-            if reply is None or reply.status != 200:
-                sleep(_BACKOFF_S)
+            if reply is not None:
+                sleep(reply.retry_after_s * chance.uniform(1, 1.5))
         connection.close()
         return replies
 

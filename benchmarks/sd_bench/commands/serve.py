@@ -34,14 +34,21 @@ def serve(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Serve BUNDLE, and load the server: CLIENTS at once, then 4 times what it takes at most."""
+    """Serve BUNDLE, and load the server: CLIENTS at once, then 4 times what it takes at most.
+
+    They ask for pictures of one to four times as many steps, in turn.
+    """
     from statistics import median
     from tempfile import TemporaryDirectory
 
     from sd_bench.served import ServerProcess, overhead_ms, put_under_load
     from sd_runtime import Pipeline, Request
 
-    requests = [Request(PROMPT, seed=seed, **options) for seed in range(8)]
+    steps = options.pop("num_inference_steps")
+    requests = [
+        Request(PROMPT, seed=seed, num_inference_steps=steps * (1 + seed % 4), **options)
+        for seed in range(8)
+    ]
     arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
     with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
         expected = [pipeline.generate(request).pixels[0] for request in requests]
@@ -51,22 +58,17 @@ def serve(
             bundle, log=Path(folder, "log"), queue_size=clients, options=arguments
         ) as server,
     ):
-        added_ms = overhead_ms(server, requests[0], rounds=rounds)
-        loads = [
-            put_under_load(server, requests, expected, clients=number, seconds=seconds)
-            for number in (clients, 4 * (clients + 1))
-        ]
-    report = {
-        "overhead_ms": {"p50": round(median(added_ms), 2), "rounds": rounds},
-        "load": loads[0].to_json(),
-        "overload": loads[1].to_json(),
-    }
+        added_ms = median(overhead_ms(server, requests[0], rounds=rounds))
+        report: dict[str, Any] = {"overhead_ms": {"p50": round(added_ms, 2), "rounds": rounds}}
+        if not as_json:
+            click.echo(f"HTTP adds {added_ms:.2f} ms (p50 of {rounds}) to the drawing and the PNG")
+        for name, number in (("load", clients), ("overload", 4 * (clients + 1))):
+            load = put_under_load(server, requests, expected, clients=number, seconds=seconds)
+            report[name] = load.to_json()
+            if not as_json:
+                click.echo(_words(load))
     if as_json:
         click.echo(json.dumps(report))
-        return
-    click.echo(f"HTTP adds {median(added_ms):.2f} ms (p50 of {rounds}) to the drawing and the PNG")
-    for load in loads:
-        click.echo(_words(load))
 
 
 def _words(load: Load) -> str:
