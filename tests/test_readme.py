@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 USE = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 OF_OTHERS = {
-    *("--index-url", "--constraint"),  # pip's
+    *("--constraint", "--index-url", "--no-deps"),  # pip's
     *("--enable-shared", "--entrypoint", "--model-repository", "--rawfile"),  # Python's, docker's …
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastapi import APIRouter, Request
@@ -40,18 +41,10 @@ def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
     async def drawn(body: TextToImage, connection: Request) -> JSONResponse:
         model = checkpoint.of(body.override_settings)
         request = await asyncio.to_thread(body.request, model.offer)  # it decodes the pictures
-        drawing = Drawing(room, request, model.pipeline)
+        drawing = Drawing(room, request, model.pipeline, partial(_response, body=body))
         if body.override_settings_restore_afterwards is False:
             checkpoint.current = model
-        result = await drawing.result(connection)
-        images = []
-        if body.send_images is not False:
-            images = await asyncio.to_thread(_pictures, result)
-        parameters = body.model_dump(
-            mode="json", exclude={"init_images", "mask", "alwayson_scripts"}
-        )
-        answer = {"images": images, "parameters": parameters, "info": _info(result)}
-        return JSONResponse(answer, headers=timing_header(result))
+        return await drawing.result(connection)
 
     @router.get("/samplers")
     async def samplers() -> JSONResponse:
@@ -112,9 +105,12 @@ def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
     return router
 
 
-def _pictures(result: Result) -> list[str]:
-    count = range(len(result.recipes))
-    return [base64.b64encode(result.encode(index, "PNG")).decode() for index in count]
+def _response(result: Result, body: TextToImage) -> JSONResponse:
+    count = range(len(result.recipes) if body.send_images is not False else 0)
+    images = [base64.b64encode(result.encode(index, "PNG")).decode() for index in count]
+    parameters = body.model_dump(mode="json", exclude={"init_images", "mask", "alwayson_scripts"})
+    answer = {"images": images, "parameters": parameters, "info": _info(result)}
+    return JSONResponse(answer, headers=timing_header(result))
 
 
 def _info(result: Result) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.serve.ticket import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from concurrent.futures import Future
 
     from starlette.requests import Request as Connection
@@ -20,10 +21,16 @@ if TYPE_CHECKING:
     from sd_runtime.serve.engine_room import EngineRoom
 
 
-class Drawing:
+Answer = TypeVar("Answer")
+_ANSWERING: Final = ThreadPoolExecutor(thread_name_prefix="answering")
+
+
+class Drawing(Generic[Answer]):
     """One request on its way. Made inside a running event loop; raises as `EngineRoom.submit`.
 
-    Whoever made it calls `cancel` when nobody listens any more; after the end that does nothing.
+    ``answer`` makes of its result what the door sends, as soon as it is drawn, in a thread that
+    neither draws nor runs the loop: encoding takes a while. Whoever made it calls `cancel` when
+    nobody listens any more; after the end that does nothing.
     """
 
     def __init__(
@@ -31,35 +38,40 @@ class Drawing:
         room: EngineRoom,
         request: Request,
         pipeline: Pipeline,
+        answer: Callable[[Result], Answer],
         *,
         previews: int = 0,
         steps: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Progress | Future[Result]] = asyncio.Queue()
+        self._answer = answer
+        self._events: asyncio.Queue[Progress | Future[Answer]] = asyncio.Queue()
         self.ticket = room.submit(
             request,
             pipeline=pipeline,
             previews=previews,
             on_progress=self._put if steps else None,
         )
-        self.ticket.result.add_done_callback(self._put)
+        self.ticket.result.add_done_callback(self._drawn)
 
-    def _put(self, event: Progress | Future[Result]) -> None:
+    def _drawn(self, drawn: Future[Result]) -> None:
+        _ANSWERING.submit(lambda: self._answer(drawn.result())).add_done_callback(self._put)
+
+    def _put(self, event: Progress | Future[Answer]) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def cancel(self) -> None:
         """Let go of it."""
         self.ticket.cancel()
 
-    async def events(self) -> AsyncIterator[Progress | Result]:
-        """Its steps, where they were asked for, then its result; raises what the room raised."""
+    async def events(self) -> AsyncIterator[Progress | Answer]:
+        """Its steps, where they were asked for, then the answer; raises what the room raised."""
         while isinstance(event := await self._events.get(), Progress):
             yield event
         yield event.result()
 
-    async def result(self, connection: Connection) -> Result:
-        """Its result; a client that leaves before cancels it, and gets status 499.
+    async def result(self, connection: Connection) -> Answer:
+        """The answer; a client that leaves before cancels it, and gets status 499.
 
         ``connection`` is the HTTP request, its body read.
         """
@@ -75,7 +87,7 @@ class Drawing:
             ended.cancel()
             self.cancel()
 
-    async def _last_event(self) -> Result:
+    async def _last_event(self) -> Answer:
         while isinstance(event := await self._events.get(), Progress):
             pass
         return event.result()

@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Form, Request
@@ -39,7 +40,7 @@ _ANSWERS: dict[str, Any] = {
 class DrawingStream(StreamingResponse):
     """Server-sent events of a drawing that is cancelled when the client leaves, however early."""
 
-    def __init__(self, drawing: Drawing, content: AsyncIterator[str]) -> None:
+    def __init__(self, drawing: Drawing[Any], content: AsyncIterator[str]) -> None:
         super().__init__(
             content,
             media_type="text/event-stream",
@@ -81,12 +82,11 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
         format_ = body.output_format or "png"
         if body.stream:
             previews = body.partial_images or 0
-            drawing = Drawing(room, request, pipeline, previews=previews, steps=True)
+            pictures = partial(_pictures, format_=format_)
+            drawing = Drawing(room, request, pipeline, pictures, previews=previews, steps=True)
             return DrawingStream(drawing, _events(drawing, room, format_))
-        result = await Drawing(room, request, pipeline).result(connection)
-        pictures = await asyncio.to_thread(_pictures, result, format_)
-        answer = {"data": pictures, **_form(result.request, format_, "created")}
-        return JSONResponse(answer, headers=timing_header(result))
+        response = partial(_response, format_=format_)
+        return await Drawing(room, request, pipeline, response).result(connection)
 
     @router.get("/v1/models")
     async def list_models() -> JSONResponse:
@@ -102,7 +102,9 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     return router
 
 
-async def _events(drawing: Drawing, room: EngineRoom, format_: str) -> AsyncIterator[str]:
+async def _events(
+    drawing: Drawing[list[dict[str, Any]]], room: EngineRoom, format_: str
+) -> AsyncIterator[str]:
     """OpenAI's events. Comment lines, which their clients skip, say how far the drawing is."""
     kind = "image_generation" if drawing.ticket.request.image is None else "image_edit"
     yield _comment(waiting=room.waiting)
@@ -126,8 +128,7 @@ async def _events(drawing: Drawing, room: EngineRoom, format_: str) -> AsyncIter
                     )
                 num_partials += 1
             else:
-                pictures = await asyncio.to_thread(_pictures, event, format_)
-                for number, picture in enumerate(pictures):
+                for number, picture in enumerate(event):
                     yield _event(f"{kind}.completed", image_index=number, **picture, **form)
     except SdError as error:
         yield f"event: error\ndata: {json.dumps(openai_body(error))}\n\n"
@@ -149,6 +150,12 @@ def _form(request: DrawRequest, format_: str, created: str) -> dict[str, Any]:
         "size": f"{request.width}x{request.height}",
         "background": "opaque",
     }
+
+
+def _response(result: Result, format_: str) -> JSONResponse:
+    pictures = _pictures(result, format_)
+    answer = {"data": pictures, **_form(result.request, format_, "created")}
+    return JSONResponse(answer, headers=timing_header(result))
 
 
 def _pictures(result: Result, format_: str) -> list[dict[str, Any]]:
