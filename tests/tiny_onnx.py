@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sd_engines.backends.tensorrt_package import compute_capability
 from sd_engines.bundle import (
     Bundle,
     ComponentEntry,
@@ -21,6 +22,7 @@ from sd_engines.bundle import (
     portable_entry,
     seal,
 )
+from sd_engines.errors import BackendError
 from sd_engines.spec import ModelSpec, Profile, TensorSpec
 
 if TYPE_CHECKING:
@@ -53,6 +55,15 @@ def needs(package: str) -> None:
     """Skip the test where ``package`` is not installed, without importing it."""
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU and its driver."""
+    try:
+        compute_capability()
+    except BackendError:
+        return False
+    return True
 
 
 def stale_plan(precision: Precision) -> EngineEntry:

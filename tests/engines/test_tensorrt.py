@@ -9,11 +9,10 @@ import pytest
 
 from sd_engines import open_bundle, open_engine
 from sd_engines.backends import tensorrt
-from sd_engines.backends.tensorrt_package import compute_capability
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
-from tiny_onnx import PROFILE, unet_arrays, unet_entry, unet_reference
+from tiny_onnx import PROFILE, has_gpu, unet_arrays, unet_entry, unet_reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-
-
-def _has_gpu() -> bool:
-    try:
-        compute_capability()
-    except BackendError:
-        return False
-    return True
 
 
 def _build(folder: Path, entry: Any, **changed: Any) -> Any:
@@ -129,7 +120,7 @@ def _with_plan(bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(bundle.path)
 
 
-@pytest.mark.skipif(_has_gpu(), reason="this machine has a GPU")
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 def test_no_gpu(tiny_bundle: Bundle, tmp_path: Path) -> None:
     bundle = _with_plan(tiny_bundle, tmp_path)
     bundle.verify()
@@ -140,7 +131,7 @@ def test_no_gpu(tiny_bundle: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not _has_gpu(), reason="this machine has no GPU")
+@pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU")
 def test_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
     cupy = pytest.importorskip("cupy")
     bundle = _with_plan(tiny_bundle, tmp_path)

@@ -1,0 +1,46 @@
+"""What only an NVIDIA GPU can show of a pipeline: pictures that stay there, a caller's stream."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from sd_export.cli import main
+from sd_runtime import Request
+from sd_runtime.embed.context import Context
+from tiny_onnx import has_gpu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import TinyModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU"),
+]
+
+
+@pytest.mark.parametrize("engine", ["tensorrt-rtx", "onnxruntime:cuda"])
+def test_pictures_stay_on_the_device(engine: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    cupy = pytest.importorskip("cupy")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_model.bundle, bundle)
+    backend, _, target = engine.partition(":")
+    options = ["--target", target] if target else []
+    assert main(["build", str(bundle), "--backend", backend, *options]) == 0
+    request = Request("a cat", seed=1, num_inference_steps=3, scheduler="euler_a")
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with Context(
+        str(bundle), backend=backend, threads=None, queue_size=1, cuda_stream=stream.ptr
+    ) as context:
+        ticket = context.submit(request, previews=1, on_progress=lambda _: None)
+        result = ticket.result.result()
+    assert isinstance(result.device_pixels, cupy.ndarray)
+    shared = cupy.asnumpy(cupy.from_dlpack(result.device_pixels))
+    np.testing.assert_array_equal(shared, result.pixels)
+    expected = tiny_model.pipeline.generate(request).pixels
+    assert np.abs(result.pixels.astype(int) - expected).max() <= 1
