@@ -221,9 +221,7 @@ class Door:
             result = ended.result()
             files = [result.encode(i, encoding) for i in range(len(result.pixels)) if encoding]
             packed, _kept_alive = self._packed(result, files)
-            if keeps_tensor:
-                tensor = managed_tensor(result.device_pixels)
-                self.lib.job_keep_tensor(job, self.ffi.cast("struct DLManagedTensor *", tensor))
+            tensor = managed_tensor(result.device_pixels) if keeps_tensor else 0
         except BaseException as error:
             status = status_from(self, error)
             cancelled = self.lib.sd_status_code(status) == self.lib.SD_ERROR_CANCELLED
@@ -231,7 +229,8 @@ class Door:
             self.lib.job_fail(job, status)
         else:
             context.count("succeeded", images=len(result.pixels))
-            self.lib.job_succeed(job, packed)
+            device_pixels = self.ffi.cast("struct DLManagedTensor *", tensor)
+            self.lib.job_succeed(job, packed, device_pixels)
 
     def _packed(self, result: Result, files: list[bytes]) -> tuple[Any, Any]:
         """An sd_result for C to copy, and what must live until then."""

@@ -17,10 +17,9 @@ char *string_new(const char *text);
 void job_report(sd_job *job, uint32_t step, uint32_t num_steps);
 void job_preview(sd_job *job, uint32_t first_image, uint32_t num_images, uint32_t height,
                  uint32_t width, const uint8_t *pixels);
-/* Before job_succeed: takes what sd_job_device_pixels is to give. */
-void job_keep_tensor(sd_job *job, struct DLManagedTensor *tensor);
-/* Copies all that result points to; out of memory fails the job. */
-void job_succeed(sd_job *job, const sd_result *result);
+/* Copies all that result points to; out of memory fails the job. Takes device_pixels, which is what
+ * sd_job_device_pixels is to give, or NULL. */
+void job_succeed(sd_job *job, const sd_result *result, struct DLManagedTensor *device_pixels);
 /* Takes the status, whose code says whether it was cancelled. */
 void job_fail(sd_job *job, sd_status *status);
 

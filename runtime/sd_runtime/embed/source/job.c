@@ -158,14 +158,9 @@ static void end(sd_job *job, int state) {
   let_go(job);
 }
 
-void job_keep_tensor(sd_job *job, struct DLManagedTensor *tensor) {
+void job_succeed(sd_job *job, const sd_result *result, struct DLManagedTensor *device_pixels) {
   pthread_mutex_lock(&job->lock);
-  job->device_pixels = tensor;
-  pthread_mutex_unlock(&job->lock);
-}
-
-void job_succeed(sd_job *job, const sd_result *result) {
-  pthread_mutex_lock(&job->lock);
+  job->device_pixels = device_pixels;
   if (job->freed || copy_result(job, result)) {
     job->progress.step = job->progress.num_steps;
     end(job, SD_JOB_SUCCEEDED);
@@ -254,13 +249,16 @@ sd_status *sd_job_device_pixels(sd_job *job, struct DLManagedTensor **tensor) {
   if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
   if (tensor == NULL)
     return status_new(SD_ERROR_CONFIG, "tensor is NULL", "Say where the tensor is to go.");
+  *tensor = NULL;
   pthread_mutex_lock(&job->lock);
   sd_status *error = why_nothing(job);
-  *tensor = job->device_pixels;
-  if (error == NULL && *tensor == NULL)
+  if (error == NULL && job->device_pixels == NULL)
     error = status_new(SD_ERROR_CONFIG, "the job has no pictures on the device",
                        "Set sd_request.device_pixels, and take them once.");
-  job->device_pixels = NULL;
+  if (error == NULL) {
+    *tensor = job->device_pixels;
+    job->device_pixels = NULL;
+  }
   pthread_mutex_unlock(&job->lock);
   return error;
 }

@@ -55,6 +55,7 @@ int main(int argc, char **argv) {
   FROM(library, sd_job_wait);
   FROM(library, sd_job_cancel);
   FROM(library, sd_job_result);
+  FROM(library, sd_job_device_pixels);
   FROM(library, sd_job_free);
   FROM(library, sd_status_code);
   FROM(library, sd_status_message);
@@ -173,13 +174,20 @@ int main(int argc, char **argv) {
   slowly = 1;
   sd_job *unfinished;
   newer.known.num_inference_steps = 900;
+  newer.known.device_pixels = 1;
   CHECK(sd_job_submit(context, &newer.known, &unfinished) == NULL);
   CHECK(sd_job_wait(unfinished, 1) < SD_JOB_SUCCEEDED);
   sd_result none = {.struct_size = sizeof none};
   FAILS(sd_job_result(unfinished, &none), SD_ERROR_NOT_ENDED, "not ended");
+  struct DLManagedTensor *tensor = (struct DLManagedTensor *)&none;
+  FAILS(sd_job_device_pixels(unfinished, &tensor), SD_ERROR_NOT_ENDED, "not ended");
+  CHECK(tensor == NULL);
+  FAILS(sd_job_device_pixels(NULL, &tensor), SD_ERROR_CONFIG, "job is NULL");
+  FAILS(sd_job_device_pixels(unfinished, NULL), SD_ERROR_CONFIG, "tensor is NULL");
   CHECK(sd_context_close(context) == NULL);
   CHECK(sd_job_poll(unfinished, NULL) == SD_JOB_CANCELLED);
   FAILS(sd_job_result(unfinished, &none), SD_ERROR_CANCELLED, "cancelled");
+  FAILS(sd_job_device_pixels(unfinished, &tensor), SD_ERROR_CANCELLED, "cancelled");
   sd_job_free(unfinished);
   CHECK(sd_job_result(job, &result) == NULL);
   CHECK(result.pixels != pixels && memcmp(result.pixels, pixels, sizeof pixels) == 0);
