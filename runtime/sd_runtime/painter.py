@@ -86,6 +86,7 @@ class Painter:
             embeds = self._prompts.encode(
                 texts, prompt_weighting=request.prompt_weighting, timings=timings
             )
+        num_steps = plan.num_steps(size)
         latents: list[Array] = []
         decoded: list[Decoded] = []
         for first in range(0, len(drawn), size):
@@ -100,12 +101,11 @@ class Painter:
                     latents.append(to_host(row.latents).copy())
                     if first + len(batch) == len(drawn):
                         result = self._result(
-                            plan, decoded, latents, timings, checks=decoder.checks
+                            plan, decoded, latents, timings, start=start, checks=decoder.checks
                         )
-                        timings.add("total", start, clock())
                 yield Step(
                     index=(first // size) * num_rows + row.index,
-                    num_steps=plan.num_steps(size),
+                    num_steps=num_steps,
                     timestep=row.timestep,
                     first_image=first,
                     latents=row.latents,
@@ -120,6 +120,7 @@ class Painter:
         latents: Sequence[Array],
         timings: Timings,
         *,
+        start: float,
         checks: bool,
     ) -> Result:
         pixels, depths, flags = zip(*decoded, strict=True)
@@ -127,6 +128,7 @@ class Painter:
         if plan.upscaling is not None:
             with timings.measure("join"):
                 pictures = plan.upscaling.join(to_host(pictures))
+        timings.add("total", start, clock())
         return Result(
             request=plan.request,
             pixels=to_host(pictures),
