@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _MAIN = "import sys; from sd_runtime.serve.cli import main; sys.exit(main())"
 _DRAW = "/v1/images/generations"
+_LOST_PAUSE_S = 1.0
+"""What a client waits that got no answer at all: the server may be gone."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,8 @@ def put_under_load(
             except (OSError, HTTPException):
                 connection.close()
             replies.append((which, reply))
-            if reply is not None:
-                sleep(reply.retry_after_s * chance.uniform(1, 1.5))
+            pause_s = _LOST_PAUSE_S if reply is None else reply.retry_after_s
+            sleep(pause_s * chance.uniform(1, 1.5))
         connection.close()
         return replies
 

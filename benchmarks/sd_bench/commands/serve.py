@@ -44,6 +44,10 @@ def serve(
     from sd_bench.served import ServerProcess, overhead_ms, put_under_load
     from sd_runtime import Pipeline, Request
 
+    def say(words: str) -> None:
+        if not as_json:
+            click.echo(words)
+
     steps = options.pop("num_inference_steps")
     requests = [
         Request(PROMPT, seed=seed, num_inference_steps=steps * (1 + seed % 4), **options)
@@ -60,13 +64,11 @@ def serve(
     ):
         added_ms = median(overhead_ms(server, requests[0], rounds=rounds))
         report: dict[str, Any] = {"overhead_ms": {"p50": round(added_ms, 2), "rounds": rounds}}
-        if not as_json:
-            click.echo(f"HTTP adds {added_ms:.2f} ms (p50 of {rounds}) to the drawing and the PNG")
+        say(f"HTTP adds {added_ms:.2f} ms (p50 of {rounds}) to the drawing and the PNG")
         for name, number in (("load", clients), ("overload", 4 * (clients + 1))):
             load = put_under_load(server, requests, expected, clients=number, seconds=seconds)
             report[name] = load.to_json()
-            if not as_json:
-                click.echo(_words(load))
+            say(_words(load))
     if as_json:
         click.echo(json.dumps(report))
 
