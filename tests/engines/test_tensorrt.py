@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 
 from sd_engines import open_bundle, open_engine
@@ -12,7 +11,7 @@ from sd_engines.backends import tensorrt
 from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
-from tiny_onnx import PROFILE, has_gpu, unet_arrays, unet_entry, unet_reference
+from tiny_onnx import PROFILE, has_gpu, unet_entry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,21 +127,3 @@ def test_no_gpu(tiny_bundle: Bundle, tmp_path: Path) -> None:
         open_engine(bundle, "unet", backend="tensorrt-rtx")
     assert "nvidia-smi" in caught.value.hint
     open_engine(bundle, "unet").close()  # "auto" goes on to the next
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU")
-def test_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    cupy = pytest.importorskip("cupy")
-    bundle = _with_plan(tiny_bundle, tmp_path)
-    with open_engine(bundle, "unet", backend="tensorrt-rtx") as engine:
-        for batch in (1, 2, 4):
-            arrays = unet_arrays(batch)
-            reference = unet_reference(**arrays)
-            binding = engine.bind(batch)
-            for name, array in arrays.items():
-                binding.inputs[name][...] = cupy.asarray(array)
-            binding.run()
-            for found in (binding.outputs, engine(**arrays)):
-                result = cupy.asnumpy(found["noise_pred"])
-                np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-5)

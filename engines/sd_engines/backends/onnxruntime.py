@@ -5,11 +5,13 @@ Inputs and outputs are bound once per batch to fixed memory, so a run allocates 
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sd_engines.backends.cuda import named_stream
 from sd_engines.border import (
     check_arrays,
     check_batch,
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision, Profile
 
+logger = logging.getLogger(__name__)
+
 BACKEND = "onnxruntime"
+_NOT_CAPTURED: Final = -1
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LEAN: Final = {"memory": "lean"}
 """`EngineEntry.flags` of an engine that runs a few times only: it maps its weights, widens each
@@ -118,26 +123,16 @@ def load(
     values = [package.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     if weights:  # `add_initializer` would come after optimizers that have read the old ones
         options.add_external_initializers([*weights], values)
-    provider: Any = _PROVIDERS[target]
+    providers: list[Any] = [_PROVIDERS[target]]
     stream = None
     if target == "cuda":
-        cuda = import_package("cupy", extra="cuda").cuda
-        stream = cuda.get_current_stream()
-        if stream.ptr == 0:  # the default one, which cannot be named
-            # A blocking stream: ordered with the default one without waiting on the host.
-            stream = cuda.Stream(non_blocking=False)
+        stream = named_stream(import_package("cupy", extra="cuda").cuda)
         # TF32 is on by default: fp32 would be 10 bits of mantissa.
-        provider = (provider, {"user_compute_stream": str(stream.ptr), "use_tf32": "0"})
-    try:
-        session = package.InferenceSession(
-            os.fspath(path),
-            options,
-            providers=[provider],
-            enable_fallback=0,
-            disabled_optimizers=_WIDENING if lean else (),
-        )
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot open {path}: {error}", _HINT) from error
+        settings = {"user_compute_stream": str(stream.ptr), "use_tf32": "0"}
+        # As a CUDA graph a run is one launch; refused where any node of the graph stays on the CPU.
+        captured = settings | {"enable_cuda_graph": "1"}
+        providers = [(_PROVIDERS[target], each) for each in (captured, settings)]
+    session = _session(package, path, options, providers, _WIDENING if lean else ())
     if session.get_providers()[0] != _PROVIDERS[target]:  # it goes on without, and says nothing
         raise BackendError(
             f"ONNX Runtime did not start its {_PROVIDERS[target]}",
@@ -151,6 +146,30 @@ def load(
         stream=stream,
         weights=values,
     )
+
+
+def _session(
+    package: Any,
+    path: Path,
+    options: Any,
+    providers: Sequence[Any],
+    disabled_optimizers: Sequence[str],
+) -> Any:
+    """By the first of ``providers`` that takes the graph."""
+    failure: Exception | None = None
+    for provider in providers:
+        try:
+            return package.InferenceSession(
+                os.fspath(path),
+                options,
+                providers=[provider],
+                enable_fallback=0,
+                disabled_optimizers=disabled_optimizers,
+            )
+        except Exception as error:
+            logger.debug("%s is not opened by %s: %s", path, provider, error)
+            failure = error
+    raise BackendError(f"ONNX Runtime cannot open {path}: {failure}", _HINT) from failure
 
 
 def _package(target: str) -> Any:
@@ -204,20 +223,21 @@ class OnnxRuntimeEngine(Closing):
         check_batch(batch, self._max_batch, pictures=pictures)
         rows = (batch, pictures or batch)
         if rows not in self._bindings:
-            self._bindings[rows] = self._new_binding(rows)
+            self._bindings[rows] = self._new_binding(rows, cuda_graph=len(self._bindings) + 1)
         return self._bindings[rows]
 
-    def _new_binding(self, rows: Rows) -> OnnxRuntimeBinding:
+    def _new_binding(self, rows: Rows, *, cuda_graph: int) -> OnnxRuntimeBinding:
         xp = self._xp
         inputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.inputs.items()}
         outputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.outputs.items()}
-        return OnnxRuntimeBinding(self._session, inputs, outputs, self.entry.target)
+        return OnnxRuntimeBinding(self._session, inputs, outputs, self.entry.target, cuda_graph)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once, on buffers of its own: any number of threads may call at a time."""
         if self._session is None:
             raise closed_error()
-        binding = self._new_binding(check_arrays(self.inputs, arrays, self._max_batch))
+        rows = check_arrays(self.inputs, arrays, self._max_batch)
+        binding = self._new_binding(rows, cuda_graph=_NOT_CAPTURED)  # on memory of this call alone
         for name, array in arrays.items():
             binding.inputs[name][...] = self._xp.asarray(array)
         binding.run()
@@ -232,10 +252,18 @@ class OnnxRuntimeEngine(Closing):
 
 
 class OnnxRuntimeBinding:
-    """A `Binding`: the session's inputs and outputs tied to ``inputs`` and ``outputs``."""
+    """A `Binding`: the session's inputs and outputs tied to ``inputs`` and ``outputs``.
+
+    On a GPU ``cuda_graph`` numbers what its first run captures and the others launch.
+    """
 
     def __init__(
-        self, session: Any, inputs: dict[str, Array], outputs: dict[str, Array], target: str
+        self,
+        session: Any,
+        inputs: dict[str, Array],
+        outputs: dict[str, Array],
+        target: str,
+        cuda_graph: int,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
@@ -248,6 +276,7 @@ class OnnxRuntimeBinding:
         self._options = import_package("onnxruntime", extra="cpu").RunOptions()
         if target == "cuda":
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self._options.add_run_config_entry("gpu_graph_id", str(cuda_graph))
 
     def run(self) -> None:
         """Run from ``inputs`` into ``outputs``; on a GPU, enqueue only."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.backends.cuda import Replay, named_stream
 from sd_engines.backends.tensorrt_builder import build
 from sd_engines.backends.tensorrt_package import (
     ANY_TARGET,
@@ -117,6 +118,7 @@ class TensorRtEngine(Closing):
             )
             check_graph(kind, specs, found)
         self._module = module
+        self._captures_itself = hasattr(module, "CudaGraphStrategy")
         self._runtime = runtime  # must outlive the plan
         self._plan = plan
         self._xp = xp
@@ -153,11 +155,28 @@ class TensorRtEngine(Closing):
                 for specs in (self.inputs, self.outputs)
             )
             log = package_log(self._module)
-            context = self._plan.create_execution_context()
+            context = self._context()
             if context is None:
                 raise failure("no memory for the engine's activations", log)
-            kept[rows] = TensorRtBinding(context, inputs, outputs, self._xp, log)
+            kept[rows] = TensorRtBinding(
+                context, inputs, outputs, self._xp, log, captures_itself=self._captures_itself
+            )
         return kept[rows]
+
+    def _context(self) -> Any:
+        """A new execution context: TensorRT-RTX's captures itself as a CUDA graph.
+
+        It knows when: its kernels for the shapes in use are compiled at the first run, all of them,
+        where else others would stand in for them meanwhile.
+        """
+        if not self._captures_itself:
+            return self._plan.create_execution_context()
+        module, config = self._module, self._plan.create_runtime_config()
+        config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            module.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return self._plan.create_execution_context(config)
 
     def close(self) -> None:
         """Free the plan, its contexts and buffers; twice is allowed."""
@@ -173,7 +192,14 @@ class TensorRtBinding:
     """A `Binding`: one execution context tied to device buffers."""
 
     def __init__(
-        self, context: Any, inputs: dict[str, Array], outputs: dict[str, Array], xp: Any, log: Any
+        self,
+        context: Any,
+        inputs: dict[str, Array],
+        outputs: dict[str, Array],
+        xp: Any,
+        log: Any,
+        *,
+        captures_itself: bool,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
@@ -185,16 +211,24 @@ class TensorRtBinding:
                 raise failure(f"the plan refuses shape {array.shape} of {name!r}", log)
         for name, array in (*inputs.items(), *outputs.items()):
             context.set_tensor_address(name, array.data.ptr)
+        self._replay = None if captures_itself else Replay(self._enqueue, xp.cuda)
 
     def run(self) -> None:
         """Enqueue on CuPy's current stream, from ``inputs`` into ``outputs``."""
         if self._context is None:
             raise closed_error()
-        if not self._context.execute_async_v3(self._xp.cuda.get_current_stream().ptr):
+        stream = named_stream(self._xp.cuda)
+        if self._replay is None:
+            self._enqueue(stream.ptr)
+        else:
+            self._replay.run(stream)
+
+    def _enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
             raise failure("the plan could not be run", self._log)
 
     def close(self) -> None:
         """Let go of the context once the device is done with it; the buffers stay the caller's."""
         if self._context is not None:
             self._xp.cuda.Device().synchronize()
-            self._context = None
+            self._replay = self._context = None
