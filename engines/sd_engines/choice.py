@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.cores import usable_cores
 from sd_engines.engine import check_engine, listed_engines, open_engine
 from sd_engines.errors import BackendError, EngineMismatchError
@@ -164,12 +164,6 @@ def _memory_path(entries: Sequence[EngineEntry], threads: int) -> Path | None:
 
     The name changes with all that moves a latency: graphs, precisions, versions, the machine.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # such a value is to be ignored: XDG Base Directory Specification
-        try:
-            root = Path.home() / ".cache"
-        except RuntimeError:
-            return None
     situation = {
         "engines": [entry.key for entry in entries],
         "packages": [_installed(entry.backend) for entry in entries],
@@ -177,7 +171,7 @@ def _memory_path(entries: Sequence[EngineEntry], threads: int) -> Path | None:
         "threads": threads,
     }
     digest = hashlib.sha256(json.dumps(situation).encode()).hexdigest()
-    return root / "sd-toolkit" / f"auto-{digest[:32]}.json"
+    return cached_file(f"auto-{digest[:32]}.json")
 
 
 def _installed(backend: str) -> list[str]:
@@ -214,10 +208,8 @@ def _read(path: str | Path) -> str:
 
 def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> dict[str, Pace]:
     """What ``path`` remembers of ``entries``, by key, its warnings repeated; nothing if unknown."""
-    if path is None:
-        return {}
     try:
-        memory = json.loads(path.read_bytes())
+        memory = json.loads(read_cached(path))
         known = {entry.key for entry in entries}
         paces = {
             key: Pace(float(pace["open_ms"]), float(pace["run_ms"]))
@@ -225,7 +217,7 @@ def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> dict[str, Pace
             if key in known
         }
         warnings = [str(warning) for warning in memory["warnings"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     for warning in warnings:
         logger.warning("%s", warning)
@@ -233,19 +225,8 @@ def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> dict[str, Pace
 
 
 def _remember(path: Path | None, paces: Mapping[str, Pace], warnings: Sequence[str]) -> None:
-    """Write what was measured at ``path``, whole or not at all."""
-    if path is None:
-        return
     memory = {
         "paces": {key: pace._asdict() for key, pace in paces.items()},
         "warnings": warnings,
     }
-    staging = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(memory, indent=1) + "\n", encoding="utf-8")
-        staging.replace(path)
-    except OSError as error:
-        logger.info("The fastest engine is not remembered: %s", error)
-        with suppress(OSError):
-            staging.unlink(missing_ok=True)
+    write_cached(path, (json.dumps(memory, indent=1) + "\n").encode())

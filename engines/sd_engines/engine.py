@@ -94,12 +94,14 @@ def build_engine(
     profile: Profile,
     precision: Precision | None = None,
     target: str | None = None,
+    workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> EngineEntry:
     """Make ``onnx_path`` ready for ``backend``; returns the manifest's entry.
 
     Built files go to ``output_dir/engines/…``; portable backends write none. ``precision`` None:
-    what the backend makes of the graph by default. `ConfigError` for an unknown backend, target or
+    what the backend makes of the graph by default. ``workspace_bytes`` is for those that build
+    files. `ConfigError` for an unknown backend, target or
     a precision it does not take; `BackendError` where the build fails.
     """
     module = _module(backend)
@@ -113,6 +115,7 @@ def build_engine(
         precision=precision,
         target=target,
         progress=progress,
+        **({} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}),
     )
     return built
 

@@ -45,6 +45,7 @@ def build(
     backends: Sequence[str],
     precision: Precision | None = None,
     target: str | None = None,
+    workspace_bytes: int | None = None,
     calibration_prompts: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Manifest:
@@ -52,12 +53,13 @@ def build(
 
     ``target`` is the backend's word for what the engine is to run on: ``cuda`` for ONNX Runtime,
     ``sm89`` or ``sm86+sm120`` for TensorRT-RTX; None takes its default. The reference of their
-    certificate is the bundle's own ONNX in ONNX Runtime. ``calibration_prompts`` are what an int8
+    certificate is the bundle's own ONNX in ONNX Runtime. ``workspace_bytes`` is the most that a
+    layer of a TensorRT engine may work in. ``calibration_prompts`` are what an int8
     engine draws to be calibrated; None takes `calibration.PROMPTS`. Raises `ConfigError`,
     `BundleError`, `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle
     is then as it was.
     """
-    check_request(backends, precision, calibration_prompts)
+    check_request(backends, precision, calibration_prompts, workspace_bytes)
     path = Path(bundle_path).resolve()
     open_bundle(path)  # says why where it is none, before a work folder is made beside it
     log = StageLog(progress)
@@ -77,6 +79,7 @@ def build(
                 backends=backends,
                 precision=precision,
                 target=target,
+                workspace_bytes=workspace_bytes,
                 calibration_prompts=calibration_prompts,
                 work=work,
                 log=log.about(f"{profile.width}x{profile.height}") if built else log,
@@ -105,6 +108,7 @@ def _missing_engines(
     backends: Sequence[str],
     precision: Precision | None,
     target: str | None,
+    workspace_bytes: int | None,
     calibration_prompts: Sequence[str] | None,
     work: WorkFolder,
     log: StageLog,
@@ -131,6 +135,7 @@ def _missing_engines(
                 backend,
                 wanted or entry.precision,
                 target=target,
+                workspace_bytes=workspace_bytes,
                 calibration=calibration,
             ):
                 log.skipped(component, f"build {backend}", detail="already there")
@@ -144,6 +149,7 @@ def _missing_engines(
                 profile=bundle.manifest.profile,
                 precision=wanted,
                 target=target,
+                workspace_bytes=workspace_bytes,
                 calibration=calibration,
                 proof=proof,
                 log=log,
@@ -163,6 +169,7 @@ def recorded_engine(
     profile: Profile,
     precision: Precision | None,
     target: str | None = None,
+    workspace_bytes: int | None = None,
     calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
@@ -176,6 +183,7 @@ def recorded_engine(
             "batch_size": profile.batch_size,
             "calibration": calibration.digest if calibration is not None else None,
             "target": target,
+            "workspace_bytes": workspace_bytes,
             "versions": versions((backend,)),
         }
     )
@@ -192,6 +200,7 @@ def recorded_engine(
         profile=profile,
         precision=precision,
         target=target,
+        workspace_bytes=workspace_bytes,
         calibration=calibration,
         proof=proof,
         log=log,
@@ -212,6 +221,7 @@ def make_engine(
     profile: Profile,
     precision: Precision | None,
     target: str | None = None,
+    workspace_bytes: int | None = None,
     calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
@@ -263,6 +273,7 @@ def make_engine(
                     profile=profile,
                     precision=precision,
                     target=target,
+                    workspace_bytes=workspace_bytes,
                 )
                 result.detail = f"{engine.version} {engine.target} {engine.precision}"
                 result.bytes = engine.bytes
@@ -292,17 +303,21 @@ def _is_there(
     precision: Precision,
     *,
     target: str | None,
+    workspace_bytes: int | None,
     calibration: Calibration | None,
 ) -> bool:
     """Whether the bundle has this engine already, of the version that is installed, unaltered.
 
-    And calibrated by ``calibration``, where it is one that is.
+    And calibrated by ``calibration``, where it is one that is; and built in ``workspace_bytes``,
+    where they are given.
     """
     installed = backend_version(backend)
     for engine in bundle.manifest.engines:
         if (engine.component, engine.backend, engine.precision) != (component, backend, precision):
             continue
         if target not in (None, engine.target):
+            continue
+        if workspace_bytes and engine.flags.get("workspace_bytes") != str(workspace_bytes):
             continue
         if calibration and engine.flags.get("calibration") not in (None, calibration.digest):
             continue

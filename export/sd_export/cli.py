@@ -205,6 +205,12 @@ def export_command(
 @click.argument("bundle", type=_FILE)
 @_shared
 @click.option("--target", help="cuda for onnxruntime; sm89, sm86+sm120 … for tensorrt-rtx.")
+@click.option(
+    "--workspace-mib",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="The most GPU memory that a layer of a TensorRT engine may work in.  [default: all]",
+)
 def build_command(
     *,
     bundle: Path,
@@ -212,6 +218,7 @@ def build_command(
     precision: Any,
     calibration_prompts: Path | None,
     target: str | None,
+    workspace_mib: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -226,6 +233,7 @@ def build_command(
         backends=backends,
         precision=precision,
         target=target,
+        workspace_bytes=workspace_mib and workspace_mib << 20,
         calibration_prompts=_prompts(calibration_prompts),
         progress=_progress(quiet),
     )

@@ -43,6 +43,7 @@ def check_request(
     backends: Sequence[str],
     precision: str | None,
     calibration_prompts: Sequence[str] | None = None,
+    workspace_bytes: int | None = None,
 ) -> None:
     """`ConfigError` for an unknown backend or precision, or one the other does not take."""
     if not backends:
@@ -74,6 +75,12 @@ def check_request(
         raise ConfigError(
             "calibration prompts are for --precision int8, at least one of them",
             "Leave --calibration-prompts out, or add --precision int8.",
+        )
+    portable = [backend for backend in backends if backend in PORTABLE_BACKENDS]
+    if workspace_bytes is not None and (portable or workspace_bytes < 1):
+        raise ConfigError(
+            f"a workspace of {workspace_bytes} bytes for {', '.join(portable or backends)}",
+            "It is for tensorrt and tensorrt-rtx, and at least 1 MiB: --workspace-mib 4096",
         )
 
 

@@ -227,14 +227,14 @@ def test_no_place_to_remember(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="sd_engines.choice")
+    caplog.set_level(logging.INFO, logger="sd_engines")
     slow_down(monkeypatch, "openvino")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         assert backend_of(tiny_bundle) == "onnxruntime"
     assert caplog.text.count("Measuring once") == 2
-    assert caplog.text.count("is not remembered") == 2
+    assert caplog.text.count("is not kept") == 2
 
 
 def test_where_it_is_remembered(

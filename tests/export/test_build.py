@@ -12,6 +12,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.engine import open_engine
 from sd_engines.errors import BundleError, ConfigError, ExportError
 from sd_export import verify
+from sd_export.cli import main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,29 @@ def test_tensorrt_rtx_computes_the_unet_in_fp16_and_the_rest_in_fp32(bundle: Pat
     again = sd_export.build(bundle, backends=("tensorrt-rtx",), progress=events.append)
     assert again == manifest
     assert {e.state for e in events if e.stage == "build tensorrt-rtx"} == {"skipped"}
+
+
+def test_a_workspace(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Built anew for another limit, and not for the same or for none."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx package")
+    states = []
+    for option in ((), ("--workspace-mib", "64"), ("--workspace-mib", "64"), ()):
+        assert main(["build", str(bundle), "--backend", "tensorrt-rtx", *option]) == 0
+        (unet,) = (
+            engine
+            for engine in open_bundle(bundle).manifest.engines
+            if (engine.component, engine.backend) == ("unet", "tensorrt-rtx")
+        )
+        states.append((unet.flags["workspace_bytes"], "already there" in capsys.readouterr().err))
+    limit = str(64 << 20)
+    assert states == [("all", False), (limit, False), (limit, True), (limit, True)]
+
+
+def test_a_workspace_is_for_what_is_built(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", str(bundle), "--backend", "onnxruntime", "--workspace-mib", "64"]
+    assert main(command) == 2
+    assert "for onnxruntime" in capsys.readouterr().err
+    assert main([*command[:-1], "0"]) == 2
 
 
 def test_a_target_and_bf16_for_tensorrt_rtx(bundle: Path) -> None:

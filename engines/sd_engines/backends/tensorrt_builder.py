@@ -18,6 +18,7 @@ from sd_engines.backends.tensorrt_package import (
 )
 from sd_engines.border import shape_at
 from sd_engines.bundle import engine_entry, engine_file, hash_files
+from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,16 +41,15 @@ def build(
     target: str | None = None,
     progress: Progress | None = None,
     workspace_bytes: int | None = None,
-    timing_cache: Path | None = None,
 ) -> EngineEntry:
     """Build ``output_dir/engines/<backend>-<version>-<target>/<component>.engine``.
 
     ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
     ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
-    largest, tuned for it and for guidance. ``timing_cache`` is read and written back, so that
-    TensorRT's next build measures less. `ConfigError` for a precision the graph has not or a target
-    the package does not know; `BackendError` with the parser's or builder's own words where it
-    fails.
+    largest, tuned for it and for guidance. ``workspace_bytes`` is the most memory that a layer may
+    work in; None is all of the GPU's. What TensorRT measures is remembered for its next build.
+    `ConfigError` for a precision the graph has not or a target the package does not know;
+    `BackendError` with the parser's or builder's own words where it fails.
     """
     module = package(backend)
     if precision not in (None, entry.precision):
@@ -81,10 +81,10 @@ def build(
             shapes.set_shape(spec.name, shape_at(spec, 1), usual, shape_at(spec, max_batch))
     if config.add_optimization_profile(shapes) < 0:
         raise failure(f"{backend} refuses the profile of {component}", log)
-    timings = None
-    if timing_cache is not None and backend == "tensorrt":  # TensorRT-RTX measures nothing
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        timings = config.create_timing_cache(known)
+    timings, remembered = None, cached_file(f"{backend}-{module.__version__}-{target}.timings")
+    if backend == "tensorrt":  # TensorRT-RTX measures nothing
+        known = read_cached(remembered)
+        timings = config.create_timing_cache(known) or config.create_timing_cache(b"")
         config.set_timing_cache(timings, False)
     config.progress_monitor = monitor = _monitor(module, progress)
     plan = builder.build_serialized_network(network, config)
@@ -92,8 +92,8 @@ def build(
         raise monitor.stopped_by
     if plan is None:
         raise failure(f"{backend} cannot build {component}", log)
-    if timing_cache is not None and timings is not None:
-        timing_cache.write_bytes(memoryview(timings.serialize()))
+    if timings is not None:
+        write_cached(remembered, bytes(memoryview(timings.serialize())))
 
     file = engine_file(component, entry, backend, version=module.__version__, target=target)
     path = output_dir / file
