@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 COPY_BYTES: Final = 256 << 20
 """Of one array: many times what a processor's last cache holds."""
+COPY_BYTES_GPU: Final = 2 << 30
+"""Long enough for a GPU that launching and waiting do not count."""
 PRODUCT_SIZE: Final = 2048
 """Rows and columns: long enough to reach the peak, 17 GFLOP."""
 PRODUCT_SIZE_GPU: Final = 8192
@@ -47,8 +49,8 @@ def measure_ceilings(
     """The ceilings of a pipeline on ``engines``, as `Measurement.ceilings` names them.
 
     One product for each precision among them. ``threads`` None: every core this process may use.
-    Copies are measured on the CPU only. Takes some seconds and half a GiB. Raises `BackendError`
-    where a backend does not run a product.
+    Copies are made where the first of them runs. Takes some seconds and half a GiB, or four of a
+    GPU's. Raises `BackendError` where a backend does not run a product.
     """
     ceilings: dict[str, float] = {}
     everything = threads in (None, usable_cores())
@@ -59,8 +61,12 @@ def measure_ceilings(
         if on_cpu and precision == "fp32" and everything:
             flops = max(flops, numpy_product_flops(size=size))
         ceilings[f"matmul_{precision}_flops"] = flops
-        if on_cpu and "copy_bytes_per_s" not in ceilings:
-            ceilings["copy_bytes_per_s"] = copy_bytes_per_s(num_bytes=COPY_BYTES, threads=threads)
+        if "copy_bytes_per_s" not in ceilings:
+            ceilings["copy_bytes_per_s"] = (
+                copy_bytes_per_s(num_bytes=COPY_BYTES, threads=threads)
+                if on_cpu
+                else gpu_copy_bytes_per_s()
+            )
     return ceilings
 
 
@@ -72,6 +78,19 @@ def copy_bytes_per_s(*, num_bytes: int = COPY_BYTES, threads: int | None = None)
     pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
         return 2 * num_bytes / _best_s(lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))
+
+
+def gpu_copy_bytes_per_s(*, num_bytes: int = COPY_BYTES_GPU) -> float:
+    """Bytes read plus bytes written a second by a copy on the GPU."""
+    cupy = import_package("cupy", extra="cuda")
+    source = cupy.ones(num_bytes, cupy.uint8)
+    target = cupy.empty_like(source)
+
+    def run() -> None:
+        cupy.copyto(target, source)
+        cupy.cuda.get_current_stream().synchronize()
+
+    return 2 * num_bytes / _best_s(run)
 
 
 def numpy_product_flops(*, size: int = PRODUCT_SIZE) -> float:

@@ -19,7 +19,6 @@ from sd_runtime.controlnet import Residuals
 from sd_runtime.guidance import SafetyGuidance, guide
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
-from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping, Sequence
@@ -139,8 +138,9 @@ def denoise(
     draws_noise = table.draws_noise.tolist()
     kept_latents, kept_noise = table.noised_alpha[1:].tolist(), table.noised_sigma[1:].tolist()
 
+    now = timings.now
     for row, timestep in enumerate(timesteps):
-        start = clock()
+        start = now()
         component, guided = kinds[row]
         binding = bindings[component, guided]
         sample_in, noise_pred = binding.inputs["sample"], binding.outputs["noise_pred"]
@@ -149,10 +149,10 @@ def denoise(
         if len(sample_in) > n:  # rows that do not share it
             sample_in[n:] = state
         binding.inputs["timestep"][...] = timestep
-        ready = clock()
+        ready = now()
         timings.add("model_input", start, ready)
         if component == "unet" and residuals[guided].update(row):
-            controlled = clock()
+            controlled = now()
             timings.add("controlnet", ready, controlled)
             ready = controlled
         binding.run()
@@ -160,7 +160,7 @@ def denoise(
             copy_into(kept_features[guided], binding.outputs["deep_features"])
         if away is not None:
             away.run(before, timestep)
-        done = clock()
+        done = now()
         if guided:
             guide(noise_pred, guidance_scale, out=model_output, row=row, safety=away)
         else:
@@ -187,7 +187,7 @@ def denoise(
             np.multiply(kept.noise, kept_noise[row], out=scratch)
             state += scratch
         timings.add(component, ready, done)
-        timings.add("scheduler", done, clock())
+        timings.add("scheduler", done, now())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from sd_runtime.plan import max_prompt_chunks
 from sd_runtime.recipe import fingerprint, recipe_of
 from sd_runtime.result import Result, Step
 from sd_runtime.start import Start, begin
-from sd_runtime.timing import Timings, clock
+from sd_runtime.timing import Timings, clock_of
 from sd_runtime.upscaling import noised
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Painter:
 
     def stream(self, plan: Plan) -> Generator[Step]:
         """Every UNet call of ``plan``, whose seeds are filled in; the last one has the result."""
-        start, timings = clock(), Timings()
+        timings = Timings(clock_of(self._engines["unet"].entry))
+        start = timings.now()
         request, num_rows = plan.request, plan.num_rows
         images = request.images()
         drawn = images if plan.upscaling is None else plan.upscaling.tiles_of(images)
@@ -120,7 +121,7 @@ class Painter:
         latents: Sequence[Array],
         timings: Timings,
         *,
-        start: float,
+        start: Any,
         checks: bool,
     ) -> Result:
         pixels, depths, flags = zip(*decoded, strict=True)
@@ -128,10 +129,12 @@ class Painter:
         if plan.upscaling is not None:
             with timings.measure("join"):
                 pictures = plan.upscaling.join(to_host(pictures))
-        timings.add("total", start, clock())
+        on_host = to_host(pictures)
+        timings.add("total", start, timings.now())
+        timings.settle()
         return Result(
             request=plan.request,
-            pixels=to_host(pictures),
+            pixels=on_host,
             device_pixels=pictures,
             latents=np.concatenate(latents),
             nsfw_content_detected=tuple(chain.from_iterable(flags)) if checks else None,

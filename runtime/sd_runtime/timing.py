@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from sd_engines.border import import_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from sd_engines.entries import EngineEntry
 
 clock = perf_counter
 
@@ -15,28 +19,92 @@ Span: TypeAlias = tuple[float, float]
 """When one run of a stage began and ended, in seconds of `clock`, which all processes share."""
 
 
+class Clock(Protocol):
+    """Notes moments, and tells later when they were."""
+
+    def now(self) -> Any:
+        """The moment that what was asked for so far is done."""
+
+    def seconds(self, moment: Any) -> float:
+        """When ``moment`` was, in seconds of `clock`."""
+
+
+class HostClock:
+    """For engines whose runs end when they return: a moment is its seconds."""
+
+    now = staticmethod(clock)
+
+    def seconds(self, moment: float) -> float:
+        """As it is."""
+        return moment
+
+
+class DeviceClock:
+    """For engines whose runs are enqueued: a moment is when the GPU comes to that point.
+
+    By events of ``cuda``, `cupy.cuda`, on the current stream. The host waits for the GPU when this
+    is made, and when it asks for the seconds.
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self._start = self.now()
+        self._start.synchronize()
+        self._start_s = clock()
+
+    def now(self) -> Any:
+        """An event."""
+        event = self._cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, moment: Any) -> float:
+        """When the GPU came to it."""
+        moment.synchronize()
+        return self._start_s + 1e-3 * float(self._cuda.get_elapsed_time(self._start, moment))
+
+
+def clock_of(engine: EngineEntry) -> Clock:
+    """That which sees what ``engine`` does."""
+    if engine.target == "cpu":
+        return HostClock()
+    return DeviceClock(import_package("cupy", extra="cuda").cuda)
+
+
 class Timings:
     """Wall-clock spans of stages, in the order the stages first ran.
 
-    A stage may run many times ("unet" once a step, "vae_decoder" once a batch). On a GPU the
-    stages before the decoder are queued, not waited for, and their time shows in the decoder's.
+    A stage may run many times ("unet" once a step, "vae_decoder" once a batch). Spans are in
+    seconds once `settle` was called; with the host's clock they always are.
     """
 
-    def __init__(self) -> None:
-        self._spans: dict[str, list[Span]] = {}
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or HostClock()
+        self.now = self._clock.now
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
 
-    def add(self, stage: str, began_s: float, ended_s: float) -> None:
-        """Note one run of ``stage``."""
-        self._spans.setdefault(stage, []).append((began_s, ended_s))
+    def add(self, stage: str, began: Any, ended: Any) -> None:
+        """Note one run of ``stage``, between two moments of `now`."""
+        self._spans.setdefault(stage, []).append((began, ended))
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Time the body of a ``with`` as one run of ``stage``."""
-        began = clock()
+        began = self.now()
         try:
             yield
         finally:
-            self.add(stage, began, clock())
+            self.add(stage, began, self.now())
+
+    def settle(self) -> None:
+        """Turn every moment into seconds; what is timed from here on is the host's."""
+        seconds = self._clock.seconds
+        self._spans = {
+            stage: [(seconds(began), seconds(ended)) for began, ended in spans]
+            for stage, spans in self._spans.items()
+        }
+        self._clock = HostClock()
+        self.now = self._clock.now
 
     @property
     def spans(self) -> Mapping[str, Sequence[Span]]:
