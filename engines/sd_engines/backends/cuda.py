@@ -27,6 +27,11 @@ def _beside_default(cuda: Any) -> Any:
     return cuda.Stream(non_blocking=False)
 
 
+def release(cupy: Any) -> None:
+    """Give the GPU back what nobody uses any more: CuPy keeps it for the next who asks."""
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
 class Replay:
     """Work that is enqueued again and again, from the second time on as one CUDA graph.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sd_engines.backends.cuda import named_stream
+from sd_engines.backends.cuda import named_stream, release
 from sd_engines.border import (
     check_arrays,
     check_batch,
@@ -248,6 +248,8 @@ class OnnxRuntimeEngine(Closing):
         for binding in self._bindings.values():
             binding.close()
         self._bindings.clear()
+        if self._session is not None and self._xp is not np:
+            release(self._xp)
         self._session = None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sd_engines.backends.cuda import Replay, named_stream
+from sd_engines.backends.cuda import Replay, named_stream, release
 from sd_engines.backends.tensorrt_builder import build
 from sd_engines.backends.tensorrt_package import (
     ANY_TARGET,
@@ -185,7 +185,9 @@ class TensorRtEngine(Closing):
                 binding.close()
             self._bindings.clear()
             self._calls.clear()
-            self._plan = self._runtime = None
+            if self._plan is not None:
+                self._plan = self._runtime = None
+                release(self._xp)
 
 
 class TensorRtBinding:
