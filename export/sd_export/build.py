@@ -1,42 +1,28 @@
-"""Builds engines from a bundle's ONNX, with the checkpoint at hand or without.
-
-TensorRT computes in the graph's own types, so a half-precision engine of an fp32 graph is built
-from a converted copy, which is checked in ONNX Runtime and then dropped. What OpenVINO runs in
-8 bits is made by `sd_export.int8`.
-"""
+"""Adds engines to a bundle from the ONNX inside it; the checkpoint is not needed."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd_engines.bundle import (
-    PORTABLE_BACKENDS,
-    Bundle,
-    CertificateEntry,
-    ComponentEntry,
-    EngineEntry,
-    add_engines,
-    open_bundle,
-)
-from sd_engines.engine import build_engine
-from sd_engines.errors import BackendError, BundleError, EngineMismatchError
-from sd_export.graph_proof import bundle_proof, verify_graph, words_of
-from sd_export.half_graph import converted_entry, half_graph
+from sd_engines.bundle import PORTABLE_BACKENDS, add_engines, open_bundle
+from sd_engines.errors import BundleError
+from sd_export.graph_proof import bundle_proof
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
-from sd_export.work import WorkFolder, backend_version, key_of, versions, work_folder
+from sd_export.proven_engine import recorded_engine
+from sd_export.work import backend_version, work_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from sd_engines.bundle import Bundle, CertificateEntry, EngineEntry
     from sd_engines.manifest import Manifest
-    from sd_engines.spec import Precision, Profile
+    from sd_engines.spec import Precision
     from sd_export.calibration import Calibration
     from sd_export.progress import Progress
-    from sd_export.verify import Proof
+    from sd_export.work import WorkFolder
 
 
 def build(
@@ -157,143 +143,6 @@ def _missing_engines(
             engines.append(engine)
             certificate += measured
     return engines, certificate
-
-
-def recorded_engine(
-    work: WorkFolder,
-    backend: str,
-    onnx_path: Path,
-    *,
-    component: str,
-    entry: ComponentEntry,
-    profile: Profile,
-    precision: Precision | None,
-    target: str | None = None,
-    workspace_bytes: int | None = None,
-    calibration: Calibration | None,
-    proof: Callable[[], Proof],
-    log: StageLog,
-) -> tuple[EngineEntry, list[CertificateEntry]]:
-    """`make_engine`, or what an interrupted run recorded of it."""
-    stage = f"{entry.file} {backend}"
-    key = key_of(
-        {
-            "graph": asdict(entry),
-            "precision": precision,
-            "batch_size": profile.batch_size,
-            "calibration": calibration.digest if calibration is not None else None,
-            "target": target,
-            "workspace_bytes": workspace_bytes,
-            "versions": versions((backend,)),
-        }
-    )
-    done = work.finished(stage, key)
-    if done is not None:
-        log.skipped(component, f"build {backend}")
-        return EngineEntry(**done["engine"]), [CertificateEntry(**m) for m in done["certificate"]]
-    engine, certificate = make_engine(
-        backend,
-        onnx_path,
-        output_dir=work.bundle,
-        component=component,
-        entry=entry,
-        profile=profile,
-        precision=precision,
-        target=target,
-        workspace_bytes=workspace_bytes,
-        calibration=calibration,
-        proof=proof,
-        log=log,
-    )
-    built = [f"bundle/{engine.file}"] if engine.is_built else []
-    data = {"engine": asdict(engine), "certificate": [asdict(m) for m in certificate]}
-    work.finish(stage, key, files=built, data=data)
-    return engine, certificate
-
-
-def make_engine(
-    backend: str,
-    onnx_path: Path,
-    *,
-    output_dir: Path,
-    component: str,
-    entry: ComponentEntry,
-    profile: Profile,
-    precision: Precision | None,
-    target: str | None = None,
-    workspace_bytes: int | None = None,
-    calibration: Calibration | None,
-    proof: Callable[[], Proof],
-    log: StageLog,
-) -> tuple[EngineEntry, list[CertificateEntry]]:
-    """Build one engine and compare it with ``proof``; its entry, and what was measured.
-
-    Built files go below ``output_dir``. A built engine that this machine cannot run is not
-    measured; the converted graph it was built from is.
-    """
-    from sd_export.verify import verify_engine
-
-    certificate: list[CertificateEntry] = []
-    half = backend not in PORTABLE_BACKENDS and precision not in (None, entry.precision)
-    with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
-        if half and precision == "fp16":
-            converted = converted_entry(graph, entry)
-            certificate.append(
-                verify_graph(
-                    graph,
-                    component=component,
-                    entry=converted,
-                    profile=profile,
-                    proof=proof,
-                    log=log,
-                )
-            )
-        along_a_picture = None  # 8 bits are ranges of what pictures need, and noise is none
-        if calibration is not None and precision == "int8":
-            from sd_export.int8 import int8_engine
-
-            engine, along_a_picture = int8_engine(
-                graph,
-                output_dir=output_dir,
-                component=component,
-                entry=entry,
-                profile=profile,
-                target=target,
-                calibration=calibration,
-                log=log,
-            )
-        else:
-            with log.stage(component, f"build {backend}") as result:
-                engine = build_engine(
-                    backend,
-                    graph,
-                    output_dir=output_dir,
-                    component=component,
-                    entry=replace(entry, precision=precision or entry.precision) if half else entry,
-                    profile=profile,
-                    precision=precision,
-                    target=target,
-                    workspace_bytes=workspace_bytes,
-                )
-                result.detail = f"{engine.version} {engine.target} {engine.precision}"
-                result.bytes = engine.bytes
-    engine_path = output_dir / engine.file if engine.is_built else onnx_path
-    try:
-        with log.stage(component, f"verify {backend}") as result:
-            measured = verify_engine(
-                engine_path,
-                engine,
-                component=entry,
-                profile=profile,
-                proof=along_a_picture or proof(),
-            )
-            result.detail = words_of(measured)
-        certificate.append(measured)
-    except (BackendError, EngineMismatchError) as error:
-        if backend in PORTABLE_BACKENDS:
-            raise
-        log.skipped(component, f"verify {backend}", detail=f"cannot run here: {error.message}")
-    return engine, certificate
 
 
 def _is_there(

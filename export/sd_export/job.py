@@ -26,7 +26,6 @@ from sd_engines.errors import ExportError
 from sd_engines.files import listed_files
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import ModelSpec
-from sd_export.build import recorded_engine
 from sd_export.checkpoint_files import (
     additions,
     folder_hashes,
@@ -39,6 +38,7 @@ from sd_export.graph import recorded_graph, stored_proof
 from sd_export.graph_proof import verify_graph
 from sd_export.memory import release
 from sd_export.precision import engine_precision, graph_precision
+from sd_export.proven_engine import recorded_engine
 from sd_export.small_files import write_small_files
 from sd_export.work import key_of, versions
 
