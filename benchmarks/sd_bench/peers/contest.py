@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sd_bench.checker import faults
 from sd_bench.environment import environment
+from sd_bench.peers.captions import answer_captions, caption_questions
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, judge
 from sd_bench.peers.contestant import enlist
 from sd_bench.peers.peer import OURS, REFERENCE, REFERENCE_CUDA, how_to_install, missing
 from sd_bench.peers.worker import WorkerError
-from sd_bench.quality import held_out_captions
 from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
@@ -31,7 +30,7 @@ from sd_runtime.recipe import fingerprint
 from sd_runtime.scheduler_config import effective_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from sd_bench.peers.contestant import Contestant
     from sd_bench.peers.peer import Peer
     from sd_bench.peers.worker import Worker
-    from sd_bench.scene import Scene
     from sd_engines.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -112,10 +110,10 @@ def measure_peers(
                 with each.attempt():
                     _draw(each, workers[each.peer.name], count=turn >= 0)
         if turns.captions:
-            questions = _caption_questions(turns.captions, job, folder)
+            questions = caption_questions(turns.captions, job, folder)
             for each in _in_turn(contestants, 0):
                 with each.attempt():
-                    _answer_captions(each, workers[each.peer.name], questions)
+                    answer_captions(each, workers[each.peer.name], questions)
     check_unchanged(original, key, bundle)
     rows = [each.row for each in contestants]
     names = [row.name for row in rows]
@@ -250,38 +248,6 @@ def _draw(contestant: Contestant, worker: Worker, *, count: bool) -> None:
     row.peak_memory_bytes = max(row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0)
     if count:
         row.warm_ms.append(1e3 * drawn["seconds"])
-
-
-def _caption_questions(
-    captions: int, job: Mapping[str, Any], folder: Path
-) -> list[tuple[Scene, dict[str, Any]]]:
-    """Held-out scenes, and what differs from the job where each is asked for; writes the noise."""
-    shape = np.load(job["noise"]).shape
-    questions = []
-    for seed, (prompt, scene) in enumerate(held_out_captions(captions)):
-        stream, path = NoiseStream(seed), folder / f"noise-{seed:04}.npy"
-        np.save(path, np.stack([stream.normal(shape[1:]) for _ in range(shape[0])]))
-        questions.append((scene, {"prompt": prompt, "seed": seed, "noise": str(path)}))
-    return questions
-
-
-def _answer_captions(
-    contestant: Contestant, worker: Worker, questions: Sequence[tuple[Scene, dict[str, Any]]]
-) -> None:
-    from PIL import Image
-
-    logger.info("%s: draws %d captions", contestant.peer.name, len(questions))
-    worker.resume()
-    obeyed = 0
-    for scene, instead in questions:
-        picture = Path(instead["noise"]).with_name(
-            f"{contestant.peer.name}-{instead['seed']:04}.png"
-        )
-        worker.ask({"do": "generate", "picture": str(picture), "latents": None, "instead": instead})
-        with Image.open(picture) as image:
-            obeyed += not faults(image, scene)
-    worker.pause()
-    contestant.row.captions, contestant.row.captions_obeyed = len(questions), obeyed
 
 
 def _pictures(
