@@ -30,6 +30,7 @@ IMPORT_NAMES = {
     "onnxscript": ["onnxscript", "onnx_ir"],
 }
 BACKEND_EXTRAS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+MOST_LINES = 300
 MODEL_LIBRARIES = {"diffusers", "transformers"}
 HEAVY = {
     *("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
@@ -56,6 +57,12 @@ MAY_IMPORT = {
 
 def _modules(package: str) -> list[Path]:
     return sorted(SOURCES[package].rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_files_stay_short(package: str) -> None:
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in _modules(package)}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
 def _imports(path: Path) -> set[str]:

@@ -8,47 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sd_engines.errors import ConfigError
-from sd_runtime.command import raise_received_signal, run_command
+from sd_export.bundle_commands import build_command, schedule_command, triton_command
+from sd_export.options import FILE, engine_options, prompts_of
+from sd_export.terminal import described, show_certificate, shown_progress, size_words
+from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from sd_engines.manifest import Manifest
-    from sd_export.progress import Progress, StageEvent
-
-_FILE = click.Path(path_type=Path)
-_BACKENDS = "onnxruntime, openvino, tensorrt, tensorrt-rtx"
-_CLEAR_LINE = "\r\x1b[K"
-
-
-def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of both commands."""
-    for option in (
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors."),
-        click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON."),
-        click.option(
-            "--calibration-prompts",
-            type=_FILE,
-            help="For int8: what to draw to find its ranges, one prompt a line.",
-        ),
-        click.option(
-            "--precision",
-            help="fp32, fp16, bf16, or int8 for openvino. [default: what suits the backends]",
-        ),
-        click.option(
-            "--backend", "backends", multiple=True, metavar="NAME", help=f"{_BACKENDS}; repeatable."
-        ),
-    ):
-        command = option(command)
-    return command
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 @click.group(
@@ -57,8 +30,8 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("-m", "--model", help="Hub id, diffusers folder, or .safetensors or .ckpt file.")
-@click.option("-o", "--output", type=_FILE, metavar="BUNDLE", help="Folder to make.")
-@_shared
+@click.option("-o", "--output", type=FILE, metavar="BUNDLE", help="Folder to make.")
+@engine_options
 @click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option(
@@ -163,7 +136,7 @@ def export_command(
         output,
         backends=backends or ("onnxruntime",),
         precision=precision,
-        calibration_prompts=_prompts(calibration_prompts),
+        calibration_prompts=prompts_of(calibration_prompts),
         height=height,
         width=width,
         sizes=[_height_and_width(size) for size in sizes],
@@ -181,11 +154,11 @@ def export_command(
         preview_vae=preview_vae,
         controlnets=controlnets,
         feature_cache=feature_cache,
-        progress=_progress(quiet),
+        progress=shown_progress(quiet),
     )
     if not quiet:
-        _show_certificate(report.manifest)
-        click.echo(f"Peak memory: {_size(report.peak_bytes)}.", err=True)
+        show_certificate(report.manifest)
+        click.echo(f"Peak memory: {size_words(report.peak_bytes)}.", err=True)
         click.echo(report.license, err=True)
     if as_json:
         made = {
@@ -194,100 +167,15 @@ def export_command(
             "peak_bytes": report.peak_bytes,
             "license": report.license,
             "stages": [asdict(event) for event in report.stages],
-            **_described(report.manifest),
+            **described(report.manifest),
         }
         click.echo(json.dumps(made, indent=2))
     else:
         click.echo(output)
 
 
-@export_command.command("build")
-@click.argument("bundle", type=_FILE)
-@_shared
-@click.option("--target", help="cuda for onnxruntime; sm89, sm86+sm120 … for tensorrt-rtx.")
-@click.option(
-    "--workspace-mib",
-    type=click.IntRange(min=1),
-    metavar="MIB",
-    help="The most GPU memory that a layer of a TensorRT engine may work in.  [default: all]",
-)
-def build_command(
-    *,
-    bundle: Path,
-    backends: tuple[str, ...],
-    precision: Any,
-    calibration_prompts: Path | None,
-    target: str | None,
-    workspace_mib: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Add engines to BUNDLE from the ONNX inside it; the checkpoint is not needed.
-
-    Example: sd-export build bundle --backend tensorrt
-    """
-    from sd_export import build
-
-    manifest = build(
-        bundle,
-        backends=backends,
-        precision=precision,
-        target=target,
-        workspace_bytes=workspace_mib and workspace_mib << 20,
-        calibration_prompts=_prompts(calibration_prompts),
-        progress=_progress(quiet),
-    )
-    if not quiet:
-        _show_certificate(manifest)
-    if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), **_described(manifest)}, indent=2))
-    else:
-        click.echo(bundle)
-
-
-@export_command.command("schedule")
-@click.argument("bundle", type=_FILE)
-@click.option("-o", "--output", type=_FILE, metavar="FILE.json", help="[default: stdout]")
-@click.option("--scheduler", help="As sd-run takes it. [default: the checkpoint's own]")
-@click.option("--num-inference-steps", type=int, help="[default: the bundle's]")
-@click.option("--guidance-scale", type=float, help="[default: the bundle's]")
-@click.option("--guidance-start", type=float, default=0.0, show_default=True)
-@click.option("--guidance-stop", type=float, default=1.0, show_default=True)
-@click.option("--eta", type=float, default=0.0, show_default=True)
-@click.option("--strength", type=float, help="Makes it one of image-to-image.")
-def schedule_command(*, bundle: Path, output: Path | None, **settings: Any) -> None:
-    """Print the table that a sampler is on BUNDLE as JSON, for services that run it themselves.
-
-    Example: sd-export schedule bundle --scheduler dpm++_2m_karras --num-inference-steps 20
-    """
-    from sd_engines.bundle import open_bundle
-    from sd_runtime.files import check_writable, write_files
-    from sd_runtime.schedule import schedule_of
-
-    if output is not None:
-        check_writable(output)
-    schedule = schedule_of(open_bundle(bundle).manifest, **settings)
-    text = json.dumps(schedule, allow_nan=False)
-    if output is None:
-        click.echo(text)
-        return
-    write_files({output: text.encode() + b"\n"})
-    click.echo(output)
-
-
-@export_command.command("triton")
-@click.argument("bundle", type=_FILE)
-@click.argument("repository", type=_FILE, metavar="MODEL_REPOSITORY")
-@click.option("--backend", help="onnxruntime or tensorrt. [default: the first that BUNDLE has]")
-def triton_command(*, bundle: Path, repository: Path, backend: str | None) -> None:
-    """Write BUNDLE as a model repository of Triton Inference Server.
-
-    Example: sd-export triton bundle models
-    """
-    from sd_export.triton import write_model_repository
-
-    write_model_repository(bundle, repository, backend=backend)
-    click.echo(repository)
+for _command in (build_command, schedule_command, triton_command):
+    export_command.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,63 +191,3 @@ def _height_and_width(size: str) -> tuple[int, int]:
     if not (times and width.isdecimal() and height.isdecimal()):
         raise ConfigError(f"--size {size!r} is no size", "Write WIDTHxHEIGHT, such as 768x512.")
     return int(height), int(width)
-
-
-def _prompts(path: Path | None) -> list[str] | None:
-    """The lines of ``path``; `ConfigError` where it cannot be read or holds none."""
-    from sd_runtime.prompts import prompts_from_text
-
-    return None if path is None else prompts_from_text(path)
-
-
-def _progress(quiet: bool) -> Progress:
-    """Prints a line per stage that ended, and on a terminal the one that runs."""
-    terminal = sys.stderr.isatty()
-
-    def show(event: StageEvent) -> None:
-        raise_received_signal()
-        if quiet:
-            return
-        name = f"{event.component:<14} {event.stage:<20}"
-        if event.state == "started":
-            if terminal:
-                click.echo(f"{_CLEAR_LINE}{name} …", err=True, nl=False)
-            return
-        start = _CLEAR_LINE if terminal else ""
-        words = "skipped" if event.state == "skipped" else f"{event.seconds:6.1f} s"
-        if event.stage == "wait":
-            words = "another export to this bundle is running; waiting for it"
-        size = _size(event.bytes) if event.bytes else ""
-        click.echo(f"{start}{name} {words:>8}  {size:>9}  {event.detail}".rstrip(), err=True)
-
-    return show
-
-
-def _show_certificate(manifest: Manifest) -> None:
-    for size in manifest.all_sizes:
-        profile = f" of {size.profile.width}x{size.profile.height}" if manifest.sizes else ""
-        click.echo(f"Certificate{profile}:", err=True)
-        for entry in size.certificate:
-            click.echo(
-                f"  {entry.component:<14} {entry.backend:<12} {entry.precision:<5} "
-                f"{entry.metric} {entry.figure:.3g} (tolerance {entry.tolerance:g}) "
-                f"against {entry.reference}",
-                err=True,
-            )
-
-
-def _described(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "profile": asdict(manifest.profile),
-        "engines": [asdict(engine) for engine in manifest.engines],
-        "certificate": [asdict(entry) for entry in manifest.certificate],
-        "sizes": [asdict(size) for size in manifest.sizes],
-    }
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"

@@ -12,6 +12,7 @@ from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Defaults, Profile
+from sd_export.checkpoint_files import stored_bytes
 from sd_export.job import RECORD_FILE, Job
 from sd_export.kind import UPSCALERS, Kind
 from sd_export.license import license_words
@@ -184,7 +185,7 @@ def export(
         manifest = _already_made(target, job.key)
         was_done = manifest is not None
         if manifest is None:
-            job.check_room()
+            work.check_room(stored_bytes(checkpoint))
             import sd_export.wrappers  # noqa: F401  (torch and its friends)
 
             with settled():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import build_engine
+from sd_export.work import key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from sd_engines.bundle import Bundle, CertificateEntry, ComponentEntry, EngineEntry
+    from sd_engines.bundle import Bundle, ComponentEntry, EngineEntry
     from sd_engines.spec import Profile
     from sd_export.progress import StageLog
     from sd_export.verify import Proof
+    from sd_export.work import WorkFolder
 
 
 def verify_graph(
@@ -34,6 +37,29 @@ def verify_graph(
         measured = verify_engine(graph, engine, component=entry, profile=profile, proof=proof())
         result.detail = words_of(measured)
     return measured
+
+
+def recorded_measure(
+    work: WorkFolder,
+    graph: Path,
+    *,
+    component: str,
+    entry: ComponentEntry,
+    profile: Profile,
+    versions: Mapping[str, str],
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> CertificateEntry:
+    """`verify_graph`, or what an interrupted run recorded of it."""
+    stage, key = f"{entry.file} proof", key_of({"graph": asdict(entry), "versions": versions})
+    done = work.finished(stage, key)
+    if done is None:
+        measured = verify_graph(
+            graph, component=component, entry=entry, profile=profile, proof=proof, log=log
+        )
+        done = {"certificate": asdict(measured)}
+        work.finish(stage, key, files=[], data=done)
+    return CertificateEntry(**done["certificate"])
 
 
 def words_of(entry: CertificateEntry) -> str:

@@ -7,10 +7,8 @@ over all it depends on, so that an interrupted export goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import (
@@ -22,21 +20,15 @@ from sd_engines.bundle import (
     Manifest,
     hash_files,
 )
-from sd_engines.errors import ExportError
 from sd_engines.files import listed_files
 from sd_engines.memory import peak_memory_bytes
-from sd_engines.spec import ModelSpec
-from sd_export.checkpoint_files import (
-    additions,
-    folder_hashes,
-    stamps,
-    stored_bytes,
-    weight_hashes,
-)
+from sd_export.checkpoint_files import stored_bytes
+from sd_export.checkpoint_hashes import CheckpointHashes
 from sd_export.end_to_end import prove_end_to_end
 from sd_export.graph import recorded_graph, stored_proof
-from sd_export.graph_proof import verify_graph
+from sd_export.graph_proof import recorded_measure
 from sd_export.memory import release
+from sd_export.model_spec import model_spec
 from sd_export.precision import engine_precision, graph_precision
 from sd_export.proven_engine import recorded_engine
 from sd_export.small_files import write_small_files
@@ -85,57 +77,27 @@ class Job:
         self.log = log
         self.versions = versions(backends)
         with log.stage("checkpoint", "hash") as result:
-            self._stamps = stamps(checkpoint)
-            self._weights = weight_hashes(checkpoint)
-            self._additions = additions(checkpoint)
+            self._hashes = CheckpointHashes(checkpoint)
             result.bytes = stored_bytes(checkpoint)
-        self._made_of = {
-            "code": folder_hashes(Path(__file__).parent),
-            "configs": checkpoint.configs,
-            **self._additions,
-            "controlnets": checkpoint.controlnets,
-            "max_prompt_chunks": checkpoint.max_prompt_chunks,
-            "versions": self.versions,
-        }
+        self._made_of = {**self._hashes.made_of, "versions": self.versions}
         self.key = key_of(
             {
                 **self._made_of,
+                **self._hashes.described,
                 "backends": backends,
                 "calibration_prompts": calibration_prompts,
-                "defaults": asdict(checkpoint.defaults),
                 "feature_cache": feature_cache,
-                "license": checkpoint.license,
-                "licenses": [path.read_text("utf-8", "replace") for path in checkpoint.licenses],
                 "precision": precision,
                 "profiles": [asdict(profile) for profile in profiles],
                 "vae_tiling": vae_tiling,
-                "revision": checkpoint.revision,
-                "source": checkpoint.source,
-                "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
-                "max_noise_level": checkpoint.max_noise_level,
-                "tokenizers": [folder_hashes(path) for path in checkpoint.tokenizers.values()],
-                "weights": self._weights,
             }
         )
-
-    def check_room(self) -> None:
-        """`ExportError` where the disk plainly has no room for the graphs."""
-        needed = stored_bytes(self.checkpoint)
-        free = shutil.disk_usage(self.work.path).free
-        if free < needed:
-            raise ExportError(
-                f"the disk has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB "
-                "or more",
-                "Make room, or name an --output on another disk.",
-                component="bundle",
-                stage="save",
-            )
 
     def run(self) -> Manifest:
         """Make and prove every part; the manifest of the bundle, which is complete but for it."""
         files = write_small_files(self.checkpoint, self.work.bundle)
         blank = Manifest(
-            model=self._model(),
+            model=model_spec(self.checkpoint),
             profile=self.profiles[0],
             components={},
             files=files,
@@ -143,7 +105,7 @@ class Job:
         )
         manifest = self._sized(blank, None)
         others = [self._sized(replace(blank, profile=p), manifest) for p in self.profiles[1:]]
-        self._check_unchanged()
+        self._hashes.check_unchanged()
         files |= self._write_record()
         manifest = replace(
             manifest, sizes=tuple(other.all_sizes[0] for other in others), files=files
@@ -172,7 +134,7 @@ class Job:
                 certificate = [c for c in first.certificate if c.component == component]
                 manifest = _with(manifest, component, entry, engines, certificate)
                 continue
-            self._check_unchanged()
+            self._hashes.check_unchanged()
             entry = self._graph(component, f"{component}/model{ending}.onnx", profile, log)
             manifest = _with(manifest, component, entry, (), ())
             engines, certificate = self._engines(component, manifest, log)
@@ -215,16 +177,6 @@ class Job:
     def _caches(self, component: str) -> bool:
         return component == "unet" and self.feature_cache
 
-    def _check_unchanged(self) -> None:
-        """`ExportError` where someone wrote to the checkpoint since it was hashed."""
-        if stamps(self.checkpoint) != self._stamps:
-            raise ExportError(
-                "its files were changed while they were being read",
-                "Run the same command again when whatever writes them is done.",
-                component="checkpoint",
-                stage="load",
-            )
-
     def _graph(self, component: str, file: str, profile: Profile, log: StageLog) -> ComponentEntry:
         from sd_export.wrappers import model_of
 
@@ -236,7 +188,7 @@ class Job:
             "feature_cache": self._caches(component),
             "precision": precision,
             "profile": asdict(profile),
-            "weights": self._weights[model_of(component)],
+            "weights": self._hashes.weights[model_of(component)],
         }
         return recorded_graph(
             self.work,
@@ -267,22 +219,19 @@ class Job:
         proof = cache(
             partial(stored_proof, self.work, entry.file, reference_name=self._reference_name())
         )
-        made_of = {"graph": asdict(entry), "versions": self.versions}
         if not any(backend in PORTABLE_BACKENDS for backend in self.backends):
-            key = key_of(made_of)
-            done = self.work.finished(f"{entry.file} proof", key)
-            if done is None:
-                measured = verify_graph(
+            certificate.append(
+                recorded_measure(
+                    self.work,
                     onnx_path,
                     component=component,
                     entry=entry,
                     profile=profile,
+                    versions=self.versions,
                     proof=proof,
                     log=log,
                 )
-                done = {"certificate": asdict(measured)}
-                self.work.finish(f"{entry.file} proof", key, files=[], data=done)
-            certificate.append(CertificateEntry(**done["certificate"]))
+            )
         for backend in self.backends:
             engine, measures = recorded_engine(
                 self.work,
@@ -307,9 +256,9 @@ class Job:
             "key": self.key,
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision,
-            **self._additions,
+            **self._hashes.additions,
             "controlnets": [
-                {"source": source, "sha256": self._weights[name]}
+                {"source": source, "sha256": self._hashes.weights[name]}
                 for name, source in self.checkpoint.controlnets.items()
             ],
             "peak_bytes": peak_memory_bytes(),
@@ -318,30 +267,6 @@ class Job:
         path = self.work.bundle / RECORD_FILE
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return hash_files(self.work.bundle, [RECORD_FILE])
-
-    def _model(self) -> ModelSpec:
-        from sd_export.wrappers import vae_scaling_factor
-
-        checkpoint = self.checkpoint
-        low_res_scheduler = checkpoint.configs.get("low_res_scheduler")
-        return ModelSpec(
-            source=checkpoint.source,
-            revision=checkpoint.revision,
-            family=checkpoint.family,
-            license=checkpoint.license,
-            prediction_type=checkpoint.prediction_type,
-            latent_channels=checkpoint.latent_channels,
-            vae_scaling_factor=vae_scaling_factor(checkpoint),
-            max_prompt_tokens=checkpoint.max_prompt_tokens,
-            scheduler=dict(checkpoint.configs["scheduler"]),
-            defaults=checkpoint.defaults,
-            vae=None if checkpoint.vae is None else checkpoint.vae.source,
-            force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
-            requires_aesthetics_score=checkpoint.requires_aesthetics_score,
-            low_res_scheduler=None if low_res_scheduler is None else dict(low_res_scheduler),
-            max_noise_level=checkpoint.max_noise_level,
-            controlnets=tuple(checkpoint.controlnets.values()),
-        )
 
     def _reference_name(self) -> str:
         return f"diffusers {self.versions['diffusers']}, fp32"

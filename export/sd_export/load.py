@@ -22,7 +22,7 @@ from sd_export.embedding import add_tokens, add_vectors
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.preview_vae import PREVIEW_VAE
-from sd_export.single_file import single_file_names
+from sd_export.single_file_names import single_file_names
 from sd_export.weights import Place, Weights
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 

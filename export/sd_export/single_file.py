@@ -1,58 +1,36 @@
-"""Reads checkpoints of one file in the original CompVis layout, from the file alone.
+"""The configs of a checkpoint of one file in the original CompVis layout, from the file alone.
 
-Models lie in one file under a prefix each, and the EMA copy of the UNet under another, with its
-dots removed. Names map one to one onto diffusers' names; shapes say how many levels and channels
-there are; what neither says (heads, group sizes, scaling) is the same for all of a family and ships
-in `configs/v1.json`, `configs/v2.json` and `configs/xl.json`, after the folders that diffusers
-takes it from.
+Shapes say how many levels and channels there are; what they do not say (heads, group sizes,
+scaling) is the same for all of a family and ships in `configs/v1.json`, `configs/v2.json` and
+`configs/xl.json`, after the folders that diffusers takes it from.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
 from sd_engines.spec import TEXT_ENCODERS
 from sd_export.family import check_names
-from sd_export.open_clip import (
-    open_clip_names,
-    open_clip_prefix,
-    open_clip_shapes,
-    whole_open_clip_names,
-    whole_open_clip_shapes,
+from sd_export.open_clip import open_clip_prefix, open_clip_shapes, whole_open_clip_shapes
+from sd_export.single_file_layout import (
+    POOLED_AND_SIZES,
+    TEXT_ENCODER_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    names_under,
+    text_encoder_prefixes,
+    unet_layers,
+    unet_levels,
+    vae_prefix,
 )
-from sd_export.weights import Place
-from sd_runtime.original_layout import RESNET_NAMES, UNET_END_NAMES
 
 if TYPE_CHECKING:
     from sd_export.weights import Weights
 
-UNET_PREFIX = "model.diffusion_model."
-EMA_PREFIX = "model_ema."
-VAE_PREFIX = "first_stage_model."
-_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-"""All of it that is the model's; a file of a VAE alone holds its training's loss as well."""
-TEXT_ENCODER_PREFIX = "cond_stage_model.transformer."
-XL_PREFIXES = {
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
-XL_REFINER_PREFIXES = {"text_encoder_2": "conditioner.embedders.0.model."}
-_POOLED_AND_SIZES = f"{UNET_PREFIX}label_emb.0.0.weight"
-"""A weight that only UNets of Stable Diffusion XL have."""
 _HEAD_SIZE = 64
-
-_UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.\d+\.\w+\.")
-_VAE_ATTENTION = {
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
 _STATED_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 """The words of ModelSpec, which trainers write into a safetensors header, in diffusers'."""
 _V2_BASE_STEP = "875000"
@@ -76,7 +54,7 @@ def single_file_configs(
                 f"no {part} in the file (no name starts with {prefix!r})",
                 "Name a complete Stable Diffusion checkpoint; a VAE or a UNet alone is not one.",
             )
-    xl = _POOLED_AND_SIZES in weights
+    xl = POOLED_AND_SIZES in weights
     open_clip = not xl and encoders["text_encoder"] != TEXT_ENCODER_PREFIX
     family = "xl" if xl else "v2" if open_clip else "v1"
     text = resources.files("sd_export").joinpath(f"configs/{family}.json").read_text()
@@ -121,7 +99,7 @@ def _stated_prediction_type(weights: Weights) -> str | None:
 
 def single_file_vae_config(weights: Weights) -> dict[str, Any] | None:
     """Config of the VAE in a file, alone or in a whole checkpoint; None where there is none."""
-    if not _under(weights, _vae_prefix(weights) + "decoder.up."):
+    if not names_under(weights, vae_prefix(weights) + "decoder.up."):
         return None
     text = resources.files("sd_export").joinpath("configs/v1.json").read_text()
     try:
@@ -133,125 +111,17 @@ def single_file_vae_config(weights: Weights) -> dict[str, Any] | None:
     return config
 
 
-def single_file_names(weights: Weights, component: str) -> dict[str, Place]:
-    """Where each of the component's weights lies, by diffusers' names.
-
-    ``component`` is ``unet`` (its EMA copy where the file has one), ``vae`` or a text encoder.
-    """
-    if component in TEXT_ENCODERS:
-        prefix = text_encoder_prefixes(weights)[component]
-        if component == "text_encoder_2":
-            return whole_open_clip_names(weights, prefix)
-        if prefix == open_clip_prefix(weights):
-            return open_clip_names(weights, prefix)
-        return {name.removeprefix(prefix): Place(name) for name in _under(weights, prefix)}
-    if component == "vae":
-        prefix = _vae_prefix(weights)
-        levels = weights.count(prefix + "decoder.up.")
-        return {
-            _vae_name(n.removeprefix(prefix), levels=levels): Place(n)
-            for part in _VAE_PARTS
-            for n in _under(weights, prefix + part)
-        }
-    layers = _unet_layers(weights)
-    ema = has_ema(weights)
-    return {
-        _unet_name(n.removeprefix(UNET_PREFIX), layers=layers): Place(_ema_name(n) if ema else n)
-        for n in _under(weights, UNET_PREFIX)
-    }
-
-
-def text_encoder_prefixes(weights: Weights) -> dict[str, str]:
-    """What the names of each text encoder start with in this file."""
-    if _POOLED_AND_SIZES in weights:
-        base = any(name.startswith(XL_PREFIXES["text_encoder_2"]) for name in weights)
-        return XL_PREFIXES if base else XL_REFINER_PREFIXES
-    return {"text_encoder": open_clip_prefix(weights) or TEXT_ENCODER_PREFIX}
-
-
-def has_ema(weights: Weights) -> bool:
-    """Whether the file has the averaged copy of every weight of its UNet."""
-    return all(_ema_name(name) in weights for name in _under(weights, UNET_PREFIX))
-
-
-def _ema_name(name: str) -> str:
-    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
-
-
-def _under(weights: Weights, prefix: str) -> list[str]:
-    return [name for name in weights if name.startswith(prefix)]
-
-
-def _vae_prefix(weights: Weights) -> str:
-    """What the names of the VAE start with: nothing, in a file of a VAE alone."""
-    return VAE_PREFIX if _under(weights, VAE_PREFIX) else ""
-
-
-def _unet_levels(weights: Weights) -> int:
-    return 1 + sum(name.endswith(".0.op.weight") for name in _under(weights, UNET_PREFIX))
-
-
-def _unet_layers(weights: Weights) -> int:
-    return weights.count(UNET_PREFIX + "input_blocks.") // _unet_levels(weights) - 1
-
-
-def _unet_name(name: str, *, layers: int) -> str:
-    for old, new in UNET_END_NAMES.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    if not _UNET_BLOCK.match(name):
-        return name  # of no such model: it is named when the weights are assigned
-    side, number, rest = name.split(".", 2)
-    block = int(number)
-    if side == "middle_block":  # resnet, attention, resnet
-        kind = "attentions.0" if block == 1 else f"resnets.{block // 2}"
-        return f"mid_block.{kind}.{_resnet_name(rest)}"
-    part, rest = rest.split(".", 1)
-    level, layer = divmod(block - (side == "input_blocks"), layers + 1)
-    home = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
-    if rest.startswith("op."):
-        return f"{home}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    if rest.startswith("conv."):
-        return f"{home}.upsamplers.0.{rest}"
-    return f"{home}.{'resnets' if part == '0' else 'attentions'}.{layer}.{_resnet_name(rest)}"
-
-
-def _resnet_name(name: str) -> str:
-    for old, new in RESNET_NAMES.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _vae_name(name: str, *, levels: int) -> str:
-    name = name.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
-    name = re.sub(r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", name)
-    name = re.sub(
-        r"\.mid\.attn_1\.(\w+)", lambda m: f".mid_block.attentions.0.{_VAE_ATTENTION[m[1]]}", name
-    )
-    name = re.sub(r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets.", name)
-    name = re.sub(r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0.", name)
-    return re.sub(
-        r"\.up\.(\d)\.(block|upsample)\.",  # CompVis counts the decoder's levels from the output
-        lambda m: (
-            f".up_blocks.{levels - 1 - int(m[1])}."
-            + ("resnets." if m[2] == "block" else "upsamplers.0.")
-        ),
-        name,
-    )
-
-
 def _unet_shapes(weights: Weights) -> dict[str, Any]:
-    levels, layers = _unet_levels(weights), _unet_layers(weights)
+    levels, layers = unet_levels(weights), unet_layers(weights)
     firsts = [f"{UNET_PREFIX}input_blocks.{1 + level * (layers + 1)}" for level in range(levels)]
     attends = [f"{first}.1.norm.weight" in weights for first in firsts]
     guidance = f"{UNET_PREFIX}time_embed.cond_proj.weight"
-    cross = next(n for n in _under(weights, UNET_PREFIX) if n.endswith(".attn2.to_k.weight"))
+    cross = next(n for n in names_under(weights, UNET_PREFIX) if n.endswith(".attn2.to_k.weight"))
     further: dict[str, Any] = {}
-    if _POOLED_AND_SIZES in weights:
+    if POOLED_AND_SIZES in weights:
         places = [*firsts[:-1], firsts[-1] if attends[-1] else f"{UNET_PREFIX}middle_block"]
         further = {
-            "projection_class_embeddings_input_dim": weights.shape(_POOLED_AND_SIZES)[1],
+            "projection_class_embeddings_input_dim": weights.shape(POOLED_AND_SIZES)[1],
             "transformer_layers_per_block": [
                 weights.count(f"{place}.1.transformer_blocks.") if attend else 1
                 for place, attend in zip(places, [*attends[:-1], True], strict=True)
@@ -277,7 +147,7 @@ def _unet_shapes(weights: Weights) -> dict[str, Any]:
 
 
 def _vae_shapes(weights: Weights) -> dict[str, Any]:
-    prefix = _vae_prefix(weights)
+    prefix = vae_prefix(weights)
     levels = weights.count(prefix + "encoder.down.")
     return {
         "latent_channels": weights.shape(f"{prefix}post_quant_conv.weight")[0],

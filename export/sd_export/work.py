@@ -44,6 +44,18 @@ class WorkFolder:
         self.bundle.mkdir(exist_ok=True)
         self._records: dict[str, Any] = _read_records(path / _RECORDS)
 
+    def check_room(self, needed: int) -> None:
+        """`ExportError` where the disk plainly has no room for ``needed`` bytes of graphs."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ExportError(
+                f"the disk has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB "
+                "or more",
+                "Make room, or name an --output on another disk.",
+                component="bundle",
+                stage="save",
+            )
+
     def finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """What `finish` was given for ``stage``, if ``key`` and every byte are the same today."""
         record = self._records.get(stage)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
-from sd_runtime import exponential_solvers
+from sd_runtime import exponential_adams_solvers, exponential_solvers
 from sd_runtime.prediction import epsilon_prediction, x0_prediction
 from sd_runtime.rows import Rows, Run
 from sd_runtime.scheduler_config import choice, order
@@ -83,7 +83,7 @@ def uni_pc(run: Run) -> Rows:
 def deis(run: Run) -> Rows:
     """DEISMultistepScheduler."""
     grid = exponential_grid(run.config, run.schedule, run.num_steps)
-    updates = exponential_solvers.deis(
+    updates = exponential_adams_solvers.deis(
         grid.levels,
         begin=run.begin,
         order=order(run.config, "solver_order", 3),
@@ -98,7 +98,7 @@ def sa_solver(run: Run) -> Rows:
     types = {"data_prediction": True, "noise_prediction": False}
     x0 = choice(config, "algorithm_type", types)
     grid = exponential_grid(config, run.schedule, run.num_steps)
-    updates = exponential_solvers.sa_solver(
+    updates = exponential_adams_solvers.sa_solver(
         grid.levels,
         begin=run.begin,
         taus=[1.0 if 200 <= timestep <= 800 else 0.0 for timestep in grid.timesteps],

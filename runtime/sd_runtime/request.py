@@ -14,6 +14,7 @@ from sd_runtime.control_options import (
     control_pictures,
 )
 from sd_runtime.option_values import check_real, check_texts, check_whole
+from sd_runtime.picture_options import check_picture_options
 from sd_runtime.prompt_weighting import weighted_parts
 from sd_runtime.safety_options import check_safety_options
 
@@ -184,35 +185,7 @@ class Request:
             from sd_runtime.depth_map import DepthMap
 
             object.__setattr__(self, "depth_map", DepthMap.of(self.depth_map, name="depth_map"))
-        for name, what in (("mask", "a mask"), ("depth_map", "a depth map")):
-            if self.image is None and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{what} without a picture", "Give the picture too: --image PICTURE."
-                )
-        if self.mask is not None and self.mask.image.size != self.image.image.size:
-            (image_width, image_height), (width, height) = (
-                self.image.image.size,
-                self.mask.image.size,
-            )
-            raise ConfigError(
-                f"the mask is {height}×{width} (height × width), its picture "
-                f"{image_height}×{image_width}",
-                "Give a mask that was made for the picture, of the same size.",
-            )
-        if self.strength is not None:
-            check_real("strength", self.strength, 0.0, 1.0)
-            if self.image is None:
-                raise ConfigError(
-                    f"strength is {self.strength:g} without a picture to start from",
-                    "Give one: --image PICTURE; or leave strength out.",
-                )
-        if self.noise_level is not None:
-            check_whole("noise_level", self.noise_level, 0, None)
-            if self.image is None:
-                raise ConfigError(
-                    f"noise_level is {self.noise_level} without a picture to make larger",
-                    "Give one: --image PICTURE; or leave noise_level out.",
-                )
+        check_picture_options(self)
 
     def _take_control(self) -> None:
         for name in CONTROL_NUMBERS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from sd_engines.backends import openvino, openvino_package
+from sd_engines.backends import openvino, openvino_compiled, openvino_package
 from sd_engines.backends.openvino_ir import read_ir, write_ir
 from sd_engines.engine import load_engine
 from sd_engines.errors import BackendError, ConfigError
@@ -70,7 +70,7 @@ def test_a_binding_outlives_its_engine(
     tiny_bundle: Bundle, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenVINO reads the weights where the file is mapped, whoever holds on to what is left."""
-    monkeypatch.setattr(openvino, "computes_in_8_bits", lambda compiled: True)
+    monkeypatch.setattr(openvino_compiled, "computes_in_8_bits", lambda compiled: True)
     engine = loaded(tiny_bundle, written)
     binding = engine.bind(2)
     del engine

@@ -19,7 +19,7 @@ from sd_export.clip_vocabulary import clip_vocabulary
 from sd_export.kind import Kind
 from sd_export.load import load_model, load_tokenizer
 from sd_export.oracle import load_pipeline
-from sd_export.single_file import single_file_names
+from sd_export.single_file_names import single_file_names
 from sd_export.source import find_checkpoint
 from sd_export.weights import Weights
 from tiny import make_checkpoint

@@ -15,7 +15,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import BundleError, ConfigError
 from sd_runtime import Pipeline, Request
 from sd_runtime.plan import plan
-from sd_runtime.scheduler_config import DEFAULTS
+from sd_runtime.scheduler_defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from conftest import TinyModel

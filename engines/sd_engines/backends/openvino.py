@@ -13,16 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.backends.openvino_compiled import HINT, compiled
 from sd_engines.backends.openvino_ir import read_ir
-from sd_engines.backends.openvino_norms import keep_channels_last
 from sd_engines.backends.openvino_package import core, package
-from sd_engines.backends.openvino_precision import (
-    DEVICE,
-    check_precision,
-    computes_in_8_bits,
-    precision_hint,
-    products_are_scarce,
-)
+from sd_engines.backends.openvino_precision import check_precision, products_are_scarce
 from sd_engines.backends.openvino_winograd import halve_products
 from sd_engines.border import (
     check_arrays,
@@ -35,7 +29,6 @@ from sd_engines.bundle import portable_entry
 from sd_engines.closing import Closing
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
-from sd_engines.spec import LOW_RES_LATENTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,13 +51,6 @@ _DTYPES = {
     "f16": "float16",
     "f32": "float32",
 }
-_IMAGES = "images"
-"""Border of graphs that look at pictures or paint them, whose tensors are wide and of few channels;
-a UNet gains nothing by `keep_channels_last`."""
-_NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
-"""OpenVINO 2026.4 crashes where it generates code for the norms of k-diffusion's blocks, of which a
-latent upscaler's UNet is made."""
-_HINT = "Check the memory that is free, or name another backend."
 
 
 def build(
@@ -139,7 +125,7 @@ def load(
         try:
             model = core().read_model(os.fspath(path))
         except Exception as error:
-            raise BackendError(f"OpenVINO cannot read {path}: {error}", _HINT) from error
+            raise BackendError(f"OpenVINO cannot read {path}: {error}", HINT) from error
     if weights:
         _replace_constants(model, weights)
     if products_are_scarce(engine):
@@ -215,44 +201,11 @@ class OpenVinoEngine(Closing):
 
     def _compile(self, rows: Rows) -> Any:
         model = self._model.clone()
-        hint = precision_hint(self.entry)
-        try:
-            model.reshape(
-                {
-                    port: shape_at(self.inputs[_name(port, self.inputs)], *rows)
-                    for port in model.inputs
-                }
-            )
-            if _IMAGES in self.inputs or _IMAGES in self.outputs:
-                keep_channels_last(model)
-            compiled = core().compile_model(
-                model,
-                DEVICE,
-                {
-                    "PERFORMANCE_HINT": "LATENCY",
-                    "NUM_STREAMS": "1",
-                    "INFERENCE_NUM_THREADS": self._threads,
-                    "INFERENCE_PRECISION_HINT": hint,
-                    "EXECUTION_MODE_HINT": "ACCURACY",
-                    # Two pinned processes on one machine would share the same few cores.
-                    "ENABLE_CPU_PINNING": False,
-                    **(_NO_SNIPPETS if LOW_RES_LATENTS in self.inputs else {}),
-                },
-            )
-        except Exception as error:
-            raise BackendError(f"OpenVINO cannot compile the graph: {error}", _HINT) from error
-        found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if found != hint:
-            raise BackendError(
-                f"OpenVINO computes in {found}, not in {hint} as asked",
-                "Make the engine for another backend: sd-export build BUNDLE --backend onnxruntime",
-            )
-        if self.entry.precision == "int8" and not computes_in_8_bits(compiled):
-            raise BackendError(
-                "OpenVINO computes nothing of the graph in int8 on this processor",
-                "Name another precision: --precision fp32.",
-            )
-        return compiled
+        shapes = {
+            port: shape_at(self.inputs[_name(port, self.inputs)], *rows) for port in model.inputs
+        }
+        borders = frozenset(self.inputs | self.outputs)
+        return compiled(model, shapes, borders, self.entry, threads=self._threads)
 
     def close(self) -> None:
         """Free the compiled models and the buffers; twice is allowed."""
@@ -288,7 +241,7 @@ class OpenVinoBinding:
         try:
             self._request.infer(share_outputs=True)  # else it copies every output once more
         except Exception as error:
-            raise BackendError(f"OpenVINO failed: {error}", _HINT) from error
+            raise BackendError(f"OpenVINO failed: {error}", HINT) from error
 
     def close(self) -> None:
         """Let go of the request; the buffers stay the caller's."""
