@@ -17,6 +17,7 @@ from sd_engines.backends.openvino_compiled import HINT, compiled
 from sd_engines.backends.openvino_ir import read_ir
 from sd_engines.backends.openvino_package import core, package
 from sd_engines.backends.openvino_precision import check_precision, products_are_scarce
+from sd_engines.backends.openvino_steady import STEADY_INPUT
 from sd_engines.backends.openvino_winograd import halve_products
 from sd_engines.border import (
     check_arrays,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from sd_engines.backends.openvino_compiled import Compiled
     from sd_engines.border import Rows
     from sd_engines.engine import Array, Progress
     from sd_engines.entries import ComponentEntry, EngineEntry
@@ -165,7 +167,7 @@ class OpenVinoEngine(Closing):
         self._mapped = mapped  # must outlive the model and all compiled from it
         self._max_batch = max_batch
         self._threads = threads
-        self._compiled: dict[Rows, Any] = {}
+        self._compiled: dict[Rows, Compiled] = {}
         self._bindings: dict[Rows, OpenVinoBinding] = {}
         self._calls: dict[Rows, OpenVinoBinding] = {}
         self._lock = Lock()
@@ -199,7 +201,7 @@ class OpenVinoEngine(Closing):
             kept[rows] = OpenVinoBinding(self._compiled[rows], self._mapped, inputs, outputs)
         return kept[rows]
 
-    def _compile(self, rows: Rows) -> Any:
+    def _compile(self, rows: Rows) -> Compiled:
         model = self._model.clone()
         shapes = {
             port: shape_at(self.inputs[_name(port, self.inputs)], *rows) for port in model.inputs
@@ -219,33 +221,55 @@ class OpenVinoEngine(Closing):
 
 
 class OpenVinoBinding:
-    """A `Binding`: one infer request over the memory of ``inputs`` and ``outputs``."""
+    """A `Binding`: one infer request over the memory of ``inputs`` and ``outputs``.
+
+    And one of what the prompt alone decides, where the graph has such a part.
+    """
 
     def __init__(
-        self, compiled: Any, mapped: Any, inputs: dict[str, Array], outputs: dict[str, Array]
+        self, compiled: Compiled, mapped: Any, inputs: dict[str, Array], outputs: dict[str, Array]
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self._mapped = mapped  # must outlive the request
-        self._request = compiled.create_infer_request()
-        tensor_class = package().Tensor
-        for arrays, ports in ((inputs, compiled.inputs), (outputs, compiled.outputs)):
-            for port in ports:
-                tensor = tensor_class(arrays[_name(port, arrays)], shared_memory=True)
-                self._request.set_tensor(port, tensor)
+        self._mapped = mapped  # must outlive the requests
+        self._handed_over: dict[str, Array] = {}  # OpenVINO does not hold what it reads and writes
+        self._steady = None
+        if compiled.steady is not None:
+            for port in compiled.steady.outputs:
+                name, dtype, _ = _border(port, ())
+                self._handed_over[name] = np.empty(tuple(port.get_shape()), dtype)
+            self._steady = _request(compiled.steady, inputs, self._handed_over)
+            self._prompt = np.full_like(inputs[STEADY_INPUT], np.nan)  # which equals none
+            self._differs = np.empty(self._prompt.shape, np.bool_)
+        self._request = _request(compiled.moving, {**inputs, **self._handed_over}, outputs)
 
     def run(self) -> None:
         """Run from ``inputs`` into ``outputs``."""
         if self._request is None:
             raise closed_error()
         try:
+            if self._steady is not None:
+                prompt = self.inputs[STEADY_INPUT]
+                if np.count_nonzero(np.not_equal(prompt, self._prompt, out=self._differs)):
+                    self._steady.infer(share_outputs=True)
+                    self._prompt[...] = prompt
             self._request.infer(share_outputs=True)  # else it copies every output once more
         except Exception as error:
             raise BackendError(f"OpenVINO failed: {error}", HINT) from error
 
     def close(self) -> None:
-        """Let go of the request; the buffers stay the caller's."""
-        self._request = None
+        """Let go of the requests; the buffers stay the caller's."""
+        self._request = self._steady = None
+
+
+def _request(compiled: Any, inputs: dict[str, Array], outputs: dict[str, Array]) -> Any:
+    """An infer request that reads and writes the arrays of its ports' names."""
+    request = compiled.create_infer_request()
+    tensor_class = package().Tensor
+    for arrays, ports in ((inputs, compiled.inputs), (outputs, compiled.outputs)):
+        for port in ports:
+            request.set_tensor(port, tensor_class(arrays[_name(port, arrays)], shared_memory=True))
+    return request
 
 
 def _replace_constants(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:

@@ -1,12 +1,16 @@
-"""A graph as OpenVINO compiles it: for fixed shapes, in the precision asked for and no other."""
+"""A graph as OpenVINO compiles it: for fixed shapes, in the precision asked for and no other.
+
+It is two where a part of it is the same on every step.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd_engines.backends.openvino_norms import keep_channels_last
 from sd_engines.backends.openvino_package import core
 from sd_engines.backends.openvino_precision import DEVICE, computes_in_8_bits, precision_hint
+from sd_engines.backends.openvino_steady import part_steady
 from sd_engines.errors import BackendError
 from sd_engines.spec import LOW_RES_LATENTS
 
@@ -24,6 +28,13 @@ _NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 latent upscaler's UNet is made."""
 
 
+class Compiled(NamedTuple):
+    """``moving`` runs on every step; the outputs of ``steady``, where there is one, go into it."""
+
+    moving: Any
+    steady: Any | None
+
+
 def compiled(
     model: Any,
     shapes: Mapping[Any, tuple[int, ...]],
@@ -31,8 +42,8 @@ def compiled(
     engine: EngineEntry,
     *,
     threads: int,
-) -> Any:
-    """An ``openvino.CompiledModel`` of ``model``, whose input ports take ``shapes`` from here on.
+) -> Compiled:
+    """``openvino.CompiledModel`` of ``model``, whose input ports take ``shapes`` from here on.
 
     ``borders`` are the names of its inputs and outputs. `BackendError` where OpenVINO refuses it,
     or computes in another precision than ``engine`` says.
@@ -42,20 +53,19 @@ def compiled(
         model.reshape(shapes)
         if _IMAGES in borders:
             keep_channels_last(model)
-        made = core().compile_model(
-            model,
-            DEVICE,
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "NUM_STREAMS": "1",
-                "INFERENCE_NUM_THREADS": threads,
-                "INFERENCE_PRECISION_HINT": hint,
-                "EXECUTION_MODE_HINT": "ACCURACY",
-                # Two pinned processes on one machine would share the same few cores.
-                "ENABLE_CPU_PINNING": False,
-                **(_NO_SNIPPETS if LOW_RES_LATENTS in borders else {}),
-            },
-        )
+        moving, steady = part_steady(model)
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": hint,
+            "EXECUTION_MODE_HINT": "ACCURACY",
+            # Two pinned processes on one machine would share the same few cores.
+            "ENABLE_CPU_PINNING": False,
+            **(_NO_SNIPPETS if LOW_RES_LATENTS in borders else {}),
+        }
+        made = core().compile_model(moving, DEVICE, options)
+        beside = None if steady is None else core().compile_model(steady, DEVICE, options)
     except Exception as error:
         raise BackendError(f"OpenVINO cannot compile the graph: {error}", HINT) from error
     found = made.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -69,4 +79,4 @@ def compiled(
             "OpenVINO computes nothing of the graph in int8 on this processor",
             "Name another precision: --precision fp32.",
         )
-    return made
+    return Compiled(made, beside)
