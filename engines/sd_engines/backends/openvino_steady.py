@@ -25,24 +25,23 @@ def part_steady(model: Any) -> tuple[Any, Any | None]:
     found = list(_steady_products(model))
     if not found or len(model.get_parameters()) == 1:
         return model, None
-    package_ = package()
+    ops, model_class = package().opset13, package().Model
     beside = {node.get_friendly_name(): node for node in model.clone().get_ordered_ops()}
     handed_over: list[Any] = []
     results: list[Any] = []
     for product in found:
         port = product.output(0)
-        parameter = package_.opset13.parameter(port.get_shape(), port.get_element_type())
-        name = f"steady.{len(results)}"
-        parameter.output(0).set_names({name})
+        parameter = ops.parameter(port.get_shape(), port.get_element_type())
         port.replace(parameter.output(0))
         handed_over.append(parameter)
-        result = package_.opset13.result(beside[product.get_friendly_name()].output(0))
-        result.output(0).set_names({name})
-        results.append(result)
-    prompt = next(n for n in beside.values() if _is_prompt(n))
+        results.append(ops.result(beside[product.get_friendly_name()].output(0)))
+    for number, (parameter, result) in enumerate(zip(handed_over, results, strict=True)):
+        for node in (parameter, result):
+            node.output(0).set_names({f"steady.{number}"})
+    (prompt,) = (node for node in beside.values() if _is_prompt(node))
     kept = [p for p in model.get_parameters() if not _is_prompt(p) or _is_read(p)]
-    moving = package_.Model(model.get_results(), [*kept, *handed_over])
-    return moving, package_.Model(results, [prompt])
+    moving = model_class(model.get_results(), [*kept, *handed_over])
+    return moving, model_class(results, [prompt])
 
 
 def _steady_products(model: Any) -> Iterator[Any]:
