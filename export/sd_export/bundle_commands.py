@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--workspace-mib",
     type=click.IntRange(min=1),
     metavar="MIB",
-    help="The most GPU memory that a layer of a TensorRT engine may work in.  [default: all]",
+    help="The most GPU memory that a layer of a TensorRT engine may work in. [default: all]",
 )
 def build_command(
     *,
