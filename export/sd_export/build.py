@@ -11,7 +11,7 @@ from sd_engines.errors import BundleError
 from sd_export.graph_proof import bundle_proof
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
-from sd_export.proven_engine import recorded_engine
+from sd_export.proven_engine import EngineOrder, recorded_engine
 from sd_export.work import backend_version, work_folder
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle, CertificateEntry, EngineEntry
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
-    from sd_export.calibration import Calibration
     from sd_export.progress import Progress
     from sd_export.work import WorkFolder
 
@@ -114,59 +113,42 @@ def _missing_engines(
             result.bytes = sum(file.bytes for file in entry.files.values())
         proof = cache(partial(bundle_proof, bundle, component))
         for backend in backends:
-            wanted = engine_precision(component, backend, entry=entry, precision=precision)
-            if _is_there(
-                bundle,
-                component,
-                backend,
-                wanted or entry.precision,
-                target=target,
-                workspace_bytes=workspace_bytes,
-                calibration=calibration,
-            ):
-                log.skipped(component, f"build {backend}", detail="already there")
-                continue
-            engine, measured = recorded_engine(
-                work,
-                backend,
-                bundle.path / entry.file,
+            order = EngineOrder(
+                backend=backend,
                 component=component,
                 entry=entry,
                 profile=bundle.manifest.profile,
-                precision=wanted,
+                precision=engine_precision(component, backend, entry=entry, precision=precision),
                 target=target,
                 workspace_bytes=workspace_bytes,
                 calibration=calibration,
-                proof=proof,
-                log=log,
+            )
+            if _is_there(bundle, order):
+                log.skipped(component, f"build {backend}", detail="already there")
+                continue
+            engine, measured = recorded_engine(
+                work, order, bundle.path / entry.file, proof=proof, log=log
             )
             engines.append(engine)
             certificate += measured
     return engines, certificate
 
 
-def _is_there(
-    bundle: Bundle,
-    component: str,
-    backend: str,
-    precision: Precision,
-    *,
-    target: str | None,
-    workspace_bytes: int | None,
-    calibration: Calibration | None,
-) -> bool:
+def _is_there(bundle: Bundle, order: EngineOrder) -> bool:
     """Whether the bundle has this engine already, of the version that is installed, unaltered.
 
-    And calibrated by ``calibration``, where it is one that is; and built in ``workspace_bytes``,
-    where they are given.
+    And as it was calibrated, where it is one that is, and built in as much memory, where that is
+    given.
     """
-    installed = backend_version(backend)
+    precision, calibration = order.precision or order.entry.precision, order.calibration
+    wanted = (order.component, order.backend, precision)
+    installed, limit = backend_version(order.backend), order.workspace_bytes
     for engine in bundle.manifest.engines:
-        if (engine.component, engine.backend, engine.precision) != (component, backend, precision):
+        if (engine.component, engine.backend, engine.precision) != wanted:
             continue
-        if target not in (None, engine.target):
+        if order.target not in (None, engine.target):
             continue
-        if workspace_bytes and engine.flags.get("workspace_bytes") != str(workspace_bytes):
+        if limit and engine.flags.get("workspace_bytes") != str(limit):
             continue
         if calibration and engine.flags.get("calibration") not in (None, calibration.digest):
             continue
@@ -174,6 +156,6 @@ def _is_there(
             bundle.verified_engine(engine)
         except BundleError:
             continue
-        if backend in PORTABLE_BACKENDS or engine.version == installed:
+        if order.backend in PORTABLE_BACKENDS or engine.version == installed:
             return True
     return False

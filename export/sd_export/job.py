@@ -30,7 +30,7 @@ from sd_export.graph_proof import recorded_measure
 from sd_export.memory import release
 from sd_export.model_spec import model_spec
 from sd_export.precision import engine_precision, graph_precision
-from sd_export.proven_engine import recorded_engine
+from sd_export.proven_engine import EngineOrder, recorded_engine
 from sd_export.small_files import write_small_files
 from sd_export.work import key_of, versions
 
@@ -233,10 +233,8 @@ class Job:
                 )
             )
         for backend in self.backends:
-            engine, measures = recorded_engine(
-                self.work,
-                backend,
-                onnx_path,
+            order = EngineOrder(
+                backend=backend,
                 component=component,
                 entry=entry,
                 profile=profile,
@@ -244,9 +242,8 @@ class Job:
                     component, backend, entry=entry, precision=self.precision
                 ),
                 calibration=calibration,
-                proof=proof,
-                log=log,
             )
+            engine, measures = recorded_engine(self.work, order, onnx_path, proof=proof, log=log)
             engines.append(engine)
             certificate += measures
         return engines, certificate

@@ -7,7 +7,7 @@ from a converted copy, which is checked in ONNX Runtime and then dropped. What O
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, CertificateEntry, EngineEntry
@@ -29,51 +29,56 @@ if TYPE_CHECKING:
     from sd_export.work import WorkFolder
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOrder:
+    """What is asked for: an engine of ``backend`` for ``entry``, the component's ONNX.
+
+    ``precision``, ``target`` and ``workspace_bytes`` as in `build_engine`; ``calibration`` is for
+    8 bits.
+    """
+
+    backend: str
+    component: str
+    entry: ComponentEntry
+    profile: Profile
+    precision: Precision | None
+    target: str | None = None
+    workspace_bytes: int | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all that decides the engine."""
+        calibration = self.calibration
+        return key_of(
+            {
+                "graph": asdict(self.entry),
+                "precision": self.precision,
+                "batch_size": self.profile.batch_size,
+                "calibration": calibration.digest if calibration is not None else None,
+                "target": self.target,
+                "workspace_bytes": self.workspace_bytes,
+                "versions": versions((self.backend,)),
+            }
+        )
+
+
 def recorded_engine(
     work: WorkFolder,
-    backend: str,
+    order: EngineOrder,
     onnx_path: Path,
     *,
-    component: str,
-    entry: ComponentEntry,
-    profile: Profile,
-    precision: Precision | None,
-    target: str | None = None,
-    workspace_bytes: int | None = None,
-    calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
     """`make_engine`, or what an interrupted run recorded of it."""
-    stage = f"{entry.file} {backend}"
-    key = key_of(
-        {
-            "graph": asdict(entry),
-            "precision": precision,
-            "batch_size": profile.batch_size,
-            "calibration": calibration.digest if calibration is not None else None,
-            "target": target,
-            "workspace_bytes": workspace_bytes,
-            "versions": versions((backend,)),
-        }
-    )
+    stage, key = f"{order.entry.file} {order.backend}", order.key
     done = work.finished(stage, key)
     if done is not None:
-        log.skipped(component, f"build {backend}")
+        log.skipped(order.component, f"build {order.backend}")
         return EngineEntry(**done["engine"]), [CertificateEntry(**m) for m in done["certificate"]]
     engine, certificate = make_engine(
-        backend,
-        onnx_path,
-        output_dir=work.bundle,
-        component=component,
-        entry=entry,
-        profile=profile,
-        precision=precision,
-        target=target,
-        workspace_bytes=workspace_bytes,
-        calibration=calibration,
-        proof=proof,
-        log=log,
+        order, onnx_path, output_dir=work.bundle, proof=proof, log=log
     )
     built = [f"bundle/{engine.file}"] if engine.is_built else []
     data = {"engine": asdict(engine), "certificate": [asdict(m) for m in certificate]}
@@ -82,17 +87,10 @@ def recorded_engine(
 
 
 def make_engine(
-    backend: str,
+    order: EngineOrder,
     onnx_path: Path,
     *,
     output_dir: Path,
-    component: str,
-    entry: ComponentEntry,
-    profile: Profile,
-    precision: Precision | None,
-    target: str | None = None,
-    workspace_bytes: int | None = None,
-    calibration: Calibration | None,
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> tuple[EngineEntry, list[CertificateEntry]]:
@@ -103,6 +101,8 @@ def make_engine(
     """
     from sd_export.verify import verify_engine
 
+    backend, component, entry, profile = order.backend, order.component, order.entry, order.profile
+    precision, calibration = order.precision, order.calibration
     certificate: list[CertificateEntry] = []
     half = backend not in PORTABLE_BACKENDS and precision not in (None, entry.precision)
     with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
@@ -128,7 +128,7 @@ def make_engine(
                 component=component,
                 entry=entry,
                 profile=profile,
-                target=target,
+                target=order.target,
                 calibration=calibration,
                 log=log,
             )
@@ -142,8 +142,8 @@ def make_engine(
                     entry=replace(entry, precision=precision or entry.precision) if half else entry,
                     profile=profile,
                     precision=precision,
-                    target=target,
-                    workspace_bytes=workspace_bytes,
+                    target=order.target,
+                    workspace_bytes=order.workspace_bytes,
                 )
                 result.detail = f"{engine.version} {engine.target} {engine.precision}"
                 result.bytes = engine.bytes

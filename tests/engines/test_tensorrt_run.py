@@ -10,9 +10,9 @@ import pytest
 
 from sd_engines.backends.tensorrt import TensorRtEngine
 from sd_engines.bundle import ComponentEntry
-from sd_engines.entries import EngineEntry
 from sd_engines.errors import BackendError
 from sd_engines.spec import TensorSpec
+from tiny_onnx import stale_plan
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -24,18 +24,6 @@ COMPONENT = ComponentEntry(
     opset=23,
     inputs=(SPECS["sample"],),
     outputs=(SPECS["noise_pred"],),
-)
-ENTRY = EngineEntry(
-    component="unet",
-    backend="tensorrt-rtx",
-    version="1",
-    target="any",
-    precision="fp32",
-    file="engines/unet.engine",
-    sha256="",
-    bytes=0,
-    flags={},
-    key="",
 )
 
 
@@ -129,7 +117,7 @@ def engine_of(module: Any) -> tuple[TensorRtEngine, Plan]:
     plan = Plan(module)
     LAUNCHED.clear()
     engine = TensorRtEngine(
-        module, object(), plan, CUPY, component=COMPONENT, engine=ENTRY, max_batch=2
+        module, object(), plan, CUPY, component=COMPONENT, engine=stale_plan("fp32"), max_batch=2
     )
     return engine, plan
 
