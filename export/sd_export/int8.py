@@ -126,19 +126,19 @@ def _quantized(onnx_path: Path, component: str, inputs: Sequence[dict[str, np.nd
 
 def _kept_exact(model: Any) -> list[str]:
     """Names of the layers that see the sample alone or the timestep alone, and the last one."""
-    sees: dict[str, set[str]] = {}
-    layers = []
-    for node in model.get_ordered_ops():
-        name = node.get_friendly_name()
-        if node.get_type_name() == "Parameter":
-            sees[name] = set(node.output(0).get_names())
-            continue
-        sources = (port.get_source_output().get_node() for port in node.inputs())
-        sees[name] = set().union(*(sees[source.get_friendly_name()] for source in sources))
-        if node.get_type_name() in _LARGE_LAYERS:
-            layers.append(name)
-    alone = [name for name in layers if "encoder_hidden_states" not in sees[name]]
-    return [*(n for n in alone if not {"sample", "timestep"} <= sees[n]), layers[-1]]
+    from sd_engines.backends.openvino_graph import nodes_and_inputs
+
+    layers = [
+        (node.get_friendly_name(), inputs)
+        for node, inputs in nodes_and_inputs(model)
+        if node.get_type_name() in _LARGE_LAYERS
+    ]
+    kept = [
+        name
+        for name, inputs in layers
+        if "encoder_hidden_states" not in inputs and not {"sample", "timestep"} <= inputs
+    ]
+    return [*kept, layers[-1][0]]
 
 
 @contextmanager

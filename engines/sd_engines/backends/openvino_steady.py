@@ -6,12 +6,10 @@ of the whole graph, bit for bit, computed when the prompt changes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from sd_engines.backends.openvino_graph import nodes_and_inputs
 from sd_engines.backends.openvino_package import package
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 STEADY_INPUT: Final = "encoder_hidden_states"
 
@@ -22,7 +20,12 @@ def part_steady(model: Any) -> tuple[Any, Any | None]:
     The outputs of the second are further inputs of the first, by name. None, and ``model`` as it
     was, where there is nothing to part, or nothing else.
     """
-    found = list(_steady_products(model))
+    names = {name for p in model.get_parameters() if _is_prompt(p) for name in _names(p)}
+    found = [
+        node
+        for node, inputs in nodes_and_inputs(model)
+        if node.get_type_name() == "MatMul" and inputs and inputs <= names
+    ]
     if not found or len(model.get_parameters()) == 1:
         return model, None
     ops, model_class = package().opset13, package().Model
@@ -44,23 +47,13 @@ def part_steady(model: Any) -> tuple[Any, Any | None]:
     return moving, model_class(results, [prompt])
 
 
-def _steady_products(model: Any) -> Iterator[Any]:
-    """Products of matrices that see the prompt and constants, and no other of these products."""
-    sees: dict[str, set[str]] = {}
-    for node in model.get_ordered_ops():
-        name = node.get_friendly_name()
-        if node.get_type_name() == "Parameter":
-            sees[name] = {STEADY_INPUT if _is_prompt(node) else name}
-            continue
-        sources = (port.get_source_output().get_node() for port in node.inputs())
-        sees[name] = set().union(*(sees[source.get_friendly_name()] for source in sources))
-        if node.get_type_name() == "MatMul" and sees[name] == {STEADY_INPUT}:
-            sees[name] = {name}
-            yield node
-
-
 def _is_prompt(node: Any) -> bool:
-    return node.get_type_name() == "Parameter" and STEADY_INPUT in node.output(0).get_names()
+    return node.get_type_name() == "Parameter" and STEADY_INPUT in _names(node)
+
+
+def _names(parameter: Any) -> set[str]:
+    names: set[str] = parameter.output(0).get_names()
+    return names
 
 
 def _is_read(parameter: Any) -> bool:
