@@ -20,9 +20,9 @@ from sd_engines.bundle import (
     hash_files,
     open_bundle,
     portable_entry,
-    seal,
 )
 from sd_engines.errors import BackendError
+from sd_engines.seal import seal
 from sd_engines.spec import ModelSpec, Profile, TensorSpec
 
 if TYPE_CHECKING:

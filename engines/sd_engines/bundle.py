@@ -1,4 +1,4 @@
-"""The bundle: opened, checked against its manifest, sealed, and extended in place.
+"""The bundle: opened, checked against its manifest, and read.
 
 `bundle.json` is written last and everything arrives by rename, so whoever sees a manifest sees a
 complete bundle. The format itself is in `engines/README.md` and read by `manifest`.
@@ -27,7 +27,6 @@ from sd_engines.errors import BundleError, EngineMismatchError
 from sd_engines.files import check_file, hash_files, listed_files, read_manifest
 from sd_engines.manifest import FORMAT_VERSION, Manifest, SizeEntry
 from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
-from sd_engines.seal import add_engines, seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -47,14 +46,12 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "SizeEntry",
-    "add_engines",
     "engine_entry",
     "engine_file",
     "engine_key",
     "hash_files",
     "open_bundle",
     "portable_entry",
-    "seal",
 ]
 
 

@@ -6,8 +6,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd_engines.bundle import PORTABLE_BACKENDS, add_engines, open_bundle
+from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
 from sd_engines.errors import BundleError
+from sd_engines.seal import add_engines
 from sd_export.graph_proof import bundle_proof
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent

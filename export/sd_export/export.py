@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle, seal
+from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
+from sd_engines.seal import seal
 from sd_engines.spec import Defaults, Profile
 from sd_export.checkpoint_files import stored_bytes
 from sd_export.job import RECORD_FILE, Job

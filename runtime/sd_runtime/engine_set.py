@@ -11,7 +11,7 @@ from sd_runtime.engines import components_to_open, first_batches, open_engines
 from sd_runtime.lora import OWNERS, fused_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
@@ -55,10 +55,11 @@ class EngineSet(Closing):
         precision: Precision | None = None,
         num_steps: int | None = None,
         loras: Sequence[Lora] = (),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Self:
         """Open what every picture of ``bundle`` needs, and what the first ones of ``planned`` do.
 
-        ``num_steps`` as in `open_engines`. Raises as `open_engines`.
+        ``num_steps`` and ``meanwhile`` as in `open_engines`. Raises as `open_engines`.
         """
         batches = {} if planned is None else first_batches(planned, bundle.manifest.profile)
         opened = open_engines(
@@ -70,6 +71,7 @@ class EngineSet(Closing):
             num_steps=num_steps,
             batches=batches,
             loras=loras,
+            meanwhile=meanwhile,
         )
         return cls(bundle, opened, backend=backend, threads=threads, loras=loras)
 

@@ -18,7 +18,7 @@ from sd_runtime.lora import fused_weights
 from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
@@ -119,10 +119,12 @@ def open_engines(
     num_steps: int | None = None,
     batches: Mapping[str, Collection[Rows]],
     loras: Sequence[Lora] = (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
 
-    ``loras`` are put on them. All at once: while one is hashed another is compiled.
+    ``loras`` are put on them. All at once: while one is hashed another is compiled, and
+    ``meanwhile`` runs here.
 
     ``backend`` "auto" prefers the one whose UNet is fastest here, or is done first with
     ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it.
@@ -152,6 +154,7 @@ def open_engines(
     pool = ThreadPoolExecutor(len(components))
     opening = {component: pool.submit(open_bound, component) for component in components}
     try:
+        meanwhile()
         # An interrupt is to arrive here, not in the threads' join: Python 3.11 takes a thread whose
         # join was interrupted for ended, and a backend that is cut off in C++ aborts the process.
         wait(opening.values())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Self
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
-from sd_runtime.painter import Painter
 from sd_runtime.plan import plan
 from sd_runtime.tokenizer import Tokenizer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
+    from sd_runtime.painter import Painter
     from sd_runtime.plan import Plan
     from sd_runtime.request import Request
     from sd_runtime.result import Result, Step
@@ -29,6 +30,8 @@ TOKENIZER_OF = {
     "text_encoder": "tokenizer/tokenizer.json",
     "text_encoder_2": "tokenizer_2/tokenizer.json",
 }
+_TO_DRAW: Final = ("sd_runtime.painter", "numpy.random", "PIL.PngImagePlugin")
+"""Modules of the first picture that no engine waits for."""
 
 
 class Pipeline(Closing):
@@ -41,6 +44,8 @@ class Pipeline(Closing):
         *,
         refiner: Pipeline | None = None,
     ) -> None:
+        from sd_runtime.painter import Painter
+
         self.bundle = engines.bundle
         self.refiner = refiner
         self._engines = engines
@@ -130,10 +135,18 @@ class Pipeline(Closing):
         refiner: Self | None = None,
     ) -> Self:
         max_tokens = bundle.manifest.model.max_prompt_tokens
-        tokenizers = {
-            name: Tokenizer.load(bundle.verified_path(TOKENIZER_OF[name]), max_tokens=max_tokens)
+        tokenizers: dict[str, Tokenizer] = {}
+        files = {
+            name: bundle.verified_path(TOKENIZER_OF[name])
             for name in text_encoders(bundle.manifest)
         }
+
+        def while_engines_open() -> None:
+            for name, file in files.items():
+                tokenizers[name] = Tokenizer.load(file, max_tokens=max_tokens)
+            for module in _TO_DRAW:
+                import_module(module)
+
         engines = EngineSet.open(
             bundle,
             planned,
@@ -142,6 +155,7 @@ class Pipeline(Closing):
             precision=precision,
             num_steps=num_steps,
             loras=loras,
+            meanwhile=while_engines_open,
         )
         return cls(engines, tokenizers, refiner=refiner)
 

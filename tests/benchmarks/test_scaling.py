@@ -18,8 +18,9 @@ from sd_bench.line import fit_line
 from sd_bench.load import Load, measure_peak_memory
 from sd_bench.measurement import Settings
 from sd_bench.scaling import FORMAT, scaling_axes, turns
-from sd_engines.bundle import open_bundle, seal
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import BackendError, ConfigError
+from sd_engines.seal import seal
 from tiny_onnx import PROFILE, make_bundle, make_manifest
 
 if TYPE_CHECKING:

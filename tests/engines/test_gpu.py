@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sd_engines import open_bundle, open_engine
-from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
+from sd_engines.seal import add_engines
 from tiny_onnx import PROFILE, has_gpu, unet_arrays, unet_reference
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 
 from sd_engines import open_engine
 from sd_engines.backends import openvino_package
-from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError
+from sd_engines.seal import add_engines
 from tiny_onnx import PROFILE, needs, unet_arrays, unet_reference
 
 if TYPE_CHECKING:

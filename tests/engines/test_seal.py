@@ -19,12 +19,11 @@ from sd_engines import open_bundle
 from sd_engines.bundle import (
     CertificateEntry,
     EngineEntry,
-    add_engines,
     engine_key,
     hash_files,
-    seal,
 )
 from sd_engines.errors import BundleError
+from sd_engines.seal import add_engines, seal
 from tiny_onnx import PROFILE, make_bundle, make_manifest
 
 if TYPE_CHECKING:

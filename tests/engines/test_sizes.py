@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sd_engines.bundle import Manifest, SizeEntry, add_engines, open_bundle, portable_entry, seal
+from sd_engines.bundle import Manifest, SizeEntry, open_bundle, portable_entry
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.files import hash_files, listed_files
+from sd_engines.seal import add_engines, seal
 from tiny_onnx import PROFILE, int8_engine, make_manifest, write_unet
 
 if TYPE_CHECKING:

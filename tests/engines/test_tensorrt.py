@@ -8,9 +8,9 @@ import pytest
 
 from sd_engines import open_bundle, open_engine
 from sd_engines.backends import tensorrt
-from sd_engines.bundle import add_engines
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
+from sd_engines.seal import add_engines
 from tiny_onnx import PROFILE, has_gpu, unet_entry
 
 if TYPE_CHECKING:

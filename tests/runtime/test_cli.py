@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_engines.bundle import open_bundle, portable_entry, seal
+from sd_engines.bundle import open_bundle, portable_entry
+from sd_engines.seal import seal
 from sd_runtime import Request
 from sd_runtime.cli import main
 from sd_runtime.image import read_recipe_text

@@ -10,8 +10,9 @@ import diffusers
 import numpy as np
 import pytest
 
-from sd_engines.bundle import open_bundle, seal
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
+from sd_engines.seal import seal
 from sd_engines.spec import TIMESTEP_COND, Defaults
 from sd_runtime import Pipeline, Request
 from sd_runtime.engines import first_batches

@@ -15,8 +15,9 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from sd_engines.bundle import hash_files, open_bundle, portable_entry, seal
+from sd_engines.bundle import hash_files, open_bundle, portable_entry
 from sd_engines.errors import BackendError, BundleError, ConfigError
+from sd_engines.seal import seal
 from sd_runtime import Pipeline, Request
 from sd_runtime.image import read_recipe_text
 from sd_runtime.recipe import recipes_from_text
