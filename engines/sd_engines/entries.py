@@ -42,6 +42,11 @@ class ComponentEntry:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineEntry:

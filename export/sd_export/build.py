@@ -111,7 +111,7 @@ def _missing_engines(
         entry = bundle.manifest.components[component]
         with log.stage(component, "check") as result:
             bundle.verified_path(component)
-            result.bytes = sum(file.bytes for file in entry.files.values())
+            result.bytes = entry.bytes
         proof = cache(partial(bundle_proof, bundle, component))
         for backend in backends:
             order = EngineOrder(

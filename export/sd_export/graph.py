@@ -44,7 +44,7 @@ def recorded_graph(
     done = work.finished(stage, key)
     if done is not None:
         entry = _entry(done)
-        log.skipped(component, "trace", size=sum(file.bytes for file in entry.files.values()))
+        log.skipped(component, "trace", size=entry.bytes)
         return entry
     data = _make(
         component,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sd_engines.choice import fastest_engine
+from sd_engines.cores import usable_cores
 from sd_engines.engine import listed_engines, open_engine
 from sd_engines.errors import BundleError
 from sd_engines.spec import (
@@ -19,6 +20,7 @@ from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from concurrent.futures import Future
 
     from sd_engines.border import Rows
     from sd_engines.bundle import Bundle
@@ -123,14 +125,14 @@ def open_engines(
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
 
-    ``loras`` are put on them. All at once: while one is hashed another is compiled, and
-    ``meanwhile`` runs here.
+    ``loras`` are put on them. Side by side: while one is hashed another is compiled, and
+    ``meanwhile`` runs in a thread beside them.
 
     ``backend`` "auto" prefers the one whose UNet is fastest here, or is done first with
     ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it.
     All engines are open, or none.
     """
-    prefer = None
+    prefer, graphs = None, bundle.manifest.components
     if backend == "auto":
         prefer = fastest_engine(
             bundle, "unet", threads=threads, precision=precision, runs=num_steps
@@ -151,16 +153,24 @@ def open_engines(
             batches=batches.get(component, ()),
         )
 
-    pool = ThreadPoolExecutor(len(components))
-    opening = {component: pool.submit(open_bound, component) for component in components}
+    # As many at a time as there are cores, the largest first: it is done last, and others that want
+    # its core would make it later.
+    pool = ThreadPoolExecutor(min(len(components) + 1, usable_cores()))
+    opening = {
+        component: pool.submit(open_bound, component)
+        for component in sorted(components, key=lambda name: -graphs[name].bytes)
+    }
+    rest: Future[Any] = pool.submit(meanwhile)
     try:
-        meanwhile()
         # An interrupt is to arrive here, not in the threads' join: Python 3.11 takes a thread whose
         # join was interrupted for ended, and a backend that is cut off in C++ aborts the process.
-        wait(opening.values())
-        return {component: future.result() for component, future in opening.items()}
+        wait([*opening.values(), rest])
+        engines = {component: opening[component].result() for component in components}
+        rest.result()
+        return engines
     except BaseException:
-        for future in as_completed(opening.values()):
+        pool.shutdown(wait=False, cancel_futures=True)
+        for future in as_completed(f for f in opening.values() if not f.cancelled()):
             if future.exception() is None:
                 future.result().close()
         raise

@@ -52,14 +52,15 @@ def requests_from_file(path: Path, options: Mapping[str, Any]) -> list[Request]:
 
 def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was ``given`` for all requests but the seed, its pictures read once for all."""
-    from sd_runtime.depth_map import DepthMap
-    from sd_runtime.input_image import InputImage
-
     options = {name: value for name, value in given.items() if name != "seed"}
     for name in ("image", "mask"):
         if name in options:
+            from sd_runtime.input_image import InputImage
+
             options[name] = InputImage.of(options[name], name=name)
     if "depth_map" in options:
+        from sd_runtime.depth_map import DepthMap
+
         options["depth_map"] = DepthMap.of(options["depth_map"], name="depth_map")
     if "control_image" in options:
         options["control_image"] = control_pictures(options["control_image"])

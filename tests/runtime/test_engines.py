@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,22 +23,54 @@ if TYPE_CHECKING:
     from conftest import TinyModel
     from sd_engines import Bundle
     from sd_engines.border import Rows
-    from sd_engines.engine import Binding
+    from sd_engines.engine import Binding, Engine
 
 
+@pytest.mark.parametrize("cores", [1, 4])
 def test_what_opened_is_closed_where_another_fails(
-    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    guarded_model: TinyModel, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     opened = []
 
-    def open_and_keep(*arguments: object, **options: object) -> object:
-        opened.append(original(*arguments, **options))
+    def open_and_keep(bundle: Bundle, component: str, **options: Any) -> Engine:
+        if component == "vae_decoder":
+            raise BackendError("no room for it", "Make some.")
+        opened.append(original(bundle, component, **options))
         return opened[-1]
 
     original = engines.open_engine
     monkeypatch.setattr(engines, "open_engine", open_and_keep)
-    with pytest.raises(BundleError, match="no component 'moon'"):
-        open_engines(tiny_bundle, ["unet", "moon"], backend="onnxruntime", threads=1, batches={})
+    monkeypatch.setattr(engines, "usable_cores", lambda: cores)
+    with pytest.raises(BackendError, match="no room"):
+        open_engines(
+            open_bundle(guarded_model.bundle),
+            ["text_encoder", "vae_decoder", "unet"],
+            backend="onnxruntime",
+            threads=1,
+            batches={},
+        )
+    assert len(opened) == 2
+    for engine in opened:
+        with pytest.raises(BackendError, match="closed"):
+            engine.bind(1)
+
+
+def test_what_goes_on_meanwhile_may_fail(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    original = engines.open_engine
+    monkeypatch.setattr(
+        engines, "open_engine", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1]
+    )
+
+    def fail() -> None:
+        raise BundleError("no tokenizer", "Make it again.")
+
+    with pytest.raises(BundleError, match="no tokenizer"):
+        open_engines(
+            tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={}, meanwhile=fail
+        )
     with pytest.raises(BackendError, match="closed"):
         opened[0].bind(1)
 
