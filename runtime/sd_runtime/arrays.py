@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,17 +20,32 @@ if TYPE_CHECKING:
 
 def copy_into(target: Array, source: Array) -> None:
     """Write ``source`` into ``target``, wherever each of them lives."""
-    if isinstance(target, np.ndarray):
-        target[...] = to_host(source)
-    elif isinstance(source, np.ndarray):
-        target.set(np.ascontiguousarray(source))
-    else:
-        target[...] = source
+    target[...] = moved(source, like=target)
+
+
+def moved(array: Array, *, like: Array) -> Array:
+    """``array``, or a copy of it where ``like`` lives.
+
+    On its way to a GPU nobody waits: what is copied from is free to be changed at once. The other
+    way the host waits.
+    """
+    if isinstance(like, np.ndarray):
+        return to_host(array)
+    return import_package("cupy", extra="cuda").asarray(array)
 
 
 def to_host(array: Array) -> NDArray[Any]:
     """``array`` as numpy; waits for the GPU where it lives there."""
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+@cache
+def elementwise(inputs: str, outputs: str, operation: str, name: str) -> Any:
+    """A ``cupy.ElementwiseKernel``: one launch for what would be one a sum or product of arrays.
+
+    Compiled when it first runs, and kept on disk by CuPy.
+    """
+    return import_package("cupy", extra="cuda").ElementwiseKernel(inputs, outputs, operation, name)
 
 
 def on_stream(cuda_stream: int) -> AbstractContextManager[object]:

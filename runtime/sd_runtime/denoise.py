@@ -10,7 +10,7 @@ before it too: further inputs of the UNet, and what an inpainted picture keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from sd_runtime.controlnet import Residuals
 from sd_runtime.guidance import SafetyGuidance, guide
 from sd_runtime.noise_schedule import Level
 from sd_runtime.prediction import x0_prediction
+from sd_runtime.update import Update
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sd_runtime.noise import NoiseStream
     from sd_runtime.table import SchedulerTable
     from sd_runtime.timing import Timings
+    from sd_runtime.update import Known
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,6 @@ class Row:
     sample: Array
     model_output: Array
     latents: Array
-
-
-class Known(NamedTuple):
-    """What an inpainted picture keeps, float32 [n, c, h, w] each, 0 where it is repainted.
-
-    ``latents`` are those of the picture, ``noise`` is the first; ``repainted`` is 1 where the other
-    two are 0, and 0 where they are kept.
-    """
-
-    latents: Array
-    noise: Array
-    repainted: Array
 
 
 def denoise(
@@ -125,18 +115,11 @@ def denoise(
 
     state = np.empty_like(next(iter(bindings.values())).inputs["sample"][:n])
     copy_into(state, latents)
-    scratch, model_output = np.empty_like(state), np.empty_like(state)
+    update = Update(state, table, known=known)
+    model_output = np.empty_like(state)
     drawn = np.empty(state.shape, dtype=np.float32)
-    kept = None if known is None else Known(*(_copied(part, like=state) for part in known))
-    depth = table.coef_history.shape[1]
-    history = [np.empty_like(state) for _ in range(depth)]
-
-    # Python floats keep float32 arrays float32; numpy's float64 scalars would widen them.
     timesteps, alphas, sigmas = table.timesteps.tolist(), table.alpha.tolist(), table.sigma.tolist()
-    p, q, a = table.pred_sample.tolist(), table.pred_output.tolist(), table.coef_sample.tolist()
-    b, c = table.coef_history.tolist(), table.coef_noise.tolist()
     draws_noise = table.draws_noise.tolist()
-    kept_latents, kept_noise = table.noised_alpha[1:].tolist(), table.noised_sigma[1:].tolist()
 
     now = timings.now
     for row, timestep in enumerate(timesteps):
@@ -165,27 +148,10 @@ def denoise(
             guide(noise_pred, guidance_scale, out=model_output, row=row, safety=away)
         else:
             model_output[...] = noise_pred
-        newest = history[row % depth]
-        np.multiply(before, p[row], out=newest)
-        np.multiply(model_output, q[row], out=scratch)
-        newest += scratch
-        state *= a[row]
-        for age, weight in enumerate(b[row]):
-            if weight:
-                np.multiply(history[(row - age) % depth], weight, out=scratch)
-                state += scratch
         if draws_noise[row]:
             for picture, stream in enumerate(noise):
                 drawn[picture] = stream.normal((1, *drawn.shape[1:]))[0]
-            copy_into(scratch, drawn)
-            scratch *= c[row][0]
-            state += scratch
-        if kept is not None:
-            state *= kept.repainted
-            np.multiply(kept.latents, kept_latents[row], out=scratch)
-            state += scratch
-            np.multiply(kept.noise, kept_noise[row], out=scratch)
-            state += scratch
+        update.apply(row, model_output, noise=drawn if draws_noise[row] else None)
         timings.add(component, ready, done)
         timings.add("scheduler", done, now())
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
@@ -231,13 +197,6 @@ def _controls(
         ]
         bound.append((net, _bound(net.engine, n, inputs)))
     return bound
-
-
-def _copied(array: Array, *, like: Array) -> Array:
-    """``array`` where ``like`` lives."""
-    copy = np.empty_like(like)
-    copy_into(copy, array)
-    return copy
 
 
 def predicted_original_sample(row: Row, prediction_type: str) -> Array:

@@ -6,15 +6,24 @@ Schramowski et al. 2022 (arXiv:2211.05105), whose numbers of equations are meant
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+
+from sd_runtime.arrays import elementwise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sd_engines.engine import Array, Binding
     from sd_runtime.safety_options import SafetyConfig
+
+KERNEL_SOURCE: Final = (
+    "float32 uncond, float32 text, float32 guidance_scale",
+    "float32 out",
+    "out = uncond + guidance_scale * (text - uncond);",
+)
+"""CUDA C++ of one element of `guide`, as `elementwise` takes it."""
 
 
 class Safety(NamedTuple):
@@ -73,6 +82,9 @@ def guide(
     ``safety`` has run.
     """
     uncond, text = noise_pred[: len(out)], noise_pred[len(out) :]
+    if safety is None and not isinstance(out, np.ndarray):
+        elementwise(*KERNEL_SOURCE, "sd_guide")(uncond, text, guidance_scale, out)
+        return
     np.subtract(text, uncond, out=out)
     if safety is not None:
         safety.correct(out, text=text, uncond=uncond, row=row)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd_runtime.denoise import Known
 from sd_runtime.image_encoder import Source
 from sd_runtime.task import DEPTH_MASK, UPSCALER_INPUTS
+from sd_runtime.update import Known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
