@@ -62,6 +62,7 @@ class Plan:
     checkpoint: Path | None
     engines: Sequence[str]
     precision: str
+    batch_size: int
     peers: Sequence[str]
     num_inference_steps: int
     rounds: int
@@ -87,6 +88,7 @@ class Plan:
         """Export ``model`` for ONNX Runtime on the CPU, then add each engine by itself."""
         bundle = str(self.folder / f"{name}.bundle")
         options = ("--output", bundle, "--precision", self.precision, "--backend", "onnxruntime")
+        options += ("--batch-size", str(self.batch_size))
         command = _program("sd-export", "--quiet", "--model", str(model), *options)
         yield Step(name=f"{name} export", command=command, needs=needs)
         for engine in self.engines:
@@ -99,7 +101,7 @@ class Plan:
             )
 
     def _engine(self, engine: str) -> Iterator[Step]:
-        """Its latency by stage, its score, and how it bears clients for a while."""
+        """Its latency by stage, its score, how it bears clients for a while, and its throughput."""
         backend = engine.partition(":")[0]
         full, shapes = (str(self.folder / f"{name}.bundle") for name in ("full", "shapes"))
         output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
@@ -117,11 +119,29 @@ class Plan:
             command=_program("sd-bench", "quality", shapes, *options),
             needs=(f"shapes build {engine}",),
         )
-        options = ("--backend", backend, "--clients", "8", "--seconds", "10")
-        yield Step(
+        options = ("--backend", backend, "--clients", "8", "--seconds", "20")
+        yield Step(  # hundreds of pictures: memory must be flat
             name=f"serve {engine}",
             command=_program("sd-bench", "serve", shapes, *options),
             needs=(f"shapes build {engine}",),
+        )
+        if self.batch_size > 1:
+            yield self._throughput(engine)
+
+    def _throughput(self, engine: str) -> Step:
+        """Time and memory by pictures a request, up to a whole batch."""
+        backend = engine.partition(":")[0]
+        bundle, output = self.folder / "full.bundle", self.folder / f"scaling-{backend}.json"
+        images = [n for n in (1, 2, 4, 8, 16) if n < self.batch_size] + [self.batch_size]
+        options = ("--backend", backend, "--images", ",".join(map(str, images)))
+        options += ("--steps", "1", "--requests", "1", "--runs", "3", "--memory-runs", "1")
+        options += ("--num-inference-steps", str(self.num_inference_steps))
+        options += ("--output", str(output))
+        return Step(
+            name=f"scaling {engine}",
+            command=_program("sd-bench", "scaling", str(bundle), *options),
+            needs=(f"full build {engine}",),
+            result=output,
         )
 
     def _peers(self) -> Step:
@@ -191,6 +211,7 @@ def main() -> int:
     parser.add_argument("--engine", action="append", help=f"BACKEND or BACKEND:TARGET. {ENGINES}")
     parser.add_argument("--peer", action="append", default=[], help="As of sd-bench peers.")
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--batch-size", type=int, default=1, help="Above 1: throughput as well.")
     parser.add_argument("--num-inference-steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--captions", type=int, default=200)
@@ -202,6 +223,7 @@ def main() -> int:
         checkpoint=arguments.checkpoint and arguments.checkpoint.absolute(),
         engines=arguments.engine or ENGINES,
         precision=arguments.precision,
+        batch_size=arguments.batch_size,
         peers=arguments.peer,
         num_inference_steps=arguments.num_inference_steps,
         rounds=arguments.rounds,

@@ -138,7 +138,7 @@ def _gpu() -> dict[str, str]:
     if program is None:
         return {}
     query = ",".join(_GPU_QUERY.values())
-    lines = _output(program, f"--query-gpu={query}", "--format=csv,noheader").splitlines()
+    lines = output_of(program, f"--query-gpu={query}", "--format=csv,noheader").splitlines()
     columns = zip(*(line.split(", ") for line in lines), strict=False)
     return {name: "; ".join(column) for name, column in zip(_GPU_QUERY, columns, strict=False)}
 
@@ -149,12 +149,13 @@ def _commit() -> str:
     folder = Path(__file__).parent
     if git is None or not any((parent / ".git").exists() for parent in folder.parents[:3]):
         return ""
-    commit = _output(git, "-C", str(folder), "rev-parse", "HEAD")
-    changed = _output(git, "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    commit = output_of(git, "-C", str(folder), "rev-parse", "HEAD")
+    changed = output_of(git, "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     return commit + "+" * bool(commit and changed)
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
+    """What ``command`` prints; nothing where it fails."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603 - both programs are found by name
     except (OSError, subprocess.TimeoutExpired):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sd_bench.ceiling import measure_ceilings
 from sd_bench.cold_start import measure_cold_start
 from sd_bench.environment import environment
+from sd_bench.gpu_memory import gpu_memory_bytes, held_on_gpus_bytes
 from sd_bench.measurement import Measurement, Sample
 from sd_bench.work import request_work
 from sd_engines.bundle import open_bundle
@@ -108,6 +109,7 @@ def measure_latency(
         sized = open_bundle(bundle).at(settings.height, settings.width)
         fastest_engine(sized, "unet", threads=settings.threads)
     reset_peak_memory()
+    held_before = held_on_gpus_bytes()
     with open_pipeline(bundle, settings) as pipeline:
         sampler = Sampler(pipeline, settings)
         sampler.warm_up(warm_up)
@@ -116,8 +118,11 @@ def measure_latency(
         while len(samples) < runs or clock() - began < duration_s:
             samples.append(sampler.sample())
             on_sample(sampler, samples[-1])
-        measurement = measurement_of(sampler, samples)
         engines = tuple(pipeline.engines.values())
+        measurement = replace(
+            measurement_of(sampler, samples),
+            gpu_memory_bytes=gpu_memory_bytes(engines, before=held_before),
+        )
         if ceilings:
             work = request_work(pipeline, sampler.request, sampler.timings)
             measurement = replace(measurement, work=work)

@@ -1,7 +1,8 @@
 """A load: one request, or several at once, on a bundle; how long it takes and what it holds.
 
 Peak memory never falls while a process lives, so each load's is that of a process of its own:
-``python -m sd_bench.load`` reads a load as JSON and prints the bytes.
+``python -m sd_bench.load`` reads a load as JSON and prints the bytes. Of engines on a GPU it is the
+memory there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from threading import Barrier
 from typing import TYPE_CHECKING
 
+from sd_bench.gpu_memory import gpu_memory_bytes, held_on_gpus_bytes
 from sd_bench.latency import Sampler, open_pipeline
 from sd_bench.measurement import Settings
 from sd_engines.errors import BackendError, SdError
@@ -64,7 +66,8 @@ def sample_at_once(samplers: Sequence[Sampler]) -> list[Sample]:
 def measure_peak_memory(load: Load) -> int:
     """Bytes that a new process holds at most while it opens ``load``'s bundle and answers it once.
 
-    Python and what it imports are in it. `BackendError` where the process fails.
+    Python and what it imports are in it; of engines on a GPU the memory there, and nothing else.
+    `BackendError` where the process fails.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "sd_bench.load"],
@@ -87,11 +90,14 @@ def main() -> None:
     fields = json.load(sys.stdin)
     load = Load(**{**fields, "settings": Settings(**fields["settings"])})
     pipelines: list[Pipeline] = []
+    held_before = held_on_gpus_bytes()
     try:
         with ExitStack() as stack:
             load.open_pipelines(stack, pipelines)
             sample_at_once(load.samplers(pipelines))
-            sys.stdout.write(f"{peak_memory_bytes()}\n")
+            engines = pipelines[0].engines.values()
+            on_gpu = gpu_memory_bytes(engines, before=held_before)
+            sys.stdout.write(f"{on_gpu or peak_memory_bytes()}\n")
     except SdError as error:
         sys.exit(error.message)
 

@@ -88,7 +88,8 @@ class Measurement:
     first picture, ``cold_start_stages_ms`` what they went into; ``ceilings`` what the machine
     reached in the same run ("matmul_<precision>_flops", "copy_bytes_per_s"); ``work`` what one
     call of a component computes and moves at least, and its calls a sample
-    ({"unet": {"flops": …, "bytes": …, "calls": …}}).
+    ({"unet": {"flops": …, "bytes": …, "calls": …}}). ``peak_memory_bytes`` are in RAM,
+    ``gpu_memory_bytes`` on GPUs.
     """
 
     bundle: str
@@ -100,6 +101,7 @@ class Measurement:
     measured_at: str
     samples: tuple[Sample, ...]
     peak_memory_bytes: int
+    gpu_memory_bytes: int = 0
     profile: Mapping[str, int] = field(default_factory=dict)
     precisions: Mapping[str, str] = field(default_factory=dict)
     cold_start_ms: tuple[float, ...] = ()

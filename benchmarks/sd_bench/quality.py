@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from sd_bench.scene import Scene, caption, has_unseen_pair, random_scene
 from sd_runtime import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from PIL import Image
 
@@ -47,7 +47,7 @@ class Score:
     @property
     def share(self) -> float:
         """Share of captions obeyed in every stated detail, 0 … 1."""
-        return _share(self.answers)
+        return sum(not answer.faults for answer in self.answers) / len(self.answers)
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `share` (Wilson 1927)."""
@@ -56,17 +56,17 @@ class Score:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, center - half), min(1.0, center + half)
 
-    def share_with(self, *, shapes: int) -> float:
-        """`share` of the captions that ask for so many shapes; NaN where there is none."""
-        return _share([a for a in self.answers if len(a.scene.things) == shapes])
+    def share_with(self, *, shapes: int) -> float | None:
+        """`share` of the captions that ask for so many shapes; None where there is none."""
+        return self._share_where(lambda scene: len(scene.things) == shapes)
 
-    def share_with_unseen_pair(self) -> float:
-        """`share` of the captions with an unseen colour and shape; NaN where there is none."""
-        return _share([a for a in self.answers if has_unseen_pair(a.scene)])
+    def share_with_unseen_pair(self) -> float | None:
+        """`share` of the captions with an unseen colour and shape; None where there is none."""
+        return self._share_where(has_unseen_pair)
 
-
-def _share(answers: Sequence[Answer]) -> float:
-    return sum(not a.faults for a in answers) / len(answers) if answers else math.nan
+    def _share_where(self, holds: Callable[[Scene], bool]) -> float | None:
+        answers = tuple(answer for answer in self.answers if holds(answer.scene))
+        return replace(self, answers=answers).share if answers else None
 
 
 def held_out_captions(count: int) -> list[tuple[str, Scene]]:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from sd_bench.gpu_memory import held_on_gpus_bytes
 from sd_engines.closing import Closing
 from sd_engines.errors import BackendError
 
@@ -132,7 +133,10 @@ def overhead_ms(server: ServerProcess, request: Request, *, rounds: int) -> list
 
 @dataclass(frozen=True)
 class Load:
-    """What ``clients`` saw in ``seconds``; ``wrong`` pictures differ from their solo run by > 1."""
+    """What ``clients`` saw in ``seconds``; ``wrong`` pictures differ from their solo run by > 1.
+
+    After each quarter of the time: what the server held in RAM, and all processes on GPUs.
+    """
 
     clients: int
     seconds: float
@@ -142,6 +146,7 @@ class Load:
     differing: int
     failed: int
     resident_bytes: tuple[int, ...]
+    gpu_bytes: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Its figures, times in ms."""
@@ -156,6 +161,7 @@ class Load:
             "differing_by_1": self.differing,
             "failed": self.failed,
             "resident_bytes": self.resident_bytes,
+            "gpu_bytes": self.gpu_bytes,
         }
 
 
@@ -193,12 +199,13 @@ def put_under_load(
         connection.close()
         return replies
 
-    resident = []
+    resident, on_gpus = [], []
     with ThreadPoolExecutor(clients) as pool:
         futures = [pool.submit(client, number) for number in range(clients)]
         for part in (1, 2, 3, 4):
             sleep(max(0.0, start + part * seconds / 4 - perf_counter()))
             resident.append(server.resident_bytes)
+            on_gpus.append(held_on_gpus_bytes())
         replies = [reply for future in futures for reply in future.result()]
     drawn = [(which, reply) for which, reply in replies if reply and reply.status == 200]
     differences = [_difference(reply.body, expected[which]) for which, reply in drawn]
@@ -212,6 +219,7 @@ def put_under_load(
         differing=sum(difference == 1 for difference in differences),
         failed=len(replies) - len(drawn) - len(refused),
         resident_bytes=tuple(resident),
+        gpu_bytes=tuple(on_gpus),
     )
 
 

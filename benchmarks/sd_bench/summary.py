@@ -112,6 +112,7 @@ def report(measurement: Measurement) -> dict[str, Any]:
         "achieved": {name: asdict(found) for name, found in achieved(measurement).items()},
         "ceilings": dict(measurement.ceilings),
         "peak_memory_bytes": measurement.peak_memory_bytes,
+        "gpu_memory_bytes": measurement.gpu_memory_bytes,
     }
 
 
@@ -133,6 +134,8 @@ def table(measurement: Measurement) -> str:
     if measurement.cold_start_ms:
         lines.append(f"Cold start   {_cold_start_words(measurement)}")
     lines.append(f"Peak memory  {measurement.peak_memory_bytes / 2**20:.0f} MiB")
+    if measurement.gpu_memory_bytes:
+        lines.append(f"GPU memory   {measurement.gpu_memory_bytes / 2**20:.0f} MiB")
     if measurement.work:
         lines += ["", *_work_lines(measurement)]
     return "\n".join(lines)

@@ -35,27 +35,31 @@ def gpu() -> ModuleType:
 def plan(gpu: ModuleType, folder: Path, **changes: Any) -> Any:
     given = {
         **{"folder": folder, "checkpoint": None, "engines": gpu.ENGINES, "precision": "fp16"},
-        **{"peers": (), "num_inference_steps": 50, "rounds": 5, "captions": 200},
+        **{"batch_size": 1, "peers": (), "num_inference_steps": 50, "rounds": 5},
+        "captions": 200,
     }
     return gpu.Plan(**given | changes)
 
 
-def test_every_step_needs_only_what_comes_before(gpu: ModuleType, tmp_path: Path) -> None:
-    steps = plan(gpu, tmp_path).steps()
+@pytest.mark.parametrize(("batch_size", "more"), [(1, set()), (8, {"scaling"})])
+def test_every_step_needs_only_what_comes_before(
+    gpu: ModuleType, tmp_path: Path, batch_size: int, more: set[str]
+) -> None:
+    steps = plan(gpu, tmp_path, batch_size=batch_size).steps()
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     for index, step in enumerate(steps):
         assert set(step.needs) <= set(names[:index])
     for engine in gpu.ENGINES:
         asked = {name.split()[0] for name in names if name.endswith(engine)}
-        assert asked == {"full", "shapes", "latency", "quality", "serve"}
+        assert asked == {"full", "shapes", "latency", "quality", "serve", *more}
 
 
 def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: Path) -> None:
     """A wrong option would only be found on the machine that is rare."""
     groups = {"sd-bench": cli, "sd-export": export_command}
     parsed = []
-    for step in plan(gpu, tmp_path, peers=("diffusers-cuda-fp16",)).steps():
+    for step in plan(gpu, tmp_path, batch_size=8, peers=("diffusers-cuda-fp16",)).steps():
         program, *arguments = step.command
         group = groups.get(Path(program).name)
         if group is not None:
@@ -64,7 +68,7 @@ def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: 
             words = arguments if command is None else arguments[1:]
             (command or group).make_context(step.name, words)
             parsed.append(step.name)
-    assert len(parsed) == 2 + 5 * len(gpu.ENGINES) + 1
+    assert len(parsed) == 2 + 6 * len(gpu.ENGINES) + 1
 
 
 def test_a_failure_is_told_and_what_does_not_need_it_goes_on(

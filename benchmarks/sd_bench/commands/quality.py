@@ -67,13 +67,17 @@ def _sentences(score: Score) -> str:
     from sd_bench.quality import fault_kinds
 
     low, high = score.interval()
-    by_shapes = ", ".join(f"{n}: {score.share_with(shapes=n):.1%}" for n in (1, 2, 3))
+    by_shapes = ", ".join(f"{n}: {_percent(score.share_with(shapes=n))}" for n in (1, 2, 3))
     counted = ", ".join(f"{kind} {n}" for kind, n in fault_kinds(score).most_common())
     return (
         f"{score.share:.1%} of {len(score.answers)} held-out captions fully right "
         f"(95 % interval {low:.1%} to {high:.1%})\n"
         f"by number of shapes  {by_shapes}\n"
-        f"with a colour and shape never seen together  {score.share_with_unseen_pair():.1%}\n"
+        f"with a colour and shape never seen together  {_percent(score.share_with_unseen_pair())}\n"
         f"faults  {counted or 'none'}\n"
         f"{score.seconds / len(score.answers):.2f} s a picture"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"

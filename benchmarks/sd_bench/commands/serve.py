@@ -12,6 +12,8 @@ from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sd_bench.served import Load
 
 
@@ -74,13 +76,18 @@ def serve(
 
 
 def _words(load: Load) -> str:
-    figures, memory = load.to_json(), [size / 1e6 for size in load.resident_bytes]
+    figures = load.to_json()
     return "\n".join(
         (
             f"{load.clients} clients, {load.seconds:.0f} s: {figures['drawn']} pictures drawn, "
             f"{load.wrong} wrong, {load.differing} with values off by 1; {load.failed} failed",
             f"  drawn, ms: {figures['drawn_ms']}",
             f"  refused: {figures['refused']}, ms: {figures['refused_ms']}",
-            f"  memory, MB, by quarters: {', '.join(f'{size:.0f}' for size in memory)}",
+            f"  memory, MB, by quarters: {_megabytes(load.resident_bytes)}",
+            *([f"  on GPUs: {_megabytes(load.gpu_bytes)}"] if any(load.gpu_bytes) else []),
         )
     )
+
+
+def _megabytes(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{size / 1e6:.0f}" for size in sizes)
