@@ -20,7 +20,7 @@ from sd_engines.bundle import hash_files
 from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine, load_engine
 from sd_engines.entries import ComponentEntry
-from sd_engines.spec import BATCH, Profile, TensorSpec
+from sd_engines.spec import BATCH, GRAPH_PRECISIONS, Profile, TensorSpec
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.timing import clock
 
@@ -126,9 +126,10 @@ def backend_product_flops(
 
 def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) -> Engine:
     """An engine as ``engine`` is, of one matrix product."""
-    # OpenVINO is told its precision, but for int8; the others find it in the graph.
+    # OpenVINO is told its precision, but for int8; the others find it in the graph, but for tf32.
     told = engine.precision if engine.precision != "int8" else "fp32"
-    precision = "fp32" if engine.backend == "openvino" else engine.precision
+    in_graph = engine.precision in GRAPH_PRECISIONS and engine.backend != "openvino"
+    precision = engine.precision if in_graph else "fp32"
     path = folder / "product.onnx"
     if engine.precision == "int8":
         _write_int8_product(path, size)

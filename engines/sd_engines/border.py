@@ -14,7 +14,7 @@ from sd_engines.spec import BATCH, PICTURES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from sd_engines.spec import TensorSpec
+    from sd_engines.spec import Precision, TensorSpec
 
 Rows: TypeAlias = tuple[int, int]
 """How many rows, and of how many pictures."""
@@ -109,3 +109,18 @@ def check_graph(
             f"the graph's {kind} are {sorted(actual)}, the manifest's {sorted(expected)}",
             "Make the bundle again: sd-export --model MODEL --output BUNDLE",
         )
+
+
+def computed_in(
+    graph: Precision, asked: Precision | None, *, backend: str, on_gpu: bool
+) -> Precision:
+    """What ``backend``, which computes what a graph says, makes of one in ``graph``.
+
+    That, or tf32 of fp32 ``on_gpu``. `ConfigError` for anything else that is ``asked`` for.
+    """
+    if asked is None or asked == graph or (on_gpu and (graph, asked) == ("fp32", "tf32")):
+        return asked or graph
+    raise ConfigError(
+        f"{backend} computes in the precision of the graph, {graph}, not {asked}",
+        f"Export with --precision {asked}, or name another backend.",
+    )

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from sd_engines.errors import BundleError
-from sd_engines.spec import Precision
+from sd_engines.spec import GRAPH_PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,7 @@ class Node:
 
     def precision(self, *, of_graph: bool = False) -> Precision:
         """One of the precisions of `sd_engines.spec`; ``of_graph``: one that a graph can be in."""
-        known = tuple(p for p in get_args(Precision) if not (of_graph and p == "int8"))
+        known = GRAPH_PRECISIONS if of_graph else get_args(Precision)
         value: Precision = self.text("precision", one_of=known)  # type: ignore[assignment]
         return value
 

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
-"""What an engine computes in. int8: 8-bit weights and activations in products and convolutions,
-the rest in more; a graph of a component is never in it."""
+Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+"""What an engine computes in. tf32: what a GPU's tensor cores make of fp32, products of as many
+digits as in fp16, added in fp32. int8: 8-bit weights and activations in products and convolutions,
+the rest in more."""
+GRAPH_PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
+"""Those that a component's graph can be in."""
 BATCH = "batch"
 """The symbolic axis of every graph, its rows; all other axes but `PICTURES` are fixed."""
 PICTURES = "pictures"

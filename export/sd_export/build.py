@@ -53,7 +53,9 @@ def build(
         bundle = open_bundle(path)
         for component, entry in bundle.manifest.components.items():
             for backend in backends:  # says so before anything is built where it cannot be
-                engine_precision(component, backend, entry=entry, precision=precision)
+                engine_precision(
+                    component, backend, entry=entry, precision=precision, target=target
+                )
         built: set[str] = set()
         made = []
         for profile in [size.profile for size in bundle.manifest.all_sizes]:
@@ -119,7 +121,9 @@ def _missing_engines(
                 component=component,
                 entry=entry,
                 profile=bundle.manifest.profile,
-                precision=engine_precision(component, backend, entry=entry, precision=precision),
+                precision=engine_precision(
+                    component, backend, entry=entry, precision=precision, target=target
+                ),
                 target=target,
                 workspace_bytes=workspace_bytes,
                 calibration=calibration,

@@ -26,7 +26,8 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--precision",
-            help="fp32, fp16, bf16, or int8 for openvino. [default: what suits the backends]",
+            help="fp32, fp16, bf16, tf32 for a GPU, or int8 for openvino. [default: what suits "
+            "the backends]",
         ),
         click.option(
             "--backend", "backends", multiple=True, metavar="NAME", help=f"{_BACKENDS}; repeatable."

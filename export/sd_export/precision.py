@@ -1,9 +1,10 @@
 """Which component computes in which precision, decided in one place.
 
 fp16 is for the UNet, where nearly all the time goes: the VAE overflows in it (its known black
-pictures) and the text encoder's mask does too. bf16 reaches as far as fp32, so OpenVINO, which
-converts as it compiles, takes it for them as well. A safety checker answers yes or no, and a depth
-estimator looks once: fp32.
+pictures) and the text encoder's mask does too. On a GPU they are in tf32 then, by its tensor cores:
+the digits of fp16, the reach of fp32. bf16 reaches as far, so OpenVINO, which converts as it
+compiles, takes it for them as well. A safety checker answers yes or no, and a depth estimator looks
+once: fp32.
 int8 is for the UNet in OpenVINO, beside the graph that it was made of; all else is fp32 then.
 """
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import ComponentEntry
 
-_COARSENESS = ("fp32", "fp16", "bf16", "int8")
+_COARSENESS = ("fp32", "tf32", "fp16", "bf16", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
 _HALVED = ("unet", "unet_shallow")
@@ -124,13 +125,25 @@ def graph_precision(
 
 
 def engine_precision(
-    component: str, backend: str, *, entry: ComponentEntry, precision: Precision | None
+    component: str,
+    backend: str,
+    *,
+    entry: ComponentEntry,
+    precision: Precision | None,
+    target: str | None = None,
 ) -> Precision | None:
     """What ``backend`` is asked to compute ``component`` in; None leaves it to the backend.
 
     Raises `ConfigError` where it cannot be made of the graph that is ``entry``.
     """
-    if backend == "onnxruntime":
+    on_gpu = backend not in PORTABLE_BACKENDS or (backend == "onnxruntime" and target == "cuda")
+    if precision == "tf32" and not on_gpu:
+        raise ConfigError(
+            "tf32 is for NVIDIA GPUs",
+            "Name tensorrt, tensorrt-rtx, or of a bundle that is made: sd-export build BUNDLE "
+            "--backend onnxruntime --target cuda",
+        )
+    if backend == "onnxruntime" and not on_gpu:
         return None
     if backend == "openvino" and precision == "int8" and component in QUANTIZED:
         check_quantizable(
@@ -144,8 +157,12 @@ def engine_precision(
         return "int8"
     if backend == "openvino":
         return "bf16" if precision == "bf16" and component not in _EXACT else "fp32"
-    if not is_halved(component):
+    if component in _EXACT:
         return "fp32"
+    if not is_halved(component):
+        return "fp32" if precision == "fp32" else "tf32"
+    if backend == "onnxruntime":
+        return precision or ("tf32" if entry.precision == "fp32" else None)
     wanted = precision or "fp16"
     if entry.precision != "fp32" and wanted != entry.precision:
         raise ConfigError(

@@ -104,7 +104,8 @@ def make_engine(
     backend, component, entry, profile = order.backend, order.component, order.entry, order.profile
     precision, calibration = order.precision, order.calibration
     certificate: list[CertificateEntry] = []
-    half = backend not in PORTABLE_BACKENDS and precision not in (None, entry.precision)
+    half = backend not in PORTABLE_BACKENDS and precision in ("fp16", "bf16")
+    half = half and precision != entry.precision
     with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
         if half and precision == "fp16":
             converted = converted_entry(graph, entry)

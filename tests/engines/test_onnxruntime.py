@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sd_engines import open_engine
+from sd_engines.backends import onnxruntime as backend
 from sd_engines.backends.onnxruntime import LEAN
 from sd_engines.bundle import Bundle, ComponentEntry, hash_files, portable_entry
 from sd_engines.engine import build_engine, load_engine
@@ -21,6 +23,7 @@ from tiny_onnx import PROFILE
 
 if TYPE_CHECKING:
     from sd_engines.entries import EngineEntry
+    from sd_engines.spec import Precision
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 without_cuda = pytest.mark.skipif(
@@ -121,3 +124,30 @@ def _anonymous_bytes() -> int:
     """What this process holds of its own, mapped files apart."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1"), ("fp16", "0")])
+def test_settings_on_a_gpu(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, precision: Precision, tf32: str
+) -> None:
+    """First as a CUDA graph, then without; seen by a stand-in for CuPy, up to the session."""
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    def refuse(package: object, path: Path, options: object, providers: Any, _: object) -> None:
+        asked.extend(providers)
+        raise BackendError("no GPU", "Take one.")
+
+    stream = SimpleNamespace(ptr=7)
+    cuda = SimpleNamespace(get_current_stream=lambda: stream)
+    monkeypatch.setattr(backend, "_package", lambda target: onnxruntime)
+    monkeypatch.setattr(backend, "import_package", lambda *a, **k: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(backend, "_session", refuse)
+    engine = replace(tiny_bundle.manifest.engines[0], target="cuda", precision=precision)
+    component = tiny_bundle.manifest.components["unet"]
+    with pytest.raises(BackendError, match="no GPU"):
+        backend.load(tiny_bundle.path, component=component, engine=engine, max_batch=2)
+    plain = {"user_compute_stream": "7", "use_tf32": tf32}
+    assert asked == [
+        ("CUDAExecutionProvider", {**plain, "enable_cuda_graph": "1"}),
+        ("CUDAExecutionProvider", plain),
+    ]

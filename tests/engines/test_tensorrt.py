@@ -44,11 +44,25 @@ def test_build(tmp_path: Path, opset: int, dtype: str, precision: Precision) -> 
     assert entry.target == "any"
     assert entry.file == f"engines/tensorrt-rtx-{entry.version}-any/unet.engine"
     assert (tmp_path / entry.file).stat().st_size == entry.bytes > 0
-    assert entry.flags["tf32"] == "off"
     assert ("Building engine", 0, steps[0][2]) == steps[0]
     assert all(0 <= done <= total for _, done, total in steps)
     again = _build(tmp_path, unet)
     assert again.key == entry.key
+
+
+def test_tf32_is_what_a_plan_of_a_graph_in_fp32_may_compute_in(tmp_path: Path) -> None:
+    unet = unet_entry(tmp_path)
+    exact, allowed, again = (
+        (entry, (tmp_path / entry.file).read_bytes())
+        for entry in (_build(tmp_path, unet, precision=p) for p in ("fp32", "tf32", "fp32"))
+    )
+    assert [entry.precision for entry, _ in (exact, allowed)] == ["fp32", "tf32"]
+    assert exact == again
+    assert allowed[1] != exact[1]
+    assert allowed[0].key != exact[0].key
+    half = unet_entry(tmp_path / "half", dtype="float16", precision="fp16")
+    with pytest.raises(ConfigError, match="in the precision of the graph, fp16, not tf32"):
+        _build(tmp_path / "half", half, precision="tf32")
 
 
 def test_target(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sd_engines.border import (
     check_batch,
     check_graph,
     closed_error,
+    computed_in,
     import_package,
     shape_at,
 )
@@ -70,19 +71,14 @@ def build(
 ) -> EngineEntry:
     """The engine entry of ``onnx_path``, which ONNX Runtime runs as it is: nothing is written.
 
-    ``target`` is ``cpu`` (default) or ``cuda``. ``precision`` is that of the graph; asking for
-    another is a `ConfigError`.
+    ``target`` is ``cpu`` (default) or ``cuda``. ``precision`` is that of the graph, or tf32 of an
+    fp32 one on a GPU; asking for another is a `ConfigError`.
     """
     target = target or "cpu"
     version = _package(target).__version__
-    if precision not in (None, entry.precision):
-        raise ConfigError(
-            f"ONNX Runtime computes in the precision of the graph, {entry.precision}, "
-            f"not {precision}",
-            f"Export with --precision {precision}, or name another backend.",
-        )
+    found = computed_in(entry.precision, precision, backend=BACKEND, on_gpu=target != "cpu")
     return portable_entry(
-        component, entry, profile, BACKEND, version=version, target=target, precision=None
+        component, entry, profile, BACKEND, version=version, target=target, precision=found
     )
 
 
@@ -127,8 +123,10 @@ def load(
     stream = None
     if target == "cuda":
         stream = named_stream(import_package("cupy", extra="cuda").cuda)
-        # TF32 is on by default: fp32 would be 10 bits of mantissa.
-        settings = {"user_compute_stream": str(stream.ptr), "use_tf32": "0"}
+        settings = {
+            "user_compute_stream": str(stream.ptr),
+            "use_tf32": str(int(engine.precision == "tf32")),  # on by default
+        }
         # As a CUDA graph a run is one launch; refused where any node of the graph stays on the CPU.
         captured = settings | {"enable_cuda_graph": "1"}
         providers = [(_PROVIDERS[target], each) for each in (captured, settings)]

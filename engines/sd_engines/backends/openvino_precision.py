@@ -31,7 +31,7 @@ def check_precision(precision: Precision) -> None:
 
 def computes_in(precision: Precision) -> bool:
     """Whether this processor does."""
-    return _CAPABILITIES[precision] in core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return _CAPABILITIES.get(precision) in core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
 def precision_hint(engine: EngineEntry) -> str:

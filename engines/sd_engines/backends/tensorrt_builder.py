@@ -16,7 +16,7 @@ from sd_engines.backends.tensorrt_package import (
     package,
     package_log,
 )
-from sd_engines.border import shape_at
+from sd_engines.border import computed_in, shape_at
 from sd_engines.bundle import engine_entry, engine_file, hash_files
 from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.errors import BackendError, ConfigError
@@ -52,11 +52,7 @@ def build(
     `BackendError` with the parser's or builder's own words where it fails.
     """
     module = package(backend)
-    if precision not in (None, entry.precision):
-        raise ConfigError(
-            f"{backend} computes in the precision of the graph, {entry.precision}, not {precision}",
-            f"Export with --precision {precision}.",
-        )
+    precision = computed_in(entry.precision, precision, backend=backend, on_gpu=True)
     log = package_log(module)
     log.errors.clear()
     if backend == "tensorrt":
@@ -68,7 +64,8 @@ def build(
     builder = module.Builder(log)
     network = _parse(module, builder, onnx_path, log)
     config = builder.create_builder_config()
-    config.clear_flag(module.BuilderFlag.TF32)  # on by default: fp32 would be 10 bits of mantissa
+    if precision != "tf32":
+        config.clear_flag(module.BuilderFlag.TF32)  # on by default
     if workspace_bytes is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, workspace_bytes)
     if target != ANY_TARGET and backend == "tensorrt-rtx":
@@ -112,10 +109,10 @@ def build(
         backend,
         version=module.__version__,
         target=target,
-        precision=entry.precision,
+        precision=precision,
         file=file,
         built=hash_files(output_dir, [file])[file],
-        flags={"tf32": "off", "workspace_bytes": str(workspace_bytes or "all")},
+        flags={"workspace_bytes": str(workspace_bytes or "all")},
     )
 
 
