@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,17 @@ def elementwise(inputs: str, outputs: str, operation: str, name: str) -> Any:
     Compiled when it first runs, and kept on disk by CuPy.
     """
     return import_package("cupy", extra="cuda").ElementwiseKernel(inputs, outputs, operation, name)
+
+
+def current_stream() -> AbstractContextManager[object]:
+    """The stream that this thread works on, for others to work on it too: CuPy's is a thread's own.
+
+    Nobody has one who has not imported CuPy.
+    """
+    if "cupy" not in sys.modules:
+        return nullcontext()
+    stream: AbstractContextManager[object] = sys.modules["cupy"].cuda.get_current_stream()
+    return stream
 
 
 def on_stream(cuda_stream: int) -> AbstractContextManager[object]:

@@ -15,6 +15,7 @@ from sd_engines.spec import (
     TEXT_ENCODERS,
     TIME_IDS,
 )
+from sd_runtime.arrays import current_stream
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
 
@@ -132,7 +133,7 @@ def open_engines(
     ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it.
     All engines are open, or none.
     """
-    prefer, graphs = None, bundle.manifest.components
+    prefer, graphs, stream = None, bundle.manifest.components, current_stream()
     if backend == "auto":
         prefer = fastest_engine(
             bundle, "unet", threads=threads, precision=precision, runs=num_steps
@@ -142,16 +143,17 @@ def open_engines(
         asked = component == "unet" or listed_engines(
             bundle, component, backend=backend, precision=precision
         )
-        return open_engine(
-            bundle,
-            component,
-            backend=backend,
-            threads=threads,
-            precision=precision if asked else None,
-            prefer=prefer,
-            weights=fused_weights(bundle, component, loras),
-            batches=batches.get(component, ()),
-        )
+        with stream:
+            return open_engine(
+                bundle,
+                component,
+                backend=backend,
+                threads=threads,
+                precision=precision if asked else None,
+                prefer=prefer,
+                weights=fused_weights(bundle, component, loras),
+                batches=batches.get(component, ()),
+            )
 
     # As many at a time as there are cores, the largest first: it is done last, and others that want
     # its core would make it later.

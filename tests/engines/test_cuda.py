@@ -93,6 +93,18 @@ def test_what_cannot_be_captured_goes_on(caplog: pytest.LogCaptureFixture) -> No
     assert ["CaptureInvalidated" in record.message for record in caplog.records] == [True]
 
 
+def test_a_capture_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(stream: Stream) -> None:
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported")
+
+    device = Device()
+    monkeypatch.setattr(Stream, "begin_capture", refuse)
+    replay, stream = Replay(device.enqueue("a"), device), named_stream(device)
+    for _ in range(3):
+        replay.run(stream)
+    assert stream.done == ["a"] * 3
+
+
 def test_work_that_fails_is_not_captured() -> None:
     device = Device()
     replay, stream = Replay(device.enqueue("fail"), device), named_stream(device)

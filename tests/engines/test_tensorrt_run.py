@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,10 +98,25 @@ class Array(np.ndarray):  # type: ignore[type-arg]
 
 
 LAUNCHED: list[int] = []
+MADE: list[weakref.ref[Array]] = []
+ALIVE: list[int] = []
+"""How many buffers there were whenever memory was to be given back."""
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    array = np.zeros(shape, dtype).view(Array)
+    MADE.append(weakref.ref(array))
+    return array
+
+
+def free_all_blocks() -> None:
+    ALIVE.append(sum(made() is not None for made in MADE))
+
+
 CUPY = SimpleNamespace(
-    zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array),
+    zeros=zeros,
     asarray=np.asarray,
-    get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: None),
+    get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=free_all_blocks),
     cuda=type(
         "cuda",
         (),
@@ -115,7 +131,8 @@ CUPY = SimpleNamespace(
 
 def engine_of(module: Any) -> tuple[TensorRtEngine, Plan]:
     plan = Plan(module)
-    LAUNCHED.clear()
+    for each in (LAUNCHED, MADE, ALIVE):
+        each.clear()
     engine = TensorRtEngine(
         module, object(), plan, CUPY, component=COMPONENT, engine=stale_plan("fp32"), max_batch=2
     )
@@ -155,3 +172,14 @@ def test_tensorrt_is_captured_after_its_first_run() -> None:
     assert context.config is None
     assert context.streams == [7, 8], "run once, and captured on a stream of its own"
     assert LAUNCHED == [7, 7]
+
+
+def test_closing_gives_all_buffers_back() -> None:
+    engine, _ = engine_of(tensorrt_rtx)
+    engine.bind(1)
+    engine.bind(2).run()
+    engine(sample=np.ones((1, 4), np.float32))
+    assert len(MADE) == 3 * len(SPECS)
+    engine.close()
+    engine.close()
+    assert ALIVE == [0]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +21,8 @@ from sd_runtime.plan import plan
 from sd_runtime.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from conftest import TinyModel
@@ -53,6 +58,44 @@ def test_what_opened_is_closed_where_another_fails(
     for engine in opened:
         with pytest.raises(BackendError, match="closed"):
             engine.bind(1)
+
+
+class Streams(threading.local):
+    """What of ``cupy.cuda`` is used: each thread has a current stream of its own."""
+
+    current = "default"
+
+    @contextmanager
+    def entered(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+def test_engines_open_on_the_stream_of_who_asks(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's engines keep the one that they opened on."""
+    streams, seen = Streams(), []
+
+    def get_current_stream() -> AbstractContextManager[None]:
+        return streams.entered(streams.current)
+
+    cuda = SimpleNamespace(get_current_stream=get_current_stream)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    original = engines.open_engine
+
+    def noted(*arguments: Any, **options: Any) -> Engine:
+        seen.append((streams.current, threading.get_ident()))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(engines, "open_engine", noted)
+    with streams.entered("the caller's"):
+        opened = open_engines(tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={})
+    opened["unet"].close()
+    ((stream, thread),) = seen
+    assert stream == "the caller's"
+    assert thread != threading.get_ident()
 
 
 def test_what_goes_on_meanwhile_may_fail(

@@ -58,9 +58,9 @@ class Replay:
 
     def _captured(self) -> Any:
         """The work as a graph, which runs nothing yet; None where it cannot be captured."""
-        stream = self._cuda.Stream(non_blocking=True)
-        stream.begin_capture()
         try:
+            stream = self._cuda.Stream(non_blocking=True)
+            stream.begin_capture()
             try:
                 self._enqueue(stream.ptr)
             finally:

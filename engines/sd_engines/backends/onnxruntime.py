@@ -243,12 +243,11 @@ class OnnxRuntimeEngine(Closing):
 
     def close(self) -> None:
         """Free the session and the buffers; twice is allowed."""
-        for binding in self._bindings.values():
-            binding.close()
-        self._bindings.clear()
-        if self._session is not None and self._xp is not np:
+        while self._bindings:  # none is left in a variable: its memory is to be given back
+            self._bindings.popitem()[1].close()
+        was_open, self._session = self._session is not None, None
+        if was_open and self._xp is not np:
             release(self._xp)
-        self._session = None
 
 
 class OnnxRuntimeBinding:

@@ -181,10 +181,9 @@ class TensorRtEngine(Closing):
     def close(self) -> None:
         """Free the plan, its contexts and buffers; twice is allowed."""
         with self._lock:
-            for binding in (*self._bindings.values(), *self._calls.values()):
-                binding.close()
-            self._bindings.clear()
-            self._calls.clear()
+            for bindings in (self._bindings, self._calls):
+                while bindings:  # none is left in a variable: its memory is to be given back
+                    bindings.popitem()[1].close()
             if self._plan is not None:
                 self._plan = self._runtime = None
                 release(self._xp)
