@@ -88,7 +88,8 @@ def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
     if plan.task.reads_image:
         encoders = (IMAGE_ENCODER,)
     one = (1, 1)
-    pixels_alone = plan.task.reads_image or plan.upscaling is not None
+    upscales_pixels = plan.upscaling is not None and plan.upscaling.level is not None
+    pixels_alone = plan.task.reads_image or upscales_pixels
     encodes = plan.request.image is not None and not pixels_alone
     encoder = {ENCODER: {one}} if encodes else {}  # one at a time: `ImageEncoder`
     if plan.task.feeds_depth and plan.request.depth_map is None:

@@ -25,6 +25,7 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     Raises `SdError` that names the file where the disk is full or refuses.
     """
     staged: dict[Path, Path] = {}
+    placed: list[Path] = []
     target = Path()
     try:
         for target, data in contents.items():
@@ -36,7 +37,10 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for target, staging in staged.items():
             staging.replace(target)
+            placed.append(target)
     except OSError as error:
+        for path in placed:
+            path.unlink(missing_ok=True)
         raise SdError(
             f"cannot write {target}: {error.strerror}",
             "Free some space or choose another place; nothing was kept.",
@@ -64,14 +68,15 @@ def claimed_folder(folder: Path) -> Iterator[None]:
             f"cannot make the folder {folder}: {error.strerror}", "Choose another --output."
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process writes into {folder}", "Wait for it, or choose another --output."
+            ) from error
         _sweep(folder)
         yield
         _sweep(folder)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"another process writes into {folder}", "Wait for it, or choose another --output."
-        ) from error
     finally:
         os.close(descriptor)
         if not was_there:

@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from sd_engines.bundle import open_bundle
+from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
 from sd_runtime.image import encode_image, format_of, grid_of
@@ -51,6 +52,11 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     if job.save_latents:
         check_writable(job.save_latents)
     plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
+    if (order.columns or job.save_latents) and len({planned.size for planned in plans}) > 1:
+        raise ConfigError(
+            f"{'--grid' if order.columns else '--save-latents'} is for pictures of one size",
+            "Leave it out, or ask for one --height and --width.",
+        )
     batch_size = manifest.profile.batch_size
     num_steps = sum(planned.num_steps(batch_size) for planned in plans)
     if "seed" not in job.options and not job.from_image and not quiet:

@@ -12,6 +12,7 @@ from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
 from sd_runtime.plan import plan
+from sd_runtime.refiner import at_size_of
 from sd_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ class Pipeline(Closing):
             refining = None if second is None else second.manifest
             planned = plan(request, bundle.manifest, refiner=refining)
             size = planned.profile.height, planned.profile.width
-            bundle, second = bundle.at(*size), None if second is None else second.at(*size)
+            bundle = bundle.at(*size)
+        if second is not None:
+            second = replace(second, manifest=at_size_of(bundle.manifest, second.manifest))
         other = None
         if second is not None:
             refining_plan = planned.refining if planned else None
@@ -196,11 +199,9 @@ class Pipeline(Closing):
         if size == (self.profile.height, self.profile.width):
             return self
         if size not in self._others:
-            self._others[size] = type(self)(
-                self._engines.at(self.bundle.at(*size)),
-                self._tokenizers,
-                refiner=None if self.refiner is None else self.refiner._at(*size),
-            )
+            refiner = None if self.refiner is None else self.refiner._at(*size)
+            engines = self._engines.at(self.bundle.at(*size))
+            self._others[size] = type(self)(engines, self._tokenizers, refiner=refiner)
         return self._others[size]
 
     @property

@@ -99,6 +99,12 @@ class Plan:
         return NoiseStream(image.seed) if self.upscaling is None else self.upscaling.noise(image)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        own = self.profile.height, self.profile.width
+        return own if self.upscaling is None else self.upscaling.size
+
+    @property
     def num_rows(self) -> int:
         """UNet calls for one batch, those of a refiner among them."""
         return self.table.num_rows + (self.refining.num_rows if self.refining else 0)

@@ -209,8 +209,8 @@ def recipe_of(
     fingerprint: str,
 ) -> Recipe:
     """The recipe of one picture of a plan."""
-    model, profile, request = manifest.model, plan.profile, plan.request
-    height, width = plan.upscaling.size if plan.upscaling else (profile.height, profile.width)
+    model, request = manifest.model, plan.request
+    height, width = plan.size
     return Recipe(
         prompt=image.prompt,
         negative_prompt=image.negative_prompt,

@@ -48,13 +48,8 @@ def sized_refiner(request: Request, base: Manifest, refiner: Manifest) -> Manife
             "safety guidance holds for every step, and a refiner's are another model's",
             "Leave safety_guidance out, or the refiner.",
         )
-    ours = base.profile
-    if any(
-        (size.profile.height, size.profile.width) == (ours.height, ours.width)
-        for size in refiner.sizes
-    ):
-        refiner = refiner.at(ours.height, ours.width)
-    theirs = refiner.profile
+    refiner = at_size_of(base, refiner)
+    ours, theirs = base.profile, refiner.profile
     if (ours.height, ours.width, ours.vae_scale_factor, base.model.latent_channels) != (
         theirs.height,
         theirs.width,
@@ -74,3 +69,10 @@ def sized_refiner(request: Request, base: Manifest, refiner: Manifest) -> Manife
             f"--batch-size {ours.batch_size} --output BUNDLE.",
         )
     return refiner
+
+
+def at_size_of(base: Manifest, refiner: Manifest) -> Manifest:
+    """``refiner`` at the size of ``base``, as it is where it has not that size."""
+    size = base.profile.height, base.profile.width
+    sizes = [(each.profile.height, each.profile.width) for each in refiner.sizes]
+    return refiner.at(*size) if size in sizes else refiner

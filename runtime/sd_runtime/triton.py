@@ -7,6 +7,7 @@ repository's other models, asked through Triton's business logic scripting.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class TritonPythonModel:
         engines = {
             entry.component: GraphEngine(
                 f"{args['model_name']}_{entry.component}",
-                entry,
+                replace(entry, target="cpu"),  # its tensors are handed over there
                 inputs=manifest.components[entry.component].inputs,
                 outputs=manifest.components[entry.component].outputs,
             )

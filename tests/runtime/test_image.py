@@ -95,6 +95,13 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
 
 
+def test_what_cannot_be_put_in_its_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(SdError, match=r"cannot write .*b\.png: "):
+        write_files({tmp_path / "a.png": b"1", tmp_path / "b.png": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+
+
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file sizes stands in for the disk: the same write, the same kind of refusal."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

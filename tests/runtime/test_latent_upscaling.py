@@ -17,7 +17,7 @@ from sd_export import build
 from sd_export.onnx_export import save
 from sd_export.onnx_passes import to_half
 from sd_export.verify import probe_inputs, relative_l2
-from sd_runtime import Request
+from sd_runtime import Pipeline, Request
 from sd_runtime.plan import plan
 from sd_runtime.task import check_served, tasks_of
 
@@ -110,3 +110,15 @@ def test_what_a_latent_upscaler_does_not_do_is_refused(
     request = Request("a cat", image=PICTURE)
     with pytest.raises(ConfigError, match=words):
         plan(replace(request, **options), latent_upscaler_model.pipeline.bundle.manifest)
+
+
+def test_what_the_first_picture_needs_is_open_before_it(
+    latent_upscaler_model: TinyUpscaler,
+) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    request = Request("a cat", seed=1, num_inference_steps=2, image=image)
+    with Pipeline.load(latent_upscaler_model.bundle, threads=1, request=request) as pipeline:
+        opened = set(pipeline.engines)
+        pipeline.generate(request)
+        assert set(pipeline.engines) == opened
+        assert "vae_encoder" in opened

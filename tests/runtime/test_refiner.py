@@ -144,3 +144,22 @@ def test_wrong_pairs_are_refused(xl_model: TinyModel, refiner_model: TinyModel) 
 def test_shares_that_are_none_are_refused(share: object) -> None:
     with pytest.raises(ConfigError, match="high_noise_frac"):
         Request("a cat", high_noise_frac=share)  # type: ignore[arg-type]
+
+
+def test_a_refiner_of_several_sizes_takes_that_of_its_base(
+    xl_model: TinyModel, refiner_model: TinyModel, tmp_path: Path
+) -> None:
+    from sd_export import export
+
+    both = {"height": 32, "width": 32, "sizes": [(16, 16)], "batch_size": 2}
+    export(refiner_model.checkpoint, tmp_path / "bundle", backends=("onnxruntime",), **both)
+    request = Request("a cat", seed=1, num_inference_steps=4)
+    drawn = []
+    for first in (None, request):
+        with Pipeline.load(
+            xl_model.bundle, threads=1, refiner=tmp_path / "bundle", request=first
+        ) as pipeline:
+            assert pipeline.refiner is not None
+            assert (pipeline.refiner.profile.height, pipeline.refiner.profile.width) == (16, 16)
+            drawn.append(pipeline.generate(request).pixels)
+    np.testing.assert_array_equal(*drawn)

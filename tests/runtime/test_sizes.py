@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,3 +77,26 @@ def test_a_callers_buffer_is_for_the_size_asked_for(sized_model: TinyModel) -> N
             context.pixels_bytes(replace(high, height=40))
         profiles = context.info()["profiles"]
         assert [(each["height"], each["width"]) for each in profiles] == [(16, 40), (24, 16)]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [(["--grid"], "--grid"), (["--save-latents", "l.npy"], "--save-latents")]
+)
+def test_what_holds_all_pictures_is_for_one_size(
+    sized_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    word: str,
+) -> None:
+    from sd_runtime.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("two.jsonl").write_text(
+        '{"prompt": "a cat"}\n{"prompt": "a dog", "height": 24, "width": 16}\n'
+    )
+    command = [str(sized_model.bundle), "--prompts-file", "two.jsonl", "-o", "a.png", *options]
+    assert main([*command, "--num-inference-steps", "1", "--threads", "1"]) == 2
+    assert f"{word} is for pictures of one size" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["two.jsonl"]

@@ -132,7 +132,8 @@ class Door:
             raise ConfigError(
                 "a callback must not close its context", "Close it in another thread."
             )
-        self._contexts.pop(address).close()
+        self._contexts[address].close()
+        del self._contexts[address]
         gc.collect()  # a pipeline is part of a cycle; its memory is to go now, not at some time
 
     def info(self, context: Any, json_out: Any) -> None:

@@ -193,6 +193,9 @@ class EngineRoom(Closing):
         """Draw ``tickets`` as one batch; afterwards each has its result or an error."""
         try:
             result = self._drawn(tickets)
+            parts = split_result(result, [ticket.request for ticket in tickets])
+            if self._on_drawn is not None:
+                self._on_drawn(tickets, result.timings)
         except Exception as error:
             if len(tickets) > 1:
                 # One picture must not spoil its neighbours': whose fault it is shows alone.
@@ -203,13 +206,12 @@ class EngineRoom(Closing):
                 logger.exception("a drawing failed for a reason that nobody foresaw")
             tickets[0].result.set_exception(error)
             return
-        if self._on_drawn is not None:
-            self._on_drawn(tickets, result.timings)
-        parts = split_result(result, [ticket.request for ticket in tickets])
         for ticket, part in zip(tickets, parts, strict=True):
             ticket.result.set_result(part)
 
     def _drawn(self, tickets: Sequence[Ticket]) -> Result:
+        if all(ticket.cancelled for ticket in tickets):
+            raise cancelled_error()
         request = join_requests([ticket.request for ticket in tickets])
         with closing(tickets[0].pipeline.stream(request)) as steps:
             for step in steps:
@@ -223,11 +225,11 @@ class EngineRoom(Closing):
 
 def _report(step: Step, tickets: Sequence[Ticket]) -> None:
     """Tell each ticket of ``step``; only one that is drawn alone may run in several batches."""
-    wanted = any(ticket.wants_preview(step.index, step.num_steps) for ticket in tickets)
-    pictures = step.preview() if wanted else None
+    wanted = [ticket.wants_preview(step.index, step.num_steps) for ticket in tickets]
+    pictures = step.preview() if any(wanted) else None
     first = 0
-    for ticket in tickets:
+    for ticket, wants in zip(tickets, wanted, strict=True):
         own = slice(first, first + ticket.request.num_images)
         first = own.stop
-        preview = None if pictures is None else pictures[own]
+        preview = pictures[own] if wants and pictures is not None else None
         ticket.report(Progress(step.index, step.num_steps, step.first_image, preview))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sd_runtime.timing import clock
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Progress:
     """One UNet call of a ticket's drawing: ``index`` counts 0 … num_steps − 1.
 
-    ``preview`` uint8 [n, H, W, 3], where one was asked for, shows the pictures from
-    ``first_image`` on that are being drawn.
+    ``preview`` uint8 [n, H, W, 3], where one is due, shows the pictures from ``first_image`` on
+    that are being drawn.
     """
 
     index: int
@@ -78,15 +78,20 @@ class Ticket:
         """Whether a preview is due after step ``index``. The last step has the picture itself."""
         if index + 1 == num_steps:
             return False
+        return self._is_due(index, num_steps) or self._preview_wanted.is_set()
+
+    def _is_due(self, index: int, num_steps: int) -> bool:
+        """Whether one of the previews that are evenly spread is."""
         due = range(1, self._previews + 1)
-        planned = any(num_steps * i // (self._previews + 1) == index + 1 for i in due)
-        return planned or self._preview_wanted.is_set()
+        return any(num_steps * i // (self._previews + 1) == index + 1 for i in due)
 
     def report(self, progress: Progress) -> None:
-        """Note a step and tell the owner of it."""
-        self.progress = progress
+        """Note a step and tell the owner of it; a preview that was only wanted is noted alone."""
         if progress.preview is not None:
             self.latest_preview = progress.preview
             self._preview_wanted.clear()
+            if not self._is_due(progress.index, progress.num_steps):
+                progress = replace(progress, preview=None)
+        self.progress = progress
         if self._on_progress is not None:
             self._on_progress(progress)

@@ -224,6 +224,58 @@ def test_previews_come_evenly_and_on_demand(room: EngineRoom) -> None:
     assert ticket.latest_preview.shape == (1, 64, 64, 3)
 
 
+def test_a_batch_shows_previews_to_those_who_asked(room: EngineRoom) -> None:
+    running, go_on = blocked(room)
+    seen: list[list[Progress]] = [[], []]
+    request = replace(REQUEST, num_inference_steps=8)
+    tickets = [
+        room.submit(replace(request, seed=seed), previews=previews, on_progress=steps.append)
+        for seed, previews, steps in zip((1, 2), (3, 0), seen, strict=True)
+    ]
+    tickets[0].want_preview()  # a poll: noted, and no step of the stream
+    running.cancel()
+    go_on.set()
+    wait([ticket.result for ticket in tickets], WAIT_S)
+    shown = [[step.index for step in steps if step.preview is not None] for steps in seen]
+    assert shown == [[1, 3, 5], []]
+    assert tickets[0].latest_preview is not None
+    assert tickets[1].latest_preview is None
+
+
+def test_a_batch_that_is_cancelled_is_not_drawn_one_by_one(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Request] = []
+    original = tiny_model.pipeline.stream
+    monkeypatch.setattr(
+        tiny_model.pipeline, "stream", lambda request: drawn.append(request) or original(request)
+    )
+    with EngineRoom(tiny_model.pipeline) as room:
+        running, go_on = blocked(room)
+        reached = threading.Event()
+        tickets = [
+            room.submit(replace(LONG, seed=seed), on_progress=lambda _: reached.set())
+            for seed in (1, 2)
+        ]
+        running.cancel()
+        go_on.set()
+        assert reached.wait(WAIT_S)
+    assert len(drawn) == 2
+    for ticket in tickets:
+        with pytest.raises(RefusedError, match="cancelled"):
+            ticket.result.result(0)
+
+
+def test_who_is_told_of_a_drawing_cannot_end_the_room(tiny_model: TinyModel) -> None:
+    def fail(tickets: object, timings: object) -> None:
+        raise ValueError("no metrics")
+
+    with EngineRoom(tiny_model.pipeline, on_drawn=fail) as room:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no metrics"):
+                room.submit(REQUEST).result.result(WAIT_S)
+
+
 def test_drained_it_finishes_what_it_accepted(tiny_model: TinyModel) -> None:
     with EngineRoom(tiny_model.pipeline) as room:
         running, go_on = blocked(room)

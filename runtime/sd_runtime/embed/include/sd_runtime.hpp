@@ -219,6 +219,15 @@ class Context {
     context_.reset(context);
   }
 
+  Context(Context&&) noexcept = default;
+  Context& operator=(Context&& other) noexcept {
+    if (this == &other) return *this;
+    context_.reset();  // whose callbacks use params_ until it is closed
+    params_ = std::move(other.params_);
+    context_ = std::move(other.context_);
+    return *this;
+  }
+
   // Throws Error with Code::busy where the queue is full, Code::config for a wrong request.
   Job submit(const Request& request) const {
     sd_request asked{};

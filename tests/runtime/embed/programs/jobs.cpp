@@ -165,6 +165,26 @@ void stop(const char* bundle) {
   CHECK(last.wait() == sd::State::cancelled);
 }
 
+// A context takes the place of one that draws.
+void renew(const char* bundle) {
+  std::counting_semaphore<2> reached(0);
+  const sd::OpenParams open{.bundle = bundle,
+                            .backend = "onnxruntime",
+                            .threads = 1,
+                            .on_progress = [&](sd_job*, const sd::Progress& progress) {
+                              if (progress.step == 1) reached.release();
+                              std::this_thread::sleep_for(std::chrono::milliseconds(5));
+                            }};
+  sd::Context context(open);
+  const sd::Job job =
+      context.submit({.prompt = "a cat", .scheduler = "ddim", .num_inference_steps = 500});
+  reached.acquire();
+  context = sd::Context(open);
+  CHECK(job.wait() == sd::State::cancelled);
+  CHECK(context.submit({.prompt = "a cat", .num_inference_steps = 2}).wait() ==
+        sd::State::succeeded);
+}
+
 // Eight threads ask at once; what a seed gives depends on nobody else.
 void crowd(const char* bundle) {
   constexpr std::uint64_t num_seeds = 3;
@@ -193,5 +213,6 @@ int main(int argc, char** argv) {
   draw(argv[1], argv[2], argv[3]);
   share(argv[1]);
   stop(argv[1]);
+  renew(argv[1]);
   crowd(argv[1]);
 }
