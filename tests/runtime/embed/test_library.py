@@ -91,6 +91,7 @@ def test_jobs_in_cpp_do_not_race(
     # What was not compiled for it seems to race: what counts is who made the access.
     accesses = re.findall(r"(?:ead|rite) of size .*\n(?: +#.*\(libtsan.*\n)*( +#.*\n)", done.stderr)
     assert not OURS.findall("".join(accesses))
+    assert "heap-use-after-free" not in done.stderr
 
     request = Request(
         "a cat",

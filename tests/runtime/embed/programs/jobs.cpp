@@ -168,12 +168,14 @@ void stop(const char* bundle) {
 // A context takes the place of one that draws.
 void renew(const char* bundle) {
   std::counting_semaphore<2> reached(0);
+  const std::vector<int> own{1, 2, 3};
   const sd::OpenParams open{.bundle = bundle,
                             .backend = "onnxruntime",
                             .threads = 1,
-                            .on_progress = [&](sd_job*, const sd::Progress& progress) {
+                            .on_progress = [&reached, own](sd_job*, const sd::Progress& progress) {
                               if (progress.step == 1) reached.release();
-                              std::this_thread::sleep_for(std::chrono::milliseconds(5));
+                              std::this_thread::sleep_for(std::chrono::milliseconds(50));
+                              CHECK(own.back() == 3);  // a part of the first one's parameters
                             }};
   sd::Context context(open);
   const sd::Job job =
