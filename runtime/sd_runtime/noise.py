@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sd_engines.errors import ConfigError
+from sd_runtime.request import MAX_SEED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAX_SEED = 2**64 - 1
 _BLOCK = 16
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
 from sd_engines.errors import BackendError
-from sd_runtime import Pipeline, Request
+from sd_runtime import Request, engines
 from sd_runtime.embed.context import Context
 
 if TYPE_CHECKING:
     from conftest import TinyModel
+    from sd_engines.engine import Engine
 
 
 def test_the_engines_work_on_the_callers_stream(
@@ -33,17 +34,20 @@ def test_the_engines_work_on_the_callers_stream(
         def __exit__(self, *_: object) -> None:
             current.pointer = None
 
-    loaded_on = []
-    load = Pipeline.load
+    opened_on = set()
+    open_engine = engines.open_engine
 
-    def watched_load(*arguments: object, **options: object) -> Pipeline:
-        loaded_on.append(current.pointer)
-        return load(*arguments, **options)  # type: ignore[arg-type]
+    def watched_open(*arguments: Any, **options: Any) -> Engine:
+        opened_on.add(current.pointer)  # in a thread of its own
+        return open_engine(*arguments, **options)
 
     drawn_on = set()
-    cupy = SimpleNamespace(cuda=SimpleNamespace(ExternalStream=ExternalStream))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(Pipeline, "load", watched_load)
+    cuda = SimpleNamespace(
+        ExternalStream=ExternalStream,
+        get_current_stream=lambda: ExternalStream(current.pointer),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(engines, "open_engine", watched_open)
     bundle = str(tiny_model.bundle)
     with Context(bundle, threads=1, queue_size=1, cuda_stream=0x5EED) as context:
         ticket = context.submit(
@@ -52,7 +56,7 @@ def test_the_engines_work_on_the_callers_stream(
             on_progress=lambda _: drawn_on.add(current.pointer),
         )
         ticket.result.result()
-    assert loaded_on == [0x5EED]
+    assert opened_on == {0x5EED}
     assert drawn_on == {0x5EED}
     assert current.pointer is None
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,34 @@ def test_nothing_but_statuses_crosses_the_boundary(
     expected = tiny_model.pipeline.generate(request).pixels
     drawn = np.fromfile(pixels, np.uint8).reshape(expected.shape)
     np.testing.assert_array_equal(drawn, expected)
+
+
+HOST = """
+import ctypes, sys, threading
+
+library = ctypes.PyDLL(sys.argv[1])  # keeps the interpreter's lock, as extension modules do
+library.sd_context_open.restype = ctypes.c_void_p
+
+class Parameters(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("bundle", ctypes.c_char_p),
+                ("others", ctypes.c_uint64 * 8)]
+
+def open_nothing():
+    parameters = Parameters(ctypes.sizeof(Parameters), b"/nowhere")
+    context = ctypes.c_void_p()
+    status = library.sd_context_open(ctypes.byref(parameters), ctypes.byref(context))
+    print(library.sd_status_code(ctypes.c_void_p(status)), flush=True)
+
+threads = [threading.Thread(target=open_nothing) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+def test_a_host_in_python_may_keep_its_lock(library: Path) -> None:
+    command = [sys.executable, "-c", HOST, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n3\n"), done.stderr
 
 
 def test_jobs_in_cpp_do_not_race(

@@ -87,6 +87,8 @@ static sd_status *open_door(bool owns_interpreter) {
 }
 
 sd_status *interpreter_start(void) {
+  /* Whoever comes with the interpreter's lock would wait with it for one that waits for it. */
+  PyThreadState *held = Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : NULL;
   pthread_mutex_lock(&lock);
   sd_status *status = NULL;
   if (!is_open) {
@@ -103,5 +105,6 @@ sd_status *interpreter_start(void) {
     is_open = status == NULL;
   }
   pthread_mutex_unlock(&lock);
+  if (held != NULL) PyEval_RestoreThread(held);
   return status;
 }
