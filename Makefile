@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build
-QUICK  := not gpu and not network and not slow
+QUICK  := not gpu and not slow
 PROMPT ?= a large red circle on the left, a small blue square in the top right and a green star in the bottom right, on a white background
 
 .PHONY: demo test test-runtime test-rest lint format quality gpu clean

@@ -1,6 +1,6 @@
 # sd-serve and sd-run on a CPU, without torch. From the root of the repository:
 #   docker build --file docs/deploy/cpu.Dockerfile --tag sd-toolkit:cpu .
-#   docker run --read-only --tmpfs /cache --volume /srv/sd14.bundle:/bundle:ro --publish 127.0.0.1:8000:8000 sd-toolkit:cpu
+#   docker run --stop-timeout 120 --read-only --tmpfs /cache --volume /srv/sd14.bundle:/bundle:ro --publish 127.0.0.1:8000:8000 sd-toolkit:cpu
 # It listens on all addresses of the container: publish it to a proxy, and give it a key.
 FROM python:3.12.12-slim-bookworm AS build
 WORKDIR /src

@@ -1,6 +1,6 @@
 # sd-serve and sd-run on an NVIDIA GPU, without torch. From the root of the repository:
 #   docker build --file docs/deploy/cuda.Dockerfile --build-arg EXTRA=tensorrt-rtx --tag sd-toolkit:cuda .
-#   docker run --gpus all --read-only --tmpfs /cache --volume /srv/sd14.bundle:/bundle:ro --publish 127.0.0.1:8000:8000 sd-toolkit:cuda
+#   docker run --gpus all --stop-timeout 120 --read-only --tmpfs /cache --volume /srv/sd14.bundle:/bundle:ro --publish 127.0.0.1:8000:8000 sd-toolkit:cuda
 # EXTRA is the backend that the bundle has engines of: cuda (ONNX Runtime), tensorrt or tensorrt-rtx.
 # It listens on all addresses of the container: publish it to a proxy, and give it a key.
 FROM nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04 AS build
@@ -22,7 +22,7 @@ FROM nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04
 RUN apt-get update && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/sd-toolkit /opt/sd-toolkit
-ENV PATH=/opt/sd-toolkit/bin:$PATH XDG_CACHE_HOME=/cache PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/sd-toolkit/bin:$PATH XDG_CACHE_HOME=/cache CUPY_CACHE_DIR=/cache/cupy PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -30,7 +30,11 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             "the backends]",
         ),
         click.option(
-            "--backend", "backends", multiple=True, metavar="NAME", help=f"{_BACKENDS}; repeatable."
+            "--backend",
+            "backends",
+            multiple=True,
+            metavar="NAME",
+            help=f"{_BACKENDS}; repeatable. [default: onnxruntime; build has none]",
         ),
     ):
         command = option(command)

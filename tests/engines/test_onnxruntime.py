@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sd_engines import open_engine
 from sd_engines.backends import onnxruntime as backend
+from sd_engines.backends import onnxruntime_package
 from sd_engines.backends.onnxruntime import LEAN
 from sd_engines.bundle import Bundle, ComponentEntry, hash_files, portable_entry
 from sd_engines.engine import build_engine, load_engine
@@ -139,7 +141,7 @@ def test_settings_on_a_gpu(
 
     stream = SimpleNamespace(ptr=7)
     cuda = SimpleNamespace(get_current_stream=lambda: stream)
-    monkeypatch.setattr(backend, "_package", lambda target: onnxruntime)
+    monkeypatch.setattr(backend, "package", lambda target: onnxruntime)
     monkeypatch.setattr(backend, "import_package", lambda *a, **k: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(backend, "_session", refuse)
     engine = replace(tiny_bundle.manifest.engines[0], target="cuda", precision=precision)
@@ -151,3 +153,25 @@ def test_settings_on_a_gpu(
         ("CUDAExecutionProvider", {**plain, "enable_cuda_graph": "1"}),
         ("CUDAExecutionProvider", plain),
     ]
+
+
+def test_libraries_are_loaded_from_where_pip_put_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = []
+
+    class Package:
+        @staticmethod
+        def get_available_providers() -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        @staticmethod
+        def preload_dlls() -> None:
+            loaded.append("CUDA")
+            sys.stdout.write("Failed to load libcudnn")  # as it does
+
+    monkeypatch.setattr(onnxruntime_package, "import_package", lambda *a, **k: Package)
+    for target in ("cpu", "cuda", "cuda"):
+        assert onnxruntime_package.package(target) is Package
+    assert loaded == ["CUDA"]
+    assert capsys.readouterr().out == ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from sd_engines.backends.cuda import named_stream, release
+from sd_engines.backends.onnxruntime_package import PROVIDERS, package
 from sd_engines.border import (
     check_arrays,
     check_batch,
@@ -24,7 +25,7 @@ from sd_engines.border import (
 from sd_engines.bundle import portable_entry
 from sd_engines.closing import Closing
 from sd_engines.cores import usable_cores
-from sd_engines.errors import BackendError, ConfigError, nearest
+from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "onnxruntime"
 _NOT_CAPTURED: Final = -1
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LEAN: Final = {"memory": "lean"}
 """`EngineEntry.flags` of an engine that runs a few times only: it maps its weights, widens each
 when it is used, and gives all memory back after a run. 1.4 times as slow, at 0.4 of the memory."""
@@ -75,7 +75,7 @@ def build(
     fp32 one on a GPU; asking for another is a `ConfigError`.
     """
     target = target or "cpu"
-    version = _package(target).__version__
+    version = package(target).__version__
     found = computed_in(entry.precision, precision, backend=BACKEND, on_gpu=target != "cpu")
     return portable_entry(
         component, entry, profile, BACKEND, version=version, target=target, precision=found
@@ -84,7 +84,7 @@ def build(
 
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     """`BackendError` where the package or the provider of the engine's target is not here."""
-    _package(engine.target)
+    package(engine.target)
 
 
 def load(
@@ -103,9 +103,9 @@ def load(
     `BackendError` where the package, the provider or memory is missing.
     """
     target = engine.target
-    package = _package(target)
-    options = package.SessionOptions()
-    options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
+    module = package(target)
+    options = module.SessionOptions()
+    options.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Named, because the default also pins each thread to a core of its own, which stalls the whole
     # pool as soon as one of those cores is busy with something else.
     options.intra_op_num_threads = threads or usable_cores()
@@ -116,10 +116,10 @@ def load(
     options.log_severity_level = 3  # errors only: what matters arrives as an exception
     lean = engine.flags == LEAN
     options.enable_cpu_mem_arena = not lean
-    values = [package.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
+    values = [module.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     if weights:  # `add_initializer` would come after optimizers that have read the old ones
         options.add_external_initializers([*weights], values)
-    providers: list[Any] = [_PROVIDERS[target]]
+    providers: list[Any] = [PROVIDERS[target]]
     stream = None
     if target == "cuda":
         stream = named_stream(import_package("cupy", extra="cuda").cuda)
@@ -129,11 +129,11 @@ def load(
         }
         # As a CUDA graph a run is one launch; refused where any node of the graph stays on the CPU.
         captured = settings | {"enable_cuda_graph": "1"}
-        providers = [(_PROVIDERS[target], each) for each in (captured, settings)]
-    session = _session(package, path, options, providers, _WIDENING if lean else ())
-    if session.get_providers()[0] != _PROVIDERS[target]:  # it goes on without, and says nothing
+        providers = [(PROVIDERS[target], each) for each in (captured, settings)]
+    session = _session(module, path, options, providers, _WIDENING if lean else ())
+    if session.get_providers()[0] != PROVIDERS[target]:  # it goes on without, and says nothing
         raise BackendError(
-            f"ONNX Runtime did not start its {_PROVIDERS[target]}",
+            f"ONNX Runtime did not start its {PROVIDERS[target]}",
             'Check the NVIDIA driver, and run: pip install "sd-toolkit[cuda]"',
         )
     return OnnxRuntimeEngine(
@@ -147,7 +147,7 @@ def load(
 
 
 def _session(
-    package: Any,
+    module: Any,
     path: Path,
     options: Any,
     providers: Sequence[Any],
@@ -157,7 +157,7 @@ def _session(
     failure: Exception | None = None
     for provider in providers:
         try:
-            return package.InferenceSession(
+            return module.InferenceSession(
                 os.fspath(path),
                 options,
                 providers=[provider],
@@ -168,20 +168,6 @@ def _session(
             logger.debug("%s is not opened by %s: %s", path, provider, error)
             failure = error
     raise BackendError(f"ONNX Runtime cannot open {path}: {failure}", _HINT) from failure
-
-
-def _package(target: str) -> Any:
-    if target not in _PROVIDERS:
-        raise ConfigError(f"unknown target {target!r}", nearest(target, _PROVIDERS))
-    # Before the import, which else writes an identifier into ~/.cache and sends events.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    package = import_package("onnxruntime", extra=target)
-    if _PROVIDERS[target] not in package.get_available_providers():
-        raise BackendError(
-            f"this onnxruntime has no {_PROVIDERS[target]}",
-            f'pip uninstall onnxruntime, then pip install "sd-toolkit[{target}]"',
-        )
-    return package
 
 
 class OnnxRuntimeEngine(Closing):

@@ -133,7 +133,8 @@ sd_status *sd_context_open(const sd_open_params *params, sd_context **context);
 /* Cancels all jobs, waits until they have ended (one step at most) and frees the engines. Jobs
  * and their results stay until they are freed. No other call may use the context meanwhile. */
 sd_status *sd_context_close(sd_context *context);
-/* A JSON object to free: "abi_version", "model", "profile", "engines", "schedulers". */
+/* A JSON object to free: "abi_version", "model", "profile", "profiles", "engines",
+ * "schedulers". */
 sd_status *sd_context_info(sd_context *context, char **json);
 /* A JSON object to free: "waiting", "submitted", "succeeded", "failed", "cancelled", "images",
  * and "stages": by name, how often each ran and its time in ms. */
