@@ -14,6 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from itertools import cycle
 from random import Random
 from statistics import median, quantiles
+from threading import Event
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -179,13 +180,13 @@ def put_under_load(
     were refused at once would else come back at once.
     """
     bodies = [json.loads(json.dumps(body_of(request))) for request in requests]
-    start = perf_counter()
+    start, stopped = perf_counter(), Event()
 
     def client(number: int) -> list[tuple[int, Reply | None]]:
         connection, replies = server.connection(), []
         chance = Random(number)  # noqa: S311 - no secret
         for index in cycle(range(len(bodies))):
-            if perf_counter() - start > seconds:
+            if perf_counter() - start > seconds or stopped.is_set():
                 break
             which = (index + number) % len(bodies)
             reply: Reply | None = None
@@ -195,18 +196,22 @@ def put_under_load(
                 connection.close()
             replies.append((which, reply))
             pause_s = _LOST_PAUSE_S if reply is None else reply.retry_after_s
-            sleep(pause_s * chance.uniform(1, 1.5))
+            stopped.wait(pause_s * chance.uniform(1, 1.5))
         connection.close()
         return replies
 
     resident, on_gpus = [], []
     with ThreadPoolExecutor(clients) as pool:
         futures = [pool.submit(client, number) for number in range(clients)]
-        for part in (1, 2, 3, 4):
-            sleep(max(0.0, start + part * seconds / 4 - perf_counter()))
-            resident.append(server.resident_bytes)
-            on_gpus.append(held_on_gpus_bytes())
-        replies = [reply for future in futures for reply in future.result()]
+        try:
+            for part in (1, 2, 3, 4):
+                sleep(max(0.0, start + part * seconds / 4 - perf_counter()))
+                resident.append(server.resident_bytes)
+                on_gpus.append(held_on_gpus_bytes())
+            replies = [reply for future in futures for reply in future.result()]
+        except BaseException:  # an interrupt: the pool waits for its clients
+            stopped.set()
+            raise
     drawn = [(which, reply) for which, reply in replies if reply and reply.status == 200]
     differences = [_difference(reply.body, expected[which]) for which, reply in drawn]
     refused = [reply.ms for _, reply in replies if reply and reply.status == 429]

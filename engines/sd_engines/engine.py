@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, get_args
 
 from sd_engines.entries import BACKENDS
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sd_engines.spec import Profile, TensorSpec
 
 logger = logging.getLogger(__name__)
+
+_MOST_THREADS: Final = 1024
 
 Array: TypeAlias = Any
 """A numpy array on the CPU; a CuPy array where the engine's device is a GPU."""
@@ -174,8 +176,10 @@ def open_engine(
     """
     if backend != "auto":
         _module(backend)
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}", "Name 1 or more, or leave it out.")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise ConfigError(
+            f"threads is {threads}", f"Name 1 to {_MOST_THREADS}, or leave it out for all cores."
+        )
     if component not in bundle.manifest.components:
         raise BundleError(
             f"{bundle.path}: has no component {component!r}",

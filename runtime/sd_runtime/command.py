@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -42,6 +42,11 @@ def run_command(
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except OSError as error:  # a name too long, a folder that is gone, stdout on a full disk
+        with suppress(OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"Error: {where}{error.strerror or error}\nCheck paths and disks.", err=True)
+        return SdError.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(interrupted, err=True)
         return INTERRUPTED

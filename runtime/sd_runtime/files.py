@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _STAGING = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """How `write_files` calls a file until it is whole."""
+_PLACEHOLDER = re.compile(r"\{(index|seed)(:0?\d{0,2}d?)?\}|\{\{|\}\}")
+"""What `output_paths` fills in, and braces that stand for themselves."""
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
@@ -97,6 +99,8 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"there is no folder {folder}", f"Make it: mkdir -p {folder}.")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder", f"Name a file in it: {path / 'picture.png'}.")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file", "Name one that is, or that is not there.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder} may not be written to", "Choose another folder.")
 
@@ -122,10 +126,9 @@ def output_paths(template: str, seeds: Sequence[int]) -> list[Path]:
     if "{" not in template:
         return numbered_paths(Path(template), len(seeds))
     hint = "Use {index} and {seed}, such as picture-{index:03}.png."
-    try:
-        paths = [Path(template.format(index=i, seed=seed)) for i, seed in enumerate(seeds)]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--output {template!r} cannot be filled in: {error}", hint) from error
+    if re.search(r"[{}]", _PLACEHOLDER.sub("", template)):
+        raise ConfigError(f"--output {template!r} cannot be filled in", hint)
+    paths = [Path(template.format(index=i, seed=seed)) for i, seed in enumerate(seeds)]
     if len(set(paths)) < len(paths):
         raise ConfigError(f"--output {template!r} names two pictures alike", hint)
     return paths

@@ -88,16 +88,13 @@ def encode_image(
 
 def read_recipe_text(path: Path) -> str:
     """The JSON that `encode_image` put into a picture; `ConfigError` where there is none."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text, xmp = image.info.get(JSON_CHUNK), image.info.get("xmp")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read the picture {path}: {error}", "Name a .png, .jpg or .webp file."
-        ) from error
+    from sd_runtime.input_image import readable
+
+    with readable(str(path)), Image.open(path) as image:
+        image.load()
+        text, xmp = image.info.get(JSON_CHUNK), image.info.get("xmp")
     if text is None and isinstance(xmp, bytes):
         found = _XMP_RECIPE.search(xmp.decode("utf-8", errors="replace"))
         text = html.unescape(found.group(1)) if found else None

@@ -113,17 +113,19 @@ class InputImage:
 @contextmanager
 def readable(name: str) -> Iterator[None]:
     """`ConfigError` that names the file, for what Pillow and numpy raise of one that is broken."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         yield
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+    except (ConfigError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
+    except Exception as error:  # of a broken file their decoders raise whatever they come upon
         raise ConfigError(
             f"cannot read the picture {name}: {error}",
             "Name a picture file, such as a .png, .jpg or .webp.",
         ) from error
-    except Image.DecompressionBombError as error:
-        raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
 
 
 def opened_image(source: object, name: str) -> Image:

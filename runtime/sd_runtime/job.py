@@ -51,6 +51,11 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             check_writable(depth_path(path))
     if job.save_latents:
         check_writable(job.save_latents)
+        if job.save_latents.resolve() in {path.resolve() for path in paths}:
+            raise ConfigError(
+                f"{job.save_latents} is both --output and --save-latents",
+                "Name another file for the latents.",
+            )
     plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
     if (order.columns or job.save_latents) and len({planned.size for planned in plans}) > 1:
         raise ConfigError(

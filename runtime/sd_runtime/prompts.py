@@ -93,7 +93,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
             "Save it as UTF-8, one prompt a line.",
         ) from error
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), start=1)]
+    # Not splitlines, which also ends a line at characters that JSON's texts may hold.
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), start=1)]
     found = [(number, line) for number, line in lines if line]
     if not found:
         raise ConfigError(f"{path} holds no prompts", "Write one prompt a line.")

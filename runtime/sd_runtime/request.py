@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sd_runtime.tiles import Tile
 
 MAX_SEED = 2**64 - 1
+MAX_IMAGES = 100_000
+"""Pictures a prompt: what is drawn is listed before it is."""
 
 
 class ImageRequest(NamedTuple):
@@ -119,7 +121,7 @@ class Request:
                 f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts",
                 "Give one negative prompt for all, or as many as there are prompts.",
             )
-        check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, None)
+        check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
         check_whole("cache_interval", self.cache_interval, 1, None)
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,33 @@ def test_a_wrong_picture_is_noticed(shapes_bundle: Path, tmp_path: Path) -> None
         expected = np.full((128, 128, 3), 127, dtype=np.uint8)
         load = put_under_load(server, [request], [expected], clients=1, seconds=0.2)
     assert load.wrong == len(load.drawn_ms) > 0
+
+
+def test_an_interrupt_ends_the_load(
+    shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(server: ServerProcess) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServerProcess, "resident_bytes", property(interrupt))
+    options = ["--backend", "onnxruntime", "--threads", "1"]
+    request = Request("a red circle", seed=1, num_inference_steps=1)
+    expected = np.zeros((128, 128, 3), dtype=np.uint8)
+    with ServerProcess(
+        shapes_bundle, log=tmp_path / "log", queue_size=1, options=options
+    ) as server:
+        start = perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            put_under_load(server, [request], [expected], clients=2, seconds=40)
+    assert perf_counter() - start < 20, "a quarter of the time, and the answers under way"
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
+def test_a_load_takes_some_seconds(
+    shapes_bundle: Path, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    assert main(["serve", str(shapes_bundle), "--seconds", seconds]) == 2
+    assert "--seconds" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -326,12 +327,17 @@ def test_the_safety_checker_is_reported(
         (["BUNDLE", "a", "-o", "missing/a.png"], 2, "mkdir -p missing"),
         (["BUNDLE", "a", "-o", "a.png", "--save-latents", "missing/a.npy"], 2, "mkdir"),
         (["BUNDLE", "a", "-o", "{x}.png"], 2, "{index}"),
+        (["BUNDLE", "a", "-o", "a.png", "--save-latents", "./a.png"], 2, "both --output and"),
+        (["BUNDLE", "a", "-o", "fifo.png"], 2, "no regular file"),
+        (["BUNDLE", "a", "-o", "a.png", "--num-images", "5000000000"], 2, "1 to 100000"),
+        (["BUNDLE", "a", "-o", "a.png", "--threads", "1000000000000"], 2, "1 to 1024"),
+        (["x" * 300, "-o", "a.png"], 1, "File name too long"),
         (["BUNDLE", "a", "-o", "a.png", "--seeed", "1"], 2, "--seed"),
         (["BUNDLE", "a", "-o", "a.png", "--seed", "x"], 2, "--seed"),
         (["BUNDLE", "a", "-o", "a.png", "--seed", "-1"], 2, "seed is -1"),
         (["BUNDLE", "a", "-o", "a.png", "--seed", str(2**64)], 2, "18446744073709551615"),
         (["BUNDLE", "a", "-o", "a.png", "--num-inference-steps", "0"], 2, "1 or more"),
-        (["BUNDLE", "a", "-o", "a.png", "--num-images", "0"], 2, "1 or more"),
+        (["BUNDLE", "a", "-o", "a.png", "--num-images", "0"], 2, "1 to 100000"),
         (["BUNDLE", "a", "-o", "a.png", "--guidance-scale", "nan"], 2, "finite"),
         (["BUNDLE", "a", "-o", "a.png", "--eta", "2"], 2, "0 to 1"),
         (["BUNDLE", "a", "-o", "a.png", "--image", "missing.png"], 2, "missing.png"),
@@ -371,6 +377,7 @@ def test_bad_input(
     (folder / "lost.jsonl").write_text('{"prompt": "a", "image": "lost.png"}\n')
     Image.new("RGB", (64, 64), "white").save(folder / "white.png")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    os.mkfifo(folder / "fifo.png")
     (folder / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (folder / "wrong.jsonl").write_text('{"prompt": "a", "sead": 1}\n')
     before = names(folder)
@@ -418,6 +425,24 @@ def test_an_interrupt_leaves_nothing(
     assert out == ""
     assert "Traceback" not in err
     assert names(folder) == []
+
+
+def test_a_full_disk_behind_stdout(tiny_model: TinyModel, folder: Path) -> None:
+    command = [sys.executable, "-c", MAIN, str(tiny_model.bundle), "a cat", "-o", "a.png", *FAST]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_lines_end_where_json_lines_end(tiny_model: TinyModel, folder: Path) -> None:
+    prompt = "a\u2028b\x85c"
+    Path("one.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\r\n")
+    arguments = ["--prompts-file", "one.jsonl", "-o", "a.png", "--seed", "1", *FAST]
+    assert main([str(tiny_model.bundle), *arguments]) == 0
+    (recipe,), _ = recipes_from_text(read_recipe_text(Path("a.png")))
+    assert recipe.prompt == prompt
 
 
 HEAVY = "torch diffusers transformers onnx onnxruntime openvino PIL tokenizers"

@@ -141,7 +141,9 @@ def test_names_of_several_pictures() -> None:
     assert output_paths("{seed}-{index:03}.png", [7]) == [Path("7-000.png")]
     with pytest.raises(ConfigError, match="names two pictures alike"):
         output_paths("{seed}.png", [7, 7])
-    for template in ("{number}.png", "{.png", "{}.png", "{index.x}.png", "{index:q}.png"):
+    assert output_paths("{{{index}}}.png", [7]) == [Path("{0}.png")]
+    wrong = ("{number}.png", "{.png", "{}.png", "{index.x}.png", "{index:q}.png", "{index[0]}.png")
+    for template in (*wrong, "{seed.__class__}.png", "{index:99999999}.png", "{index!r}.png"):
         with pytest.raises(ConfigError, match="cannot be filled in"):
             output_paths(template, [7])
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sd_engines.errors import ConfigError
 from sd_runtime import Request
-from sd_runtime.input_image import InputImage
+from sd_runtime.image import read_recipe_text
+from sd_runtime.input_image import InputImage, readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,3 +153,19 @@ def test_a_picture_as_large_as_a_field_is_refused(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ConfigError, match="48 pixels"):
         of(saved(tmp_path, Image.fromarray(PIXELS)))
+
+
+@pytest.mark.parametrize("error", [TypeError("Missing dimensions"), RuntimeError("no frame")])
+def test_whatever_a_decoder_raises_is_of_the_picture(error: Exception) -> None:
+    words = rf"cannot read the picture a\.tif: {error}"
+    with pytest.raises(ConfigError, match=words), readable("a.tif"):
+        raise error
+
+
+def test_a_recipe_in_a_picture_as_large_as_a_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ConfigError, match="decompression bomb"):
+        read_recipe_text(tmp_path / "a.png")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from sd_bench.commands.request import FiniteRange
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -26,13 +28,13 @@ def criterion_options(command: Command) -> Command:
             click.option("--stage", default="total", show_default=True, help="Or unet_step, …"),
             click.option(
                 "--allowed-regression",
-                type=click.FloatRange(min=0),
+                type=FiniteRange(min=0),
                 metavar="PERCENT",
                 help="[default: 2.5 for samples taken in turns, 5 for two runs apart]",
             ),
             click.option(
                 "--confidence",
-                type=click.FloatRange(50, 99.9),
+                type=FiniteRange(50, 99.9),
                 default=98.0,
                 show_default=True,
                 metavar="PERCENT",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.request import given, prompt_options, request_options
+from sd_bench.commands.request import FiniteRange, given, prompt_options, request_options
 
 if TYPE_CHECKING:
     from sd_bench.latency import Sampler
@@ -31,7 +31,7 @@ _FILE = click.Path(path_type=Path)
     "--runs", type=click.IntRange(min=1), default=10, show_default=True, help="At least so many."
 )
 @click.option(
-    "--duration", type=click.FloatRange(min=0), default=0.0, help="And at least so many seconds."
+    "--duration", type=FiniteRange(min=0), default=0.0, help="And at least so many seconds."
 )
 @click.option(
     "--cold-starts",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sd_bench.commands.request import request_options
+from sd_engines.errors import ConfigError
 
 if TYPE_CHECKING:
     from sd_bench.quality import Answer, Score
@@ -34,6 +35,8 @@ def quality(
     from sd_runtime import Pipeline
 
     if pictures is not None:
+        if pictures.exists() and not pictures.is_dir():
+            raise ConfigError(f"{pictures} is no folder", "Name one, which is made if need be.")
         pictures.mkdir(parents=True, exist_ok=True)
 
     def on_answer(answer: Answer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.request import request_options
+from sd_bench.commands.request import FiniteRange, request_options
 from sd_bench.measurement import PROMPT
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
+@click.option("--seconds", type=FiniteRange(min=1), default=30.0, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=10), default=100, show_default=True)
 @request_options(
     without=("guidance_start", "guidance_stop", "height", "width"), num_inference_steps=4

@@ -128,9 +128,9 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that can be none
         raise ConfigError(
-            f"cannot listen on {host}, port {port}: {error.strerror}",
+            f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}",
             "Choose another --host or --port; 0 takes a free port.",
         ) from error
     return listener
