@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", np.uint8, np.uint16)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64 * 10**6
+_MOST_A_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 JSON_CHUNK = "sd-toolkit"
 _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _XMP = (
@@ -45,6 +46,16 @@ def format_of(path: Path) -> str:
             f"{path.name!r} ends in no known picture format",
             f"Use one of {', '.join(FORMATS)}.",
         ) from None
+
+
+def check_size(path: Path, height: int, width: int) -> None:
+    """`ConfigError` where the format of ``path`` has no room for so many pixels a side."""
+    most = _MOST_A_SIDE.get(format_of(path))
+    if most is not None and max(height, width) > most:
+        raise ConfigError(
+            f"{path.name}: {width}×{height} pixels, and it can hold {most} a side",
+            "Write a .png instead.",
+        )
 
 
 def encode_image(

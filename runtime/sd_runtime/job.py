@@ -15,7 +15,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
-from sd_runtime.image import encode_image, format_of, grid_of
+from sd_runtime.image import check_size, encode_image, format_of, grid_of
 from sd_runtime.order import order_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
@@ -62,6 +62,9 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             f"{'--grid' if order.columns else '--save-latents'} is for pictures of one size",
             "Leave it out, or ask for one --height and --width.",
         )
+    if order.columns:
+        height, width = plans[0].size
+        check_size(paths[0], -(-len(seeds) // order.columns) * height, order.columns * width)
     batch_size = manifest.profile.batch_size
     num_steps = sum(planned.num_steps(batch_size) for planned in plans)
     if "seed" not in job.options and not job.from_image and not quiet:

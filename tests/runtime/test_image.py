@@ -12,7 +12,14 @@ from PIL import Image
 
 from sd_engines.errors import ConfigError, SdError
 from sd_runtime.files import check_writable, output_paths, write_files
-from sd_runtime.image import encode_image, format_of, grid_of, read_recipe_text
+from sd_runtime.image import (
+    FORMATS,
+    check_size,
+    encode_image,
+    format_of,
+    grid_of,
+    read_recipe_text,
+)
 
 RECIPE = '{"prompt": "a \\"<red>\\" & \\u00e9 \\ud83e\\udd8a ]]>"}'
 PARAMETERS = 'a "<red>" & é 🦊\x00\x1b\nNegative prompt: b\nSteps: 2'
@@ -151,3 +158,15 @@ def test_names_of_several_pictures() -> None:
 def test_png_is_a_plain_png(pixels: np.ndarray) -> None:
     with Image.open(io.BytesIO(encode_image(pixels, "PNG"))) as image:
         image.verify()
+
+
+@pytest.mark.parametrize(("name", "side"), [("a.webp", 16_384), ("a.jpg", 65_501)])
+def test_a_picture_too_large_for_its_format(name: str, side: int) -> None:
+    check_size(Path(name), side - 1, side - 1)
+    check_size(Path("a.png"), side, side)
+    for height, width in ((1, side), (side, 1)):
+        with pytest.raises(ConfigError, match=rf"{name}: {width}×{height} pixels, and") as error:
+            check_size(Path(name), height, width)
+        assert ".png" in error.value.hint
+    with pytest.raises((ConfigError, OSError)):  # as Pillow finds out once all is drawn
+        encode_image(np.zeros((1, side, 3), np.uint8), FORMATS[Path(name).suffix])

@@ -24,6 +24,7 @@ from sd_runtime.serve.offer import (
 
 if TYPE_CHECKING:
     from PIL import Image
+    from starlette.datastructures import FormData
 
 _AS_IN_REQUEST = {
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
@@ -188,6 +189,14 @@ class Edit(Asked):
         if self.mask is not None:
             pictures["mask"] = _mask_from_bytes(self.mask.file.read())
         return pictures
+
+
+def check_once(form: FormData) -> None:
+    """`ConfigError` for a field that is there twice and no list: all but one would be dropped."""
+    for name in form:
+        times = len(form.getlist(name))
+        if times > 1 and name.removesuffix("[]") not in _LISTS:
+            raise ConfigError(f"{name} is there {times} times", "Send it once.")
 
 
 class Picture(BaseModel):

@@ -18,7 +18,7 @@ from sd_runtime.image import encode_image
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
 from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
-from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures
+from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
 from sd_runtime.serve.ticket import Progress
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
         body: Annotated[Edit, Form(media_type="multipart/form-data")], connection: Request
     ) -> Response:
         """Draw pictures from a prompt and a picture, or only what a mask says of it."""
+        check_once(await connection.form())
         return await drawn(body, connection)
 
     async def drawn(body: Asked, connection: Request) -> Response:

@@ -166,3 +166,18 @@ def test_several_pictures_are_refused(server: Server) -> None:
         pytest.raises(openai.BadRequestError, match="image"),
     ):
         client.images.edit(image=[file, file], prompt="a cat", extra_body=EXTRA)
+
+
+@pytest.mark.parametrize("field", ["image", "prompt", "seed"])
+def test_what_is_sent_twice_is_refused(server: Server, field: str) -> None:
+    """A form may say anything twice; what counts would be the last."""
+    values = {"image": png(PICTURE), "prompt": b"a cat", "seed": b"7"}
+    parts = []
+    for name in (*values, field):
+        file = '; filename="a.png"' if name == "image" else ""
+        head = f'--part\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+        parts.append(head.encode() + values[name] + b"\r\n")
+    headers = {"Content-Type": "multipart/form-data; boundary=part"}
+    reply = server.ask("/v1/images/edits", b"".join([*parts, b"--part--\r\n"]), headers=headers)
+    assert reply.status == 400
+    assert f"{field} is there 2 times" in reply.json["error"]["message"]
