@@ -134,13 +134,16 @@ def _thread_variables() -> dict[str, str]:
 
 def _gpu() -> dict[str, str]:
     """The GPUs as nvidia-smi reports them, one after the other; nothing where there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
     query = ",".join(_GPU_QUERY.values())
-    lines = output_of(program, f"--query-gpu={query}", "--format=csv,noheader").splitlines()
+    lines = nvidia_smi(f"--query-gpu={query}", "--format=csv,noheader").splitlines()
     columns = zip(*(line.split(", ") for line in lines), strict=False)
     return {name: "; ".join(column) for name, column in zip(_GPU_QUERY, columns, strict=False)}
+
+
+def nvidia_smi(*options: str) -> str:
+    """What it says; nothing where it is not here or fails."""
+    program = shutil.which("nvidia-smi")
+    return "" if program is None else _output(program, *options)
 
 
 def _commit() -> str:
@@ -149,13 +152,12 @@ def _commit() -> str:
     folder = Path(__file__).parent
     if git is None or not any((parent / ".git").exists() for parent in folder.parents[:3]):
         return ""
-    commit = output_of(git, "-C", str(folder), "rev-parse", "HEAD")
-    changed = output_of(git, "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    commit = _output(git, "-C", str(folder), "rev-parse", "HEAD")
+    changed = _output(git, "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     return commit + "+" * bool(commit and changed)
 
 
-def output_of(*command: str) -> str:
-    """What ``command`` prints; nothing where it fails."""
+def _output(*command: str) -> str:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603 - both programs are found by name
     except (OSError, subprocess.TimeoutExpired):

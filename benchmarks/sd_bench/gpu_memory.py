@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sd_bench.environment import output_of
+from sd_bench.environment import nvidia_smi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,11 +20,8 @@ def held_on_gpus_bytes() -> int:
 
     Processes are not told apart: in a container nvidia-smi cannot.
     """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
     with suppress(ValueError):  # of a GPU that does not say
-        return sum(int(mebibytes) << 20 for mebibytes in output_of(program, *_QUERY).split())
+        return sum(int(mebibytes) << 20 for mebibytes in nvidia_smi(*_QUERY).split())
     return 0
 
 

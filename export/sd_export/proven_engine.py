@@ -104,8 +104,7 @@ def make_engine(
     backend, component, entry, profile = order.backend, order.component, order.entry, order.profile
     precision, calibration = order.precision, order.calibration
     certificate: list[CertificateEntry] = []
-    half = backend not in PORTABLE_BACKENDS and precision in ("fp16", "bf16")
-    half = half and precision != entry.precision
+    half = backend not in PORTABLE_BACKENDS and precision not in (None, "tf32", entry.precision)
     with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
         if half and precision == "fp16":
             converted = converted_entry(graph, entry)

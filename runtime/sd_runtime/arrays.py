@@ -52,11 +52,12 @@ def elementwise(inputs: str, outputs: str, operation: str, name: str) -> Any:
 def current_stream() -> AbstractContextManager[object]:
     """The stream that this thread works on, for others to work on it too: CuPy's is a thread's own.
 
-    Nobody has one who has not imported CuPy.
+    Nobody has one who has not imported CuPy, or has no GPU.
     """
-    if "cupy" not in sys.modules:
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is None or not cupy.cuda.is_available():
         return nullcontext()
-    stream: AbstractContextManager[object] = sys.modules["cupy"].cuda.get_current_stream()
+    stream: AbstractContextManager[object] = cupy.cuda.get_current_stream()
     return stream
 
 

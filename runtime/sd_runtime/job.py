@@ -46,12 +46,12 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     paths = output_paths(job.output, seeds[:1] if order.columns else seeds)
     for path in paths:
         format_of(path)
+    pictures = [*paths, *(map(depth_path, paths) if gives_depth(manifest) else ())]
+    for path in pictures:
         check_writable(path)
-        if gives_depth(manifest):
-            check_writable(depth_path(path))
     if job.save_latents:
         check_writable(job.save_latents)
-        if job.save_latents.resolve() in {path.resolve() for path in paths}:
+        if job.save_latents.resolve() in {path.resolve() for path in pictures}:
             raise ConfigError(
                 f"{job.save_latents} is both --output and --save-latents",
                 "Name another file for the latents.",

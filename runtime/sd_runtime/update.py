@@ -8,6 +8,7 @@ The sum is over older predictions and the noise. What an inpainted picture keeps
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -116,6 +117,7 @@ class Update:
         kernel(model_output, *factors, *repainted, *weighted, newest, self._sample)
 
 
+@cache
 def kernel_source(num_terms: int, *, keeps: bool) -> tuple[str, str, str]:
     """CUDA C++ of one element, as `elementwise` takes it: inputs, outputs, and what is done."""
     terms, kept = range(num_terms), range(num_terms, num_terms + 2 if keeps else num_terms)

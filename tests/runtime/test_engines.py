@@ -81,7 +81,7 @@ def test_engines_open_on_the_stream_of_who_asks(
     def get_current_stream() -> AbstractContextManager[None]:
         return streams.entered(streams.current)
 
-    cuda = SimpleNamespace(get_current_stream=get_current_stream)
+    cuda = SimpleNamespace(is_available=lambda: True, get_current_stream=get_current_stream)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     original = engines.open_engine
 
@@ -96,6 +96,18 @@ def test_engines_open_on_the_stream_of_who_asks(
     ((stream, thread),) = seen
     assert stream == "the caller's"
     assert thread != threading.get_ident()
+
+
+def test_cupy_without_a_gpu_is_in_nobodys_way(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_current_stream() -> AbstractContextManager[None]:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    cuda = SimpleNamespace(is_available=lambda: False, get_current_stream=get_current_stream)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    opened = open_engines(tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={})
+    opened["unet"].close()
 
 
 def test_what_goes_on_meanwhile_may_fail(

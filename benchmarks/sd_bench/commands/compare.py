@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sd_bench.commands.request import FiniteRange
+from sd_bench.commands.finite_range import FiniteRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

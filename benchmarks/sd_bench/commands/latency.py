@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.request import FiniteRange, given, prompt_options, request_options
+from sd_bench.commands.finite_range import FiniteRange
+from sd_bench.commands.request import given, prompt_options, request_options
 
 if TYPE_CHECKING:
     from sd_bench.latency import Sampler

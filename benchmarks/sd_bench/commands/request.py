@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,19 +39,6 @@ _DEFAULTS = {
     "backend": "auto",
     "threads": None,
 }
-
-
-class FiniteRange(click.FloatRange):
-    """Numbers within bounds; click's own takes NaN for one, and infinity for one above them."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """A finite number."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not finite.", param, ctx)
-        return number
 
 
 def prompt_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.request import FiniteRange, request_options
+from sd_bench.commands.finite_range import FiniteRange
+from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
 
 if TYPE_CHECKING:

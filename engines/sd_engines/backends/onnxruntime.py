@@ -23,7 +23,7 @@ from sd_engines.border import (
     shape_at,
 )
 from sd_engines.bundle import portable_entry
-from sd_engines.closing import Closing
+from sd_engines.closing import Closing, close_all
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError
 
@@ -229,8 +229,7 @@ class OnnxRuntimeEngine(Closing):
 
     def close(self) -> None:
         """Free the session and the buffers; twice is allowed."""
-        while self._bindings:  # none is left in a variable: its memory is to be given back
-            self._bindings.popitem()[1].close()
+        close_all(self._bindings)
         was_open, self._session = self._session is not None, None
         if was_open and self._xp is not np:
             release(self._xp)

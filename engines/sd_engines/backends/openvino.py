@@ -27,7 +27,7 @@ from sd_engines.border import (
     shape_at,
 )
 from sd_engines.bundle import portable_entry
-from sd_engines.closing import Closing
+from sd_engines.closing import Closing, close_all
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
 
@@ -212,10 +212,7 @@ class OpenVinoEngine(Closing):
     def close(self) -> None:
         """Free the compiled models and the buffers; twice is allowed."""
         with self._lock:
-            for binding in (*self._bindings.values(), *self._calls.values()):
-                binding.close()
-            self._bindings.clear()
-            self._calls.clear()
+            close_all(self._bindings, self._calls)
             self._compiled.clear()
             self._model = self._mapped = None
 

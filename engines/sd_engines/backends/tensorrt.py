@@ -29,7 +29,7 @@ from sd_engines.border import (
     import_package,
     shape_at,
 )
-from sd_engines.closing import Closing
+from sd_engines.closing import Closing, close_all
 from sd_engines.errors import EngineMismatchError
 
 if TYPE_CHECKING:
@@ -181,9 +181,7 @@ class TensorRtEngine(Closing):
     def close(self) -> None:
         """Free the plan, its contexts and buffers; twice is allowed."""
         with self._lock:
-            for bindings in (self._bindings, self._calls):
-                while bindings:  # none is left in a variable: its memory is to be given back
-                    bindings.popitem()[1].close()
+            close_all(self._bindings, self._calls)
             if self._plan is not None:
                 self._plan = self._runtime = None
                 release(self._xp)

@@ -44,6 +44,7 @@ def test_the_engines_work_on_the_callers_stream(
     drawn_on = set()
     cuda = SimpleNamespace(
         ExternalStream=ExternalStream,
+        is_available=lambda: True,
         get_current_stream=lambda: ExternalStream(current.pointer),
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
