@@ -126,7 +126,8 @@ def measure_latency(
         if ceilings:
             work = request_work(pipeline, sampler.request, sampler.timings)
             measurement = replace(measurement, work=work)
-    started = [measure_cold_start(Path(bundle), settings) for _ in range(cold_starts)]
+    drawn_by = replace(settings, backend=sampler.backend)
+    started = [measure_cold_start(Path(bundle), drawn_by) for _ in range(cold_starts)]
     return replace(
         measurement,
         cold_start_ms=tuple(start.first_picture_ms for start in started),

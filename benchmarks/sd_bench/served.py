@@ -97,8 +97,9 @@ class ServerProcess(Closing):
 
 def body_of(request: Request) -> dict[str, Any]:
     """``request``, of one picture, for OpenAI's door."""
-    names = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale")
-    return {name: getattr(request, name) for name in (*names, "scheduler", "eta")}
+    drawing = ("prompt", "negative_prompt", "seed", "num_inference_steps", "scheduler", "eta")
+    guidance = ("guidance_scale", "guidance_start", "guidance_stop", "cache_interval")
+    return {name: getattr(request, name) for name in (*drawing, *guidance)}
 
 
 def ask(connection: HTTPConnection, body: dict[str, Any]) -> Reply:
@@ -196,7 +197,9 @@ def put_under_load(
                 connection.close()
             replies.append((which, reply))
             pause_s = _LOST_PAUSE_S if reply is None else reply.retry_after_s
-            stopped.wait(pause_s * chance.uniform(1, 1.5))
+            if pause_s:
+                connection.close()  # the server would, of one that is idle for long
+                stopped.wait(pause_s * chance.uniform(1, 1.5))
         connection.close()
         return replies
 

@@ -34,15 +34,16 @@ _HINT = (
 class DepthMap:
     """How near each part of a picture is, in any unit, greater is nearer; of any size.
 
-    ``sha256`` is of its size and its values, so that the same map in another file is equal.
-    ``name`` is for people, ``values`` are float32 [h, w]. ``white`` is what stands for 1 among
-    them: 65535 or 255, by the bits of their file or array; None where they have no known range.
+    ``sha256`` is of its size, its values and ``white``, so that the same map in another file is
+    equal. ``name`` is for people, ``values`` are float32 [h, w]. ``white`` is what stands for 1
+    among them: 65535 or 255, by the bits of their file or array; None where they have no known
+    range.
     """
 
     sha256: str
     name: str = field(compare=False)
     values: NDArray[np.float32] = field(compare=False, repr=False)
-    white: int | None = field(compare=False)
+    white: int | None
 
     @classmethod
     def of(cls, source: object, *, name: str) -> Self:
@@ -68,15 +69,17 @@ class DepthMap:
             raise ConfigError(
                 f"{name} is no depth map, but {array.dtype} of shape {array.shape}", _HINT
             )
-        values = np.ascontiguousarray(array, np.float32)
+        values = np.array(array, np.float32, order="C")  # a copy: the caller's may change later
         if not np.isfinite(values).all():
             raise ConfigError(f"{name} holds values that are not finite", _HINT)
         if values.min() == values.max():
             raise ConfigError(f"{name} is equally near everywhere", _HINT)
-        header = f"depth {values.shape[1]}x{values.shape[0]}\n".encode()
-        digest = hashlib.sha256(header + values.astype("<f4").tobytes()).hexdigest()
         whole = array.dtype.kind == "u" and array.dtype.itemsize <= 2
-        return cls(digest, name, values, int(np.iinfo(array.dtype).max) if whole else None)
+        white = int(np.iinfo(array.dtype).max) if whole else None
+        of = "" if white is None else f" of {white}"
+        header = f"depth {values.shape[1]}x{values.shape[0]}{of}\n".encode()
+        digest = hashlib.sha256(header + values.astype("<f4").tobytes()).hexdigest()
+        return cls(digest, name, values, white)
 
     def check_range(self) -> None:
         """`ConfigError` where values have no known range, as `scaled` needs one."""

@@ -22,12 +22,12 @@ _PLACEHOLDER = re.compile(r"\{(index|seed)(:0?\d{0,2}d?)?\}|\{\{|\}\}")
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write all files, then rename all into place: a failure or an interrupt leaves none of them.
+    """Write all files, then rename all into place: each is whole or what it was before.
 
-    Raises `SdError` that names the file where the disk is full or refuses.
+    Nothing is renamed before all are written. Raises `SdError` that names the file where the disk
+    is full or refuses.
     """
     staged: dict[Path, Path] = {}
-    placed: list[Path] = []
     target = Path()
     try:
         for target, data in contents.items():
@@ -39,13 +39,10 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for target, staging in staged.items():
             staging.replace(target)
-            placed.append(target)
     except OSError as error:
-        for path in placed:
-            path.unlink(missing_ok=True)
         raise SdError(
             f"cannot write {target}: {error.strerror}",
-            "Free some space or choose another place; nothing was kept.",
+            "Free some space or choose another place; every file is whole or what it was before.",
         ) from error
     finally:
         for staging in staged.values():

@@ -89,8 +89,7 @@ class ImageEncoder:
         `ConfigError` where a picture or its ``depth_map`` has no depth.
         """
         given = (image, mask, depth_map)
-        digests = (None if part is None else part.sha256 for part in given)
-        key = task, (*digests, depth_map and depth_map.white)
+        key = task, tuple(None if part is None else part.sha256 for part in given)
         make = partial(self._encode, task, image, mask, depth_map, timings)
         source = self._known.get(key, make)
         self._known.trim()

@@ -143,7 +143,7 @@ def opened_image(source: object, name: str) -> Image:
         _check_one_frame(source, name)
         image = ImageOps.exif_transpose(source)
     else:
-        image = Image.fromarray(_checked_array(source, name))
+        image = Image.fromarray(_checked_array(source, name).copy())  # it may change later
     if not image.width * image.height:
         raise ConfigError(f"{name} is {image.width}×{image.height}", "Give one with pixels.")
     return image

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +38,16 @@ _ENCODER_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Lora:
-    """One file and how strongly it is applied."""
+    """One file and how strongly it is applied; ``sha256`` is of its bytes, as they are now."""
 
     path: Path
     scale: float
+    sha256: str = field(init=False)
 
-    @cached_property
-    def sha256(self) -> str:
-        """Of the file's bytes."""
+    def __post_init__(self) -> None:
         with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        object.__setattr__(self, "sha256", digest)
 
     def __str__(self) -> str:
         """As a picture's recipe names it: the same file by any name is the same."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from sd_bench import served
 from sd_bench.cli import main
-from sd_bench.served import ServerProcess, put_under_load
+from sd_bench.served import Reply, ServerProcess, body_of, put_under_load
 from sd_engines.errors import BackendError
 from sd_runtime import Request
 
@@ -46,6 +48,39 @@ def test_a_wrong_picture_is_noticed(shapes_bundle: Path, tmp_path: Path) -> None
         expected = np.full((128, 128, 3), 127, dtype=np.uint8)
         load = put_under_load(server, [request], [expected], clients=1, seconds=0.2)
     assert load.wrong == len(load.drawn_ms) > 0
+
+
+def test_a_body_has_all_that_a_request_differs_in() -> None:
+    """All that `sd-bench serve` has options for: else a right picture would be counted as wrong."""
+    request = Request(
+        "a red circle",
+        negative_prompt="blue",
+        seed=3,
+        num_inference_steps=9,
+        guidance_scale=2.5,
+        guidance_start=0.25,
+        guidance_stop=0.75,
+        cache_interval=2,
+        scheduler="ddim",
+        eta=0.5,
+    )
+    assert Request.from_mapping(body_of(request)) == request
+
+
+def test_a_client_that_waits_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server closes what is idle for 5 s, and a request on that would be counted as lost."""
+    connection = Mock()
+    server = Mock(connection=lambda: connection, resident_bytes=1)
+    idle: list[int] = []
+
+    def refused(connection: Mock, body: dict[str, Any]) -> Reply:
+        idle.append(connection.close.call_count)
+        return Reply(status=429, ms=1.0, body=b"", stages_ms={}, retry_after_s=0.02)
+
+    monkeypatch.setattr(served, "ask", refused)
+    load = put_under_load(server, [Request("a", seed=1)], [], clients=1, seconds=0.2)
+    assert len(load.refused_ms) == len(idle) > 1
+    assert idle == list(range(len(idle)))
 
 
 def test_an_interrupt_ends_the_load(

@@ -122,11 +122,27 @@ def test_maps_are_read_from_whatever_holds_numbers(tmp_path: Path) -> None:
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "map.tif")
     wanted = DepthMap.of(values, name="depth_map")
     np.testing.assert_array_equal(wanted.values, values)
-    for name in ("map.npy", "map.png", "map.tif"):
+    for name in ("map.npy", "map.png"):
         assert DepthMap.of(tmp_path / name, name="depth_map") == wanted
+    unknown_range = DepthMap.of(tmp_path / "map.tif", name="depth_map")
+    np.testing.assert_array_equal(unknown_range.values, values)
+    low = (values >> 8).astype(np.uint8)
+    of_each_range = [DepthMap.of(low.astype(kind), name="m") for kind in (float, "u1", "u2")]
+    assert len({unknown_range, wanted, *of_each_range}) == 5, "an upscaler reads them differently"
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     eight = DepthMap.of(grey, name="depth_map")
     assert DepthMap.of(grey.convert("RGB"), name="depth_map") == eight != wanted
+
+
+def test_a_map_stays_as_it_was_given(tmp_path: Path) -> None:
+    values = depths(4, 5)
+    np.save(tmp_path / "map.npy", values)
+    given = [DepthMap.of(source, name="m") for source in (values, tmp_path / "map.npy")]
+    before = values.copy()
+    values[:] = 0
+    np.save(tmp_path / "map.npy", values)
+    for depth_map in given:
+        np.testing.assert_array_equal(depth_map.values, before)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_grid(pixels: np.ndarray) -> None:
     assert (grid[16:, 24:] == 255).all()
 
 
-def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+def test_nothing_is_replaced_before_all_is_written(tmp_path: Path) -> None:
     write_files({tmp_path / "a": b"1", tmp_path / "b": b"2"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
     with pytest.raises(SdError, match="cannot write"):
@@ -102,11 +102,13 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
 
 
-def test_what_cannot_be_put_in_its_place_leaves_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_put_in_its_place_costs_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"0")
     (tmp_path / "b.png").mkdir()
     with pytest.raises(SdError, match=r"cannot write .*b\.png: "):
         write_files({tmp_path / "a.png": b"1", tmp_path / "b.png": b"2"})
-    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(SdError, match=r"cannot write .*b\.png: .*\n.*nothing was kept"):
+        with pytest.raises(SdError, match=r"cannot write .*b\.png: .*\n.*what it was before"):
             write_files({tmp_path / "a.png": b"1", tmp_path / "b.png": b"2" * 2000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -156,8 +158,10 @@ def test_names_of_several_pictures() -> None:
 
 
 def test_png_is_a_plain_png(pixels: np.ndarray) -> None:
-    with Image.open(io.BytesIO(encode_image(pixels, "PNG"))) as image:
-        image.verify()
+    data = encode_image(pixels, "PNG", parameters="a cat", recipe='{"seed": 7}')
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert image.info == {"parameters": "a cat", "sd-toolkit": '{"seed": 7}'}
 
 
 @pytest.mark.parametrize(("name", "side"), [("a.webp", 16_384), ("a.jpg", 65_501)])

@@ -46,6 +46,14 @@ def test_every_way_to_give_a_picture_gives_the_same(tmp_path: Path) -> None:
     assert Request("a", image=path) != Request("a", image=255 - PIXELS)
 
 
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS[..., 0]])
+def test_a_picture_stays_as_it_was_given(pixels: np.ndarray) -> None:
+    changed_later = pixels.copy()
+    given = of(changed_later)
+    changed_later[...] = 0
+    np.testing.assert_array_equal(given.pixels(6, 8), of(pixels).pixels(6, 8))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_picture_is_put_upright(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()

@@ -121,7 +121,12 @@ def test_a_picture_says_what_it_was_drawn_with(
     assert main(again) == 0
     assert "was drawn with other LoRAs" in caplog.text
     with Pipeline.load(bundle, threads=1, loras=[lora]) as pipeline:
-        (recipe,) = pipeline.generate(REQUEST).recipes
+        file = pipeline.loras[0].path
+        file.rename(tmp_path / file.name)  # it is on the engines
+        try:
+            (recipe,) = pipeline.generate(REQUEST).recipes
+        finally:
+            (tmp_path / file.name).rename(file)
     assert Recipe.from_json(json.loads(json.dumps(asdict(recipe)))) == recipe
     assert "Lora hashes: " + recipe.loras[0][:10] in recipe.parameters()
 
