@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sd_engines.backends.tensorrt_package import compute_capability
+from sd_engines.backends.cuda import compute_capability
 from sd_engines.bundle import (
     Bundle,
     ComponentEntry,

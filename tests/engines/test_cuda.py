@@ -27,7 +27,11 @@ class Stream:
         self.non_blocking = non_blocking
         self.done: list[str] = []
         self.captured: list[str] | None = None
+        self.waited_for = 0
         device.streams.append(self)
+
+    def synchronize(self) -> None:
+        self.waited_for = len(self.done)
 
     def begin_capture(self) -> None:
         self.captured = []
@@ -74,6 +78,7 @@ def test_all_at_once_from_the_second_time() -> None:
     for _ in range(3):
         replay.run(stream)
     assert stream.done == ["a", "b", "graph of a b", "graph of a b"]
+    assert stream.waited_for == 2, "for the first run, before it is captured, and for no other"
     (capturing,) = device.streams[1:]
     assert capturing.non_blocking
     assert not capturing.done
@@ -85,7 +90,7 @@ def test_all_at_once_from_the_second_time() -> None:
 def test_what_cannot_be_captured_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     device = Device()
     replay, stream = Replay(device.enqueue("a", "wait"), device), named_stream(device)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         for _ in range(3):
             replay.run(stream)
     assert stream.done == ["a", "wait"] * 3

@@ -21,7 +21,7 @@ from sd_engines.bundle import Bundle, ComponentEntry, hash_files, portable_entry
 from sd_engines.engine import build_engine, load_engine
 from sd_engines.errors import BackendError, ConfigError
 from sd_engines.spec import TensorSpec
-from tiny_onnx import PROFILE
+from tiny_onnx import PROFILE, has_gpu
 
 if TYPE_CHECKING:
     from sd_engines.entries import EngineEntry
@@ -153,6 +153,21 @@ def test_settings_on_a_gpu(
         ("CUDAExecutionProvider", {**plain, "enable_cuda_graph": "1"}),
         ("CUDAExecutionProvider", plain),
     ]
+
+
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+def test_without_a_gpu_the_next_engine_is_tried(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider is listed wherever the package is; CuPy, asked first, fails in its own words."""
+    monkeypatch.setattr(backend, "package", lambda target: onnxruntime)
+    entry = replace(tiny_bundle.manifest.engines[0], target="cuda")
+    with pytest.raises(BackendError, match="NVIDIA"):
+        backend.check(entry, bundle_path=tiny_bundle.path)
+    engines = (entry, *tiny_bundle.manifest.engines)
+    bundle = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, engines=engines))
+    with open_engine(bundle, "unet") as engine:
+        assert engine.entry.target == "cpu"
 
 
 def test_libraries_are_loaded_from_where_pip_put_them(

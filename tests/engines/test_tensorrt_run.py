@@ -39,8 +39,9 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         return name == "sample" and shape[1] == 4
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return address > 0
 
     def execute_async_v3(self, stream: int) -> bool:
         self.streams.append(stream)
@@ -81,6 +82,9 @@ class Plan:
 class Stream:
     def __init__(self, *, non_blocking: bool) -> None:
         self.ptr = 7 + non_blocking
+
+    def synchronize(self) -> None:
+        pass
 
     def begin_capture(self) -> None:
         pass

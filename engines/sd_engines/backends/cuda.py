@@ -1,30 +1,54 @@
-"""What engines on an NVIDIA GPU share: the stream that they run on, and launching all at once."""
+"""What engines on an NVIDIA GPU share: the GPU, the stream that they run on, launching at once."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
+_NO_GPU_HINT = (
+    "Run it on a machine with an NVIDIA GPU and its driver (nvidia-smi shows both), or name a "
+    "backend that runs here: --backend onnxruntime"
+)
+_beside_default: dict[Any, Any] = {}
+_making = Lock()
+
+
+def compute_capability() -> int:
+    """Of this process's first GPU, such as 89; `BackendError` where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError("there is no NVIDIA driver on this machine", _NO_GPU_HINT) from error
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        raise BackendError("the NVIDIA driver finds no GPU", _NO_GPU_HINT)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # COMPUTE_CAPABILITY_MINOR
+    return major.value * 10 + minor.value
+
 
 def named_stream(cuda: Any) -> Any:
     """``cupy.cuda``'s current stream, or in place of the default one another, always the same.
 
-    The default one can neither be handed to an engine nor be captured.
+    The default one can neither be handed to an engine nor be captured. The one in its place blocks:
+    the device keeps the two in order, and the host need not wait.
     """
     stream = cuda.get_current_stream()
-    return stream if stream.ptr else _beside_default(cuda)
-
-
-@cache
-def _beside_default(cuda: Any) -> Any:
-    """A stream that blocks: the device keeps the two in order, and the host need not wait."""
-    return cuda.Stream(non_blocking=False)
+    if stream.ptr:
+        return stream
+    with _making:
+        if cuda not in _beside_default:
+            _beside_default[cuda] = cuda.Stream(non_blocking=False)
+        return _beside_default[cuda]
 
 
 def release(cupy: Any) -> None:
@@ -47,13 +71,14 @@ class Replay:
         self._ran = False
 
     def run(self, stream: Any) -> None:
-        """Enqueue on ``stream``, a CuPy one."""
+        """Enqueue on ``stream``, a CuPy one; the first time, wait for it."""
         if self._graph is not None:
             self._graph.launch(stream)
             return
         self._enqueue(stream.ptr)
-        if not self._ran:  # TensorRT must have run once before it is captured
+        if not self._ran:  # TensorRT must have run once, to its end, before it is captured
             self._ran = True
+            stream.synchronize()
             self._graph = self._captured()
 
     def _captured(self) -> Any:
@@ -66,6 +91,6 @@ class Replay:
             finally:
                 graph = stream.end_capture()
         except Exception as error:
-            logger.info("cannot be captured, and is enqueued kernel by kernel: %s", error)
+            logger.warning("cannot be captured, and is enqueued kernel by kernel: %s", error)
             return None
         return graph

@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sd_engines.backends.cuda import named_stream, release
+from sd_engines.backends.bound import BoundEngine
+from sd_engines.backends.cuda import compute_capability, named_stream, release
+from sd_engines.backends.onnxruntime_binding import MEMORY_HINT, CudaBinding, OnnxRuntimeBinding
 from sd_engines.backends.onnxruntime_package import PROVIDERS, package
-from sd_engines.border import (
-    check_arrays,
-    check_batch,
-    check_graph,
-    closed_error,
-    computed_in,
-    import_package,
-    shape_at,
-)
+from sd_engines.border import computed_in, import_package
 from sd_engines.bundle import portable_entry
-from sd_engines.closing import Closing, close_all
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError
 
@@ -41,12 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKEND = "onnxruntime"
-_NOT_CAPTURED: Final = -1
 LEAN: Final = {"memory": "lean"}
 """`EngineEntry.flags` of an engine that runs a few times only: it maps its weights, widens each
 when it is used, and gives all memory back after a run. 1.4 times as slow, at 0.4 of the memory."""
 _WIDENING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
-_HINT = "Check the memory that is free, or name another backend."
 _DTYPES = {
     "tensor(bool)": "bool",
     "tensor(uint8)": "uint8",
@@ -83,8 +74,10 @@ def build(
 
 
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
-    """`BackendError` where the package or the provider of the engine's target is not here."""
+    """`BackendError` where the package, its provider or the GPU of the engine is not here."""
     package(engine.target)
+    if engine.target == "cuda":
+        compute_capability()
 
 
 def load(
@@ -167,11 +160,11 @@ def _session(
         except Exception as error:
             logger.debug("%s is not opened by %s: %s", path, provider, error)
             failure = error
-    raise BackendError(f"ONNX Runtime cannot open {path}: {failure}", _HINT) from failure
+    raise BackendError(f"ONNX Runtime cannot open {path}: {failure}", MEMORY_HINT) from failure
 
 
-class OnnxRuntimeEngine(Closing):
-    """An `Engine` over one inference session."""
+class OnnxRuntimeEngine(BoundEngine):
+    """An `Engine` over one inference session; on a GPU it is one thread's to run."""
 
     def __init__(
         self,
@@ -183,94 +176,38 @@ class OnnxRuntimeEngine(Closing):
         stream: Any,
         weights: Sequence[Any],
     ) -> None:
-        self.inputs = {spec.name: spec for spec in component.inputs}
-        self.outputs = {spec.name: spec for spec in component.outputs}
-        for kind, specs, found in (
-            ("inputs", self.inputs, session.get_inputs()),
-            ("outputs", self.outputs, session.get_outputs()),
-        ):
-            check_graph(
-                kind, specs, ((a.name, _DTYPES.get(a.type, a.type), len(a.shape)) for a in found)
-            )
-        self.entry = engine
+        super().__init__(
+            component=component,
+            engine=engine,
+            max_batch=max_batch,
+            xp=np if stream is None else import_package("cupy", extra="cuda"),
+            inputs=map(_border, session.get_inputs()),
+            outputs=map(_border, session.get_outputs()),
+        )
         self._session = session
-        self._max_batch = max_batch
         self._stream = stream  # must outlive the session
         self._weights = weights  # as well
-        self._xp = np if engine.target == "cpu" else import_package("cupy", extra="cuda")
-        self._bindings: dict[Rows, OnnxRuntimeBinding] = {}
 
-    def bind(self, batch: int, *, pictures: int | None = None) -> OnnxRuntimeBinding:
-        """Buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
-        if self._session is None:
-            raise closed_error()
-        check_batch(batch, self._max_batch, pictures=pictures)
-        rows = (batch, pictures or batch)
-        if rows not in self._bindings:
-            self._bindings[rows] = self._new_binding(rows, cuda_graph=len(self._bindings) + 1)
-        return self._bindings[rows]
+    def _new_binding(
+        self, rows: Rows, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> OnnxRuntimeBinding:
+        if self._stream is None:
+            return OnnxRuntimeBinding(self._session, inputs, outputs)
+        number = len(self._bindings) + len(self._calls) + 1
+        return CudaBinding(
+            self._session,
+            inputs,
+            outputs,
+            stream=self._stream,
+            cuda=self._xp.cuda,
+            number=number,
+        )
 
-    def _new_binding(self, rows: Rows, *, cuda_graph: int) -> OnnxRuntimeBinding:
-        xp = self._xp
-        inputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.inputs.items()}
-        outputs = {n: xp.zeros(shape_at(s, *rows), s.dtype) for n, s in self.outputs.items()}
-        return OnnxRuntimeBinding(self._session, inputs, outputs, self.entry.target, cuda_graph)
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once, on buffers of its own: any number of threads may call at a time."""
-        if self._session is None:
-            raise closed_error()
-        rows = check_arrays(self.inputs, arrays, self._max_batch)
-        binding = self._new_binding(rows, cuda_graph=_NOT_CAPTURED)  # on memory of this call alone
-        for name, array in arrays.items():
-            binding.inputs[name][...] = self._xp.asarray(array)
-        binding.run()
-        return dict(binding.outputs)
-
-    def close(self) -> None:
-        """Free the session and the buffers; twice is allowed."""
-        close_all(self._bindings)
-        was_open, self._session = self._session is not None, None
-        if was_open and self._xp is not np:
+    def _release(self) -> None:
+        self._session = None
+        if self._stream is not None:
             release(self._xp)
 
 
-class OnnxRuntimeBinding:
-    """A `Binding`: the session's inputs and outputs tied to ``inputs`` and ``outputs``.
-
-    On a GPU ``cuda_graph`` numbers what its first run captures and the others launch.
-    """
-
-    def __init__(
-        self,
-        session: Any,
-        inputs: dict[str, Array],
-        outputs: dict[str, Array],
-        target: str,
-        cuda_graph: int,
-    ) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
-        self._session = session
-        self._io = session.io_binding()
-        for arrays, bind in ((inputs, self._io.bind_input), (outputs, self._io.bind_output)):
-            for name, array in arrays.items():
-                address = array.ctypes.data if target == "cpu" else array.data.ptr
-                bind(name, target, 0, array.dtype.type, array.shape, address)
-        self._options = import_package("onnxruntime", extra="cpu").RunOptions()
-        if target == "cuda":
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            self._options.add_run_config_entry("gpu_graph_id", str(cuda_graph))
-
-    def run(self) -> None:
-        """Run from ``inputs`` into ``outputs``; on a GPU, enqueue only."""
-        if self._session is None:
-            raise closed_error()
-        try:
-            self._session.run_with_iobinding(self._io, self._options)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {error}", _HINT) from error
-
-    def close(self) -> None:
-        """Let go of the session; the buffers stay the caller's."""
-        self._session = self._io = None
+def _border(argument: Any) -> tuple[str, str, int]:
+    return argument.name, _DTYPES.get(argument.type, argument.type), len(argument.shape)

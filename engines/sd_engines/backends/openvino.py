@@ -8,26 +8,19 @@ to be calibrated with.
 from __future__ import annotations
 
 import os
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd_engines.backends.bound import BoundEngine
 from sd_engines.backends.openvino_compiled import HINT, compiled
 from sd_engines.backends.openvino_ir import read_ir
 from sd_engines.backends.openvino_package import core, package
 from sd_engines.backends.openvino_precision import check_precision, products_are_scarce
 from sd_engines.backends.openvino_steady import STEADY_INPUT
 from sd_engines.backends.openvino_winograd import halve_products
-from sd_engines.border import (
-    check_arrays,
-    check_batch,
-    check_graph,
-    closed_error,
-    shape_at,
-)
+from sd_engines.border import closed_error, shape_at
 from sd_engines.bundle import portable_entry
-from sd_engines.closing import Closing, close_all
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
 
@@ -142,7 +135,7 @@ def load(
     )
 
 
-class OpenVinoEngine(Closing):
+class OpenVinoEngine(BoundEngine):
     """An `Engine` over one model and a compiled form of it for each batch in use."""
 
     def __init__(
@@ -155,51 +148,26 @@ class OpenVinoEngine(Closing):
         max_batch: int,
         threads: int,
     ) -> None:
-        self.inputs = {spec.name: spec for spec in component.inputs}
-        self.outputs = {spec.name: spec for spec in component.outputs}
-        for kind, specs, ports in (
-            ("inputs", self.inputs, model.inputs),
-            ("outputs", self.outputs, model.outputs),
-        ):
-            check_graph(kind, specs, (_border(port, specs) for port in ports))
-        self.entry = engine
+        inputs, outputs = ({spec.name for spec in s} for s in (component.inputs, component.outputs))
+        super().__init__(
+            component=component,
+            engine=engine,
+            max_batch=max_batch,
+            xp=np,
+            inputs=(_border(port, inputs) for port in model.inputs),
+            outputs=(_border(port, outputs) for port in model.outputs),
+        )
         self._model = model
         self._mapped = mapped  # must outlive the model and all compiled from it
-        self._max_batch = max_batch
         self._threads = threads
         self._compiled: dict[Rows, Compiled] = {}
-        self._bindings: dict[Rows, OpenVinoBinding] = {}
-        self._calls: dict[Rows, OpenVinoBinding] = {}
-        self._lock = Lock()
 
-    def bind(self, batch: int, *, pictures: int | None = None) -> OpenVinoBinding:
-        """Buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
-        check_batch(batch, self._max_batch, pictures=pictures)
-        with self._lock:
-            return self._binding((batch, pictures or batch), self._bindings)
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once, on buffers that `bind` does not hand out; callers on other threads wait."""
-        rows = check_arrays(self.inputs, arrays, self._max_batch)
-        with self._lock:
-            binding = self._binding(rows, self._calls)
-            for name, array in arrays.items():
-                binding.inputs[name][...] = array
-            binding.run()
-            return {name: array.copy() for name, array in binding.outputs.items()}
-
-    def _binding(self, rows: Rows, kept: dict[Rows, OpenVinoBinding]) -> OpenVinoBinding:
-        if self._model is None:
-            raise closed_error()
-        if rows not in kept:
-            if rows not in self._compiled:
-                self._compiled[rows] = self._compile(rows)
-            inputs, outputs = (
-                {name: np.zeros(shape_at(spec, *rows), spec.dtype) for name, spec in specs.items()}
-                for specs in (self.inputs, self.outputs)
-            )
-            kept[rows] = OpenVinoBinding(self._compiled[rows], self._mapped, inputs, outputs)
-        return kept[rows]
+    def _new_binding(
+        self, rows: Rows, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> OpenVinoBinding:
+        if rows not in self._compiled:
+            self._compiled[rows] = self._compile(rows)
+        return OpenVinoBinding(self._compiled[rows], self._mapped, inputs, outputs)
 
     def _compile(self, rows: Rows) -> Compiled:
         model = self._model.clone()
@@ -209,12 +177,9 @@ class OpenVinoEngine(Closing):
         borders = frozenset(self.inputs | self.outputs)
         return compiled(model, shapes, borders, self.entry, threads=self._threads)
 
-    def close(self) -> None:
-        """Free the compiled models and the buffers; twice is allowed."""
-        with self._lock:
-            close_all(self._bindings, self._calls)
-            self._compiled.clear()
-            self._model = self._mapped = None
+    def _release(self) -> None:
+        self._compiled.clear()
+        self._model = self._mapped = None
 
 
 class OpenVinoBinding:

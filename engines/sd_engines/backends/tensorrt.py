@@ -7,32 +7,24 @@ allowed.
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sd_engines.backends.cuda import Replay, named_stream, release
+from sd_engines.backends.bound import BoundEngine
+from sd_engines.backends.cuda import Replay, compute_capability, named_stream, release
 from sd_engines.backends.tensorrt_builder import build
 from sd_engines.backends.tensorrt_package import (
     ANY_TARGET,
-    compute_capability,
     failure,
     package,
     package_log,
 )
-from sd_engines.border import (
-    check_arrays,
-    check_batch,
-    check_graph,
-    closed_error,
-    import_package,
-    shape_at,
-)
-from sd_engines.closing import Closing, close_all
+from sd_engines.border import closed_error, import_package
 from sd_engines.errors import EngineMismatchError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sd_engines.border import Rows
@@ -85,7 +77,7 @@ def load(
     )
 
 
-class TensorRtEngine(Closing):
+class TensorRtEngine(BoundEngine):
     """An `Engine` over one plan; buffers are CuPy arrays, calls are enqueued, not waited for."""
 
     def __init__(
@@ -99,69 +91,30 @@ class TensorRtEngine(Closing):
         engine: EngineEntry,
         max_batch: int,
     ) -> None:
-        self.entry = engine
-        self.inputs = {spec.name: spec for spec in component.inputs}
-        self.outputs = {spec.name: spec for spec in component.outputs}
-        names = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
-        for kind, specs, mode in (
-            ("inputs", self.inputs, module.TensorIOMode.INPUT),
-            ("outputs", self.outputs, module.TensorIOMode.OUTPUT),
-        ):
-            found = (
-                (
-                    n,
-                    np.dtype(module.nptype(plan.get_tensor_dtype(n))).name,
-                    len(plan.get_tensor_shape(n)),
-                )
-                for n in names
-                if plan.get_tensor_mode(n) == mode
-            )
-            check_graph(kind, specs, found)
+        super().__init__(
+            component=component,
+            engine=engine,
+            max_batch=max_batch,
+            xp=xp,
+            inputs=_tensors(module, plan, module.TensorIOMode.INPUT),
+            outputs=_tensors(module, plan, module.TensorIOMode.OUTPUT),
+        )
         self._module = module
         self._captures_itself = hasattr(module, "CudaGraphStrategy")
         self._runtime = runtime  # must outlive the plan
         self._plan = plan
-        self._xp = xp
-        self._max_batch = max_batch
-        self._bindings: dict[Rows, TensorRtBinding] = {}
-        self._calls: dict[Rows, TensorRtBinding] = {}
-        self._lock = Lock()
 
-    def bind(self, batch: int, *, pictures: int | None = None) -> TensorRtBinding:
-        """Device buffers for ``batch`` rows of ``pictures``, zeroed; the same ones for the same."""
-        check_batch(batch, self._max_batch, pictures=pictures)
-        with self._lock:
-            return self._binding((batch, pictures or batch), self._bindings)
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once on numpy or CuPy arrays, on CuPy's current stream; returns CuPy arrays.
-
-        Threads that call share one stream.
-        """
-        rows = check_arrays(self.inputs, arrays, self._max_batch)
-        with self._lock:
-            binding = self._binding(rows, self._calls)
-            for name, array in arrays.items():
-                binding.inputs[name][...] = self._xp.asarray(array)
-            binding.run()
-            return {name: array.copy() for name, array in binding.outputs.items()}
-
-    def _binding(self, rows: Rows, kept: dict[Rows, TensorRtBinding]) -> TensorRtBinding:
-        if self._plan is None:
-            raise closed_error()
-        if rows not in kept:
-            inputs, outputs = (
-                {n: self._xp.zeros(shape_at(s, *rows), s.dtype) for n, s in specs.items()}
-                for specs in (self.inputs, self.outputs)
-            )
-            log = package_log(self._module)
-            context = self._context()
-            if context is None:
-                raise failure("no memory for the engine's activations", log)
-            kept[rows] = TensorRtBinding(
-                context, inputs, outputs, self._xp, log, captures_itself=self._captures_itself
-            )
-        return kept[rows]
+    def _new_binding(
+        self, rows: Rows, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> TensorRtBinding:
+        log = package_log(self._module)
+        log.errors.clear()
+        context = self._context()
+        if context is None:
+            raise failure("no memory for the engine's activations", log)
+        return TensorRtBinding(
+            context, inputs, outputs, self._xp, log, captures_itself=self._captures_itself
+        )
 
     def _context(self) -> Any:
         """A new execution context: TensorRT-RTX's captures itself as a CUDA graph.
@@ -178,13 +131,17 @@ class TensorRtEngine(Closing):
         )
         return self._plan.create_execution_context(config)
 
-    def close(self) -> None:
-        """Free the plan, its contexts and buffers; twice is allowed."""
-        with self._lock:
-            close_all(self._bindings, self._calls)
-            if self._plan is not None:
-                self._plan = self._runtime = None
-                release(self._xp)
+    def _release(self) -> None:
+        self._plan = self._runtime = None
+        release(self._xp)
+
+
+def _tensors(module: Any, plan: Any, mode: Any) -> Iterator[tuple[str, str, int]]:
+    for index in range(plan.num_io_tensors):
+        name = plan.get_tensor_name(index)
+        if plan.get_tensor_mode(name) == mode:
+            dtype = np.dtype(module.nptype(plan.get_tensor_dtype(name)))
+            yield name, dtype.name, len(plan.get_tensor_shape(name))
 
 
 class TensorRtBinding:
@@ -209,7 +166,8 @@ class TensorRtBinding:
             if not context.set_input_shape(name, array.shape):
                 raise failure(f"the plan refuses shape {array.shape} of {name!r}", log)
         for name, array in (*inputs.items(), *outputs.items()):
-            context.set_tensor_address(name, array.data.ptr)
+            if not context.set_tensor_address(name, array.data.ptr):
+                raise failure(f"the plan refuses the memory of {name!r}", log)
         self._replay = None if captures_itself else Replay(self._enqueue, xp.cuda)
 
     def run(self) -> None:
@@ -223,6 +181,7 @@ class TensorRtBinding:
             self._replay.run(stream)
 
     def _enqueue(self, stream: int) -> None:
+        self._log.errors.clear()
         if not self._context.execute_async_v3(stream):
             raise failure("the plan could not be run", self._log)
 

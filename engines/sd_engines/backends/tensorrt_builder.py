@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from sd_engines.backends.cuda import compute_capability
 from sd_engines.backends.tensorrt_package import (
     ANY_TARGET,
-    compute_capability,
     failure,
     package,
     package_log,
