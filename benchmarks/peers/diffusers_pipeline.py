@@ -41,6 +41,7 @@ class Diffusers:
 
         torch.set_num_threads(job.threads)
         torch.set_grad_enabled(False)  # freezing asks for it; the pipeline does it by itself
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and fp32 is the reference
         without_checker = {"safety_checker": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             job.model,

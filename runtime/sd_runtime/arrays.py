@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from sd_engines.border import import_package
+from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
     from sd_engines.engine import Array
+    from sd_engines.entries import EngineEntry
+
+_DEFAULT_STREAMS: Final = (1, 2)
+"""CUDA's handles of the legacy default stream and of a thread's own."""
+WorkStream: TypeAlias = "AbstractContextManager[object]"
+"""Within it a thread enqueues work for a GPU: a stream of CuPy's, or `NO_STREAM`."""
+NO_STREAM: Final[WorkStream] = nullcontext()
 
 
 def copy_into(target: Array, source: Array) -> None:
@@ -49,25 +57,46 @@ def elementwise(inputs: str, outputs: str, operation: str, name: str) -> Any:
     return import_package("cupy", extra="cuda").ElementwiseKernel(inputs, outputs, operation, name)
 
 
-def current_stream() -> AbstractContextManager[object]:
-    """The stream that this thread works on, for others to work on it too: CuPy's is a thread's own.
+def work_stream(engines: Iterable[EngineEntry]) -> WorkStream:
+    """Where what ``engines`` do on a GPU is enqueued; any thread may enter it.
 
-    Nobody has one who has not imported CuPy, or has no GPU.
+    It is CuPy's current stream or, where that is the default one, another: what is on the default
+    one waits for all others, and cannot be captured. `NO_STREAM` where there is no GPU or no CuPy,
+    or ``engines`` are for none.
     """
-    cupy: Any = sys.modules.get("cupy")
-    if cupy is None or not cupy.cuda.is_available():
-        return nullcontext()
-    stream: AbstractContextManager[object] = cupy.cuda.get_current_stream()
+    if all(engine.target == "cpu" for engine in engines):
+        return NO_STREAM
+    try:
+        cuda = import_package("cupy", extra="cuda").cuda
+    except BackendError:
+        return NO_STREAM
+    if not cuda.is_available():
+        return NO_STREAM
+    current = cuda.get_current_stream()
+    stream: WorkStream = current if current.ptr else cuda.Stream(non_blocking=True)
     return stream
 
 
-def on_stream(cuda_stream: int) -> AbstractContextManager[object]:
+class CallersStream(NamedTuple):
+    """A ``cudaStream_t`` as other libraries take it, by the CUDA stream protocol."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def on_stream(cuda_stream: int) -> WorkStream:
     """Where this thread's work for a GPU is enqueued: a caller's cudaStream_t, or 0, CuPy's own.
 
-    `BackendError` for a stream where CuPy is missing.
+    `BackendError` for a stream where CuPy is missing, `ConfigError` for the default ones.
     """
     if not cuda_stream:
-        return nullcontext()
+        return NO_STREAM
+    if cuda_stream in _DEFAULT_STREAMS:
+        raise ConfigError(
+            "a default stream of CUDA cannot be captured", "Make one: cudaStreamCreateWithFlags."
+        )
     cuda = import_package("cupy", extra="cuda").cuda
-    stream: AbstractContextManager[object] = cuda.ExternalStream(cuda_stream)
+    stream: WorkStream = cuda.Stream.from_external(CallersStream(cuda_stream))
     return stream

@@ -9,8 +9,9 @@ before it too: further inputs of the UNet, and what an inpainted picture keeps.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from sd_runtime.table import SchedulerTable
     from sd_runtime.timing import Timings
     from sd_runtime.update import Known
+
+
+_ROWS_AHEAD: Final = 2
+"""Rows that a GPU has still to run when the host gives it one more: it never waits, and yet what is
+said of progress is true and cancelling stops it soon."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,10 @@ def denoise(
     draws_noise = table.draws_noise.tolist()
 
     now = timings.now
+    enqueued: deque[Any] = deque(maxlen=_ROWS_AHEAD)
     for row, timestep in enumerate(timesteps):
+        if len(enqueued) == _ROWS_AHEAD:
+            timings.wait(enqueued[0])
         start = now()
         component, guided = kinds[row]
         binding = bindings[component, guided]
@@ -153,7 +162,8 @@ def denoise(
                 drawn[picture] = stream.normal((1, *drawn.shape[1:]))[0]
         update.apply(row, model_output, noise=drawn if draws_noise[row] else None)
         timings.add(component, ready, done)
-        timings.add("scheduler", done, now())
+        enqueued.append(now())
+        timings.add("scheduler", done, enqueued[-1])
         yield Row(row, timestep, alphas[row], sigmas[row], before, model_output, state)
 
 

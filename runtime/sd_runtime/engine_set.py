@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
+from sd_runtime.arrays import NO_STREAM
 from sd_runtime.engines import components_to_open, first_batches, open_engines
 from sd_runtime.lora import OWNERS, fused_weights
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sd_engines.engine import Engine
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
+    from sd_runtime.arrays import WorkStream
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
 
@@ -25,7 +27,8 @@ class EngineSet(Closing):
     """Engines by component: those of every picture from the start, the others when first wanted.
 
     ``backend`` and ``threads`` are what the others open with, as `open_engine` takes them, and
-    ``loras`` are put on them. ``borrowed`` names those that another set closes.
+    ``loras`` are put on them. ``borrowed`` names those that another set closes. ``stream`` is where
+    they all are opened and run: `work_stream`.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class EngineSet(Closing):
         threads: int | None = None,
         loras: Sequence[Lora] = (),
         borrowed: Collection[str] = (),
+        stream: WorkStream = NO_STREAM,
     ) -> None:
         self.bundle = bundle
+        self.stream = stream
         self.opened = dict(opened)
         self.loras = tuple(loras)
         self._backend, self._threads = backend, threads
@@ -55,6 +60,7 @@ class EngineSet(Closing):
         precision: Precision | None = None,
         num_steps: int | None = None,
         loras: Sequence[Lora] = (),
+        stream: WorkStream = NO_STREAM,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Self:
         """Open what every picture of ``bundle`` needs, and what the first ones of ``planned`` do.
@@ -71,9 +77,10 @@ class EngineSet(Closing):
             num_steps=num_steps,
             batches=batches,
             loras=loras,
+            stream=stream,
             meanwhile=meanwhile,
         )
-        return cls(bundle, opened, backend=backend, threads=threads, loras=loras)
+        return cls(bundle, opened, backend=backend, threads=threads, loras=loras, stream=stream)
 
     def __getitem__(self, component: str) -> Engine:
         """The engine of ``component``: one not open yet opens on the UNet's backend, if it can."""
@@ -98,6 +105,7 @@ class EngineSet(Closing):
             precision=unet.precision,
             batches={},
             loras=self.loras,
+            stream=self.stream,
         )
         return type(self)(
             bundle,
@@ -106,6 +114,7 @@ class EngineSet(Closing):
             threads=self._threads,
             loras=self.loras,
             borrowed=shared,
+            stream=self.stream,
         )
 
     def use_loras(self, loras: Sequence[Lora]) -> None:
@@ -136,15 +145,17 @@ class EngineSet(Closing):
         prefer: EngineEntry,
         precision: Precision | None = None,
     ) -> Engine:
-        return open_engine(
-            self.bundle,
-            component,
-            backend=self._backend,
-            threads=self._threads,
-            precision=precision,
-            prefer=prefer,
-            weights=fused_weights(self.bundle, component, loras),
-        )
+        weights = fused_weights(self.bundle, component, loras)
+        with self.stream:
+            return open_engine(
+                self.bundle,
+                component,
+                backend=self._backend,
+                threads=self._threads,
+                precision=precision,
+                prefer=prefer,
+                weights=weights,
+            )
 
     def close(self) -> None:
         """Free the engines that this set opened."""

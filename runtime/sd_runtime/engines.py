@@ -15,7 +15,7 @@ from sd_engines.spec import (
     TEXT_ENCODERS,
     TIME_IDS,
 )
-from sd_runtime.arrays import current_stream
+from sd_runtime.arrays import NO_STREAM
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
+    from sd_runtime.arrays import WorkStream
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
 
@@ -123,6 +124,7 @@ def open_engines(
     num_steps: int | None = None,
     batches: Mapping[str, Collection[Rows]],
     loras: Sequence[Lora] = (),
+    stream: WorkStream = NO_STREAM,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Engine]:
     """Open each component's engine, as `open_engine` does, and bind it for its ``batches``.
@@ -131,14 +133,16 @@ def open_engines(
     ``meanwhile`` runs in a thread beside them.
 
     ``backend`` "auto" prefers the one whose UNet is fastest here, or is done first with
-    ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it.
+    ``num_steps`` calls. ``precision`` is the UNet's, and that of others which have it. All is done
+    within ``stream``, as of `work_stream`.
     All engines are open, or none.
     """
-    prefer, graphs, stream = None, bundle.manifest.components, current_stream()
+    prefer, graphs = None, bundle.manifest.components
     if backend == "auto":
-        prefer = fastest_engine(
-            bundle, "unet", threads=threads, precision=precision, runs=num_steps
-        )
+        with stream:
+            prefer = fastest_engine(
+                bundle, "unet", threads=threads, precision=precision, runs=num_steps
+            )
 
     def open_bound(component: str) -> Engine:
         asked = component == "unet" or listed_engines(

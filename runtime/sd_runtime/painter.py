@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -28,6 +29,8 @@ from sd_runtime.upscaling import noised
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from sd_engines.engine import Array
     from sd_runtime.conditioning import PromptEmbeds
@@ -73,7 +76,19 @@ class Painter:
         self._prompts = self._prompt_encoder()
 
     def stream(self, plan: Plan) -> Generator[Step]:
-        """Every UNet call of ``plan``, whose seeds are filled in; the last one has the result."""
+        """Every UNet call of ``plan``, whose seeds are filled in; the last one has the result.
+
+        Between two of them the caller's thread is on its own stream again.
+        """
+        with closing(self._steps(plan)) as steps:
+            while True:
+                with self._engines.stream:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+
+    def _steps(self, plan: Plan) -> Generator[Step]:
         timings = Timings(clock_of(self._engines["unet"].entry))
         start = timings.now()
         request, num_rows = plan.request, plan.num_rows
@@ -110,9 +125,13 @@ class Painter:
                     timestep=row.timestep,
                     first_image=first,
                     latents=row.latents,
-                    decode_preview=partial(decoder.preview, row),
+                    decode_preview=partial(self._preview, decoder, row),
                     result=result,
                 )
+
+    def _preview(self, decoder: Decoder, row: Row) -> NDArray[np.uint8]:
+        with self._engines.stream:
+            return decoder.preview(row)
 
     def _result(
         self,

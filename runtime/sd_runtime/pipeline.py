@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
+from sd_engines.engine import listed_engines
+from sd_runtime.arrays import work_stream
 from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
+    from sd_runtime.arrays import WorkStream
     from sd_runtime.painter import Painter
     from sd_runtime.plan import Plan
     from sd_runtime.request import Request
@@ -102,11 +105,17 @@ class Pipeline(Closing):
             bundle = bundle.at(*size)
         if second is not None:
             second = replace(second, manifest=at_size_of(bundle.manifest, second.manifest))
+        unets = listed_engines(bundle, "unet", backend=backend, precision=precision)
+        stream = work_stream(unets)
         other = None
         if second is not None:
-            refining_plan = planned.refining if planned else None
             other = cls._open(
-                second, refining_plan, backend=backend, threads=threads, num_steps=num_steps
+                second,
+                planned.refining if planned else None,
+                backend=backend,
+                threads=threads,
+                num_steps=num_steps,
+                stream=stream,
             )
         try:
             return cls._open(
@@ -118,6 +127,7 @@ class Pipeline(Closing):
                 num_steps=num_steps,
                 loras=found,
                 refiner=other,
+                stream=stream,
             )
         except BaseException:
             if other is not None:
@@ -136,6 +146,7 @@ class Pipeline(Closing):
         num_steps: int | None = None,
         loras: Sequence[Lora] = (),
         refiner: Self | None = None,
+        stream: WorkStream,
     ) -> Self:
         max_tokens = bundle.manifest.model.max_prompt_tokens
         tokenizers: dict[str, Tokenizer] = {}
@@ -158,6 +169,7 @@ class Pipeline(Closing):
             precision=precision,
             num_steps=num_steps,
             loras=loras,
+            stream=stream,
             meanwhile=while_engines_open,
         )
         return cls(engines, tokenizers, refiner=refiner)

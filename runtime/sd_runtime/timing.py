@@ -25,6 +25,9 @@ class Clock(Protocol):
     def now(self) -> Any:
         """The moment that what was asked for so far is done."""
 
+    def wait(self, moment: Any) -> None:
+        """Return when ``moment`` is over."""
+
     def seconds(self, moment: Any) -> float:
         """When ``moment`` was, in seconds of `clock`."""
 
@@ -33,6 +36,9 @@ class HostClock:
     """For engines whose runs end when they return: a moment is its seconds."""
 
     now = staticmethod(clock)
+
+    def wait(self, moment: float) -> None:
+        """At once: it is."""
 
     def seconds(self, moment: float) -> float:
         """As it is."""
@@ -43,7 +49,7 @@ class DeviceClock:
     """For engines whose runs are enqueued: a moment is when the GPU comes to that point.
 
     By events of ``cuda``, `cupy.cuda`, on the current stream. The host waits for the GPU when this
-    is made, and when it asks for the seconds.
+    is made, when it is told to, and when it asks for the seconds.
     """
 
     def __init__(self, cuda: Any) -> None:
@@ -57,6 +63,10 @@ class DeviceClock:
         event = self._cuda.Event()
         event.record()
         return event
+
+    def wait(self, moment: Any) -> None:
+        """Until the GPU has come to it."""
+        moment.synchronize()
 
     def seconds(self, moment: Any) -> float:
         """When the GPU came to it."""
@@ -81,6 +91,7 @@ class Timings:
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or HostClock()
         self.now = self._clock.now
+        self.wait = self._clock.wait
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
 
     def add(self, stage: str, began: Any, ended: Any) -> None:
@@ -104,7 +115,7 @@ class Timings:
             for stage, spans in self._spans.items()
         }
         self._clock = HostClock()
-        self.now = self._clock.now
+        self.now, self.wait = self._clock.now, self._clock.wait
 
     @property
     def spans(self) -> Mapping[str, Sequence[Span]]:

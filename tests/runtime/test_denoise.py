@@ -200,3 +200,43 @@ def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
     assert [next(rows).index for _ in range(3)] == [0, 1, 2]
     rows.close()
     assert len(timings.runs_ms("unet")) == 3
+
+
+class SlowDevice:
+    """A clock of a device that is never done before it is waited for; moments are numbered."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.waited_for: list[int] = []
+
+    def now(self) -> int:
+        self.asked += 1
+        return self.asked
+
+    def wait(self, moment: int) -> None:
+        self.waited_for.append(moment)
+
+    def seconds(self, moment: int) -> float:
+        return moment
+
+
+def test_a_device_is_two_rows_behind_at_most(unet: Engine, embeds: np.ndarray) -> None:
+    """Else all rows are enqueued at once: progress says nothing, and none can be cancelled."""
+    table = compile_table(CONFIG, scheduler="ddim", num_inference_steps=5)
+    noise, device = [NoiseStream(0)], SlowDevice()
+    rows = denoise(
+        unet,
+        begin(TEXT_TO_IMAGE, noise, SHAPE, table).latents,
+        prompt_embeds=[embeds[0]],
+        negative_prompt_embeds=[],
+        guidance_scale=1.0,
+        guided_rows=range(0),
+        table=table,
+        noise=noise,
+        timings=Timings(device),
+    )
+    ends, waits = [], []
+    for _ in rows:
+        ends.append(device.asked)  # the last moment that the row asked for is its end
+        waits.append(list(device.waited_for))
+    assert waits == [[], [], ends[:1], ends[:2], ends[:3]]

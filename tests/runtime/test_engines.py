@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +16,10 @@ from sd_runtime.engines import first_batches, open_engines
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
 from sd_runtime.request import Request
+from streams import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from conftest import TinyModel
@@ -60,54 +57,26 @@ def test_what_opened_is_closed_where_another_fails(
             engine.bind(1)
 
 
-class Streams(threading.local):
-    """What of ``cupy.cuda`` is used: each thread has a current stream of its own."""
-
-    current = "default"
-
-    @contextmanager
-    def entered(self, stream: str) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-
-def test_engines_open_on_the_stream_of_who_asks(
+def test_engines_open_on_the_stream_that_they_run_on(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime's engines keep the one that they opened on."""
-    streams, seen = Streams(), []
-
-    def get_current_stream() -> AbstractContextManager[None]:
-        return streams.entered(streams.current)
-
-    cuda = SimpleNamespace(is_available=lambda: True, get_current_stream=get_current_stream)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    seen = []
     original = engines.open_engine
 
     def noted(*arguments: Any, **options: Any) -> Engine:
-        seen.append((streams.current, threading.get_ident()))
+        seen.append((Stream.current(), threading.get_ident()))
         return original(*arguments, **options)
 
     monkeypatch.setattr(engines, "open_engine", noted)
-    with streams.entered("the caller's"):
-        opened = open_engines(tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={})
+    wanted = Stream(non_blocking=True)
+    opened = open_engines(
+        tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={}, stream=wanted
+    )
     opened["unet"].close()
     ((stream, thread),) = seen
-    assert stream == "the caller's"
+    assert stream is wanted
     assert thread != threading.get_ident()
-
-
-def test_cupy_without_a_gpu_is_in_nobodys_way(
-    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def get_current_stream() -> AbstractContextManager[None]:
-        raise RuntimeError("cudaErrorInsufficientDriver")
-
-    cuda = SimpleNamespace(is_available=lambda: False, get_current_stream=get_current_stream)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    opened = open_engines(tiny_bundle, ["unet"], backend="onnxruntime", threads=1, batches={})
-    opened["unet"].close()
 
 
 def test_what_goes_on_meanwhile_may_fail(

@@ -90,7 +90,7 @@ class Comparison:
     def table(self) -> str:
         """For a terminal; what was not measured is listed below it, with what to do."""
         head = (
-            *("", "precision", "warm, ms", "÷ ours (95 %)", "cold start, s", "peak, MB"),
+            *("", "precision", "warm, ms", "÷ ours (95 %)", "cold start, s", "RAM, MB"),
             *("prepare, s", "like ours", f"like {self.reference}", "latents", "obeys"),
         )
         lines = [head, *(_cells(row) for row in self.rows if row.state == "measured")]

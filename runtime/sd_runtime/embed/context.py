@@ -41,12 +41,7 @@ class Context(Closing):
         check_served(open_bundle(bundle).manifest)
         with on_stream(cuda_stream):
             self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads, loras=loras)
-        self._room = EngineRoom(
-            self._pipeline,
-            queue_size=queue_size,
-            on_drawn=self._count_stages,
-            cuda_stream=cuda_stream,
-        )
+        self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._stages: dict[str, list[float]] = {}

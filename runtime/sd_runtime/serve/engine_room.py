@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from sd_engines.closing import Closing
 from sd_engines.errors import SdError
-from sd_runtime.arrays import on_stream
 from sd_runtime.plan import plan
 from sd_runtime.serve.batch import join_requests, settings_of, split_result
 from sd_runtime.serve.refusal import cancelled_error, draining_error, full_error
@@ -37,7 +36,7 @@ class EngineRoom(Closing):
     Requests of the same settings that wait at the same moment share a batch where the bundle was
     built for more than one picture a call. ``on_drawn`` gets every batch and its timings, in the
     thread that draws. ``pipeline`` draws what is not submitted for another one; all of them stay
-    the caller's, who closes them after the room. ``cuda_stream`` as in `on_stream`.
+    the caller's, who closes them after the room.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class EngineRoom(Closing):
         *,
         queue_size: int = 16,
         on_drawn: Callable[[Sequence[Ticket], Timings], None] | None = None,
-        cuda_stream: int = 0,
     ) -> None:
         self.pipeline = pipeline
         self.queue_size = queue_size
@@ -55,7 +53,6 @@ class EngineRoom(Closing):
         self._waiting: list[Ticket] = []
         self._running: list[Ticket] = []
         self._draining = False
-        self._cuda_stream = cuda_stream
         self._mean_s = 1.0  # of one batch, recent ones weigh most
         self._worker = threading.Thread(target=self._work, name="engine-room")
         self._worker.start()
@@ -140,11 +137,10 @@ class EngineRoom(Closing):
         self._worker.join()
 
     def _work(self) -> None:
-        with on_stream(self._cuda_stream):
-            while tickets := self._next():
-                start = clock()
-                self._draw(tickets)
-                self._mean_s += 0.2 * (clock() - start - self._mean_s)
+        while tickets := self._next():
+            start = clock()
+            self._draw(tickets)
+            self._mean_s += 0.2 * (clock() - start - self._mean_s)
 
     def _next(self) -> list[Ticket]:
         """Who is drawn next: the first that waits, and whoever fits into its batch.

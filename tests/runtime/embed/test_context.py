@@ -3,63 +3,66 @@
 from __future__ import annotations
 
 import sys
-import threading
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sd_engines.errors import BackendError
-from sd_runtime import Request, engines
+from sd_engines.errors import BackendError, ConfigError
+from sd_runtime import Request, engines, pipeline
+from sd_runtime.decoder import Decoder
 from sd_runtime.embed.context import Context
+from streams import Stream, put_in_place_of_cupy
 
 if TYPE_CHECKING:
     from conftest import TinyModel
+    from sd_engines import Bundle
     from sd_engines.engine import Engine
+    from sd_engines.entries import EngineEntry
 
 
 def test_the_engines_work_on_the_callers_stream(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    current = threading.local()
+    put_in_place_of_cupy(monkeypatch)
+    open_engine, listed_engines, draw = engines.open_engine, pipeline.listed_engines, Decoder.draw
 
-    class ExternalStream:
-        def __init__(self, pointer: int) -> None:
-            self.pointer = pointer
+    def as_on_a_gpu(bundle: Bundle, component: str, **options: Any) -> list[EngineEntry]:
+        return [replace(e, target="cuda") for e in listed_engines(bundle, component, **options)]
 
-        def __enter__(self) -> Self:
-            current.pointer = self.pointer
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            current.pointer = None
-
-    opened_on = set()
-    open_engine = engines.open_engine
+    opened_on, drawn_on, between = set(), set(), set()
 
     def watched_open(*arguments: Any, **options: Any) -> Engine:
-        opened_on.add(current.pointer)  # in a thread of its own
+        opened_on.add(Stream.current().ptr)  # in a thread of its own
         return open_engine(*arguments, **options)
 
-    drawn_on = set()
-    cuda = SimpleNamespace(
-        ExternalStream=ExternalStream,
-        is_available=lambda: True,
-        get_current_stream=lambda: ExternalStream(current.pointer),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    def watched_draw(*arguments: Any, **options: Any) -> Any:
+        drawn_on.add(Stream.current().ptr)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "listed_engines", as_on_a_gpu)
     monkeypatch.setattr(engines, "open_engine", watched_open)
-    bundle = str(tiny_model.bundle)
-    with Context(bundle, threads=1, queue_size=1, cuda_stream=0x5EED) as context:
+    monkeypatch.setattr(Decoder, "draw", watched_draw)
+    with Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=0x5EED) as context:
         ticket = context.submit(
             Request("a cat", num_inference_steps=3),
             previews=0,
-            on_progress=lambda _: drawn_on.add(current.pointer),
+            on_progress=lambda _: between.add(Stream.current().ptr),
         )
         ticket.result.result()
     assert opened_on == {0x5EED}
     assert drawn_on == {0x5EED}
-    assert current.pointer is None
+    assert between == {0}, "callbacks are the caller's own code"
+    assert Stream.current().ptr == 0
+
+
+@pytest.mark.parametrize("handle", [1, 2])
+def test_default_streams_are_refused(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, handle: int
+) -> None:
+    put_in_place_of_cupy(monkeypatch)
+    with pytest.raises(ConfigError, match="default stream"):
+        Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=handle)
 
 
 def test_a_stream_without_cupy_is_refused(
@@ -67,4 +70,4 @@ def test_a_stream_without_cupy_is_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(BackendError, match="cupy"):
-        Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=1)
+        Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=0x5EED)
