@@ -106,19 +106,23 @@ class Manifest:
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_NAME}: {error}", REMAKE_HINT) from error
+        text += "\n"
         self.from_json(text)
-        return text + "\n"
+        return text
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Read ``text`` strictly; `BundleError` names the field that is wrong."""
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise wrong("", f"larger than {MAX_MANIFEST_BYTES} bytes")
         try:
-            data = json.loads(text, object_pairs_hook=unique_object, parse_constant=refuse_constant)
+            data = text.encode() if isinstance(text, str) else text
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise wrong("", f"larger than {MAX_MANIFEST_BYTES} bytes")
+            value = json.loads(
+                data.decode(), object_pairs_hook=unique_object, parse_constant=refuse_constant
+            )
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_NAME}: not valid JSON: {error}", REMAKE_HINT) from error
-        node = Node(data, "")
+        node = Node(value, "")
         version = node.integer("format_version")
         if version != FORMAT_VERSION:
             raise BundleError(

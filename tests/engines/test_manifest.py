@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sd_engines.entries import CertificateEntry
 from sd_engines.errors import BundleError
-from sd_engines.manifest import Manifest
+from sd_engines.manifest import MAX_MANIFEST_BYTES, Manifest
 from tiny_onnx import int8_engine, make_manifest
 
 if TYPE_CHECKING:
@@ -154,29 +155,56 @@ def test_hostile(manifest: Manifest, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "",
-        "{",
-        "[]",
-        "null",
-        b"\xff\xfe\x00",
-        "[" * 100_000,
-        '{"format_version": 1, "format_version": 1}',
-        '{"format_version": NaN}',
-        '{"format_version": ' + "9" * 10_000 + "}",
-        " " * (17 << 20),
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "must be an object"),
+        ("null", "must be an object"),
+        (b"\xff\xfe\x00", "not valid JSON: 'utf-8' codec"),
+        ("[" * 100_000, "not valid JSON: maximum recursion"),
+        ('{"format_version": ' + "9" * 10_000 + "}", "not valid JSON: Exceeds the limit"),
     ],
     ids=lambda text: f"{text[:12]!r}",
 )
-def test_no_manifest_at_all(text: str | bytes) -> None:
-    with pytest.raises(BundleError):
+def test_no_manifest_at_all(text: str | bytes, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
         Manifest.from_json(text)
 
 
-def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ('"format_version": 1, "format_version": 1', "not valid JSON: an object names one field"),
+        ('"format_version": NaN', "not valid JSON: NaN is no JSON number"),
+        ('"format_version": -Infinity', "not valid JSON: -Infinity is no JSON number"),
+    ],
+)
+def test_json_is_read_strictly(manifest: Manifest, field: str, message: str) -> None:
+    text = manifest.to_json()
+    assert Manifest.from_json(text) == manifest
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(text.replace('"format_version": 1', field))
 
+
+def test_its_bytes_are_utf_8_and_counted(manifest: Manifest) -> None:
+    text = replace(manifest, versions={"torch": "é"}).to_json()
+    for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1"):
+        with pytest.raises(BundleError, match="not valid JSON"):
+            Manifest.from_json(text.encode(encoding))
+    most = MAX_MANIFEST_BYTES - len(text.encode())
+    assert Manifest.from_json(text + " " * most).versions == {"torch": "é"}
+    with pytest.raises(BundleError, match="larger than 16777216 bytes"):
+        Manifest.from_json(text + " " * (most + 1))
+
+
+def test_not_written_what_is_too_long_to_be_read(manifest: Manifest) -> None:
+    """As text it is short enough, as UTF-8 it is not."""
+    with pytest.raises(BundleError, match="larger than"):
+        replace(manifest, versions={"torch": "é" * (9 << 20)}).to_json()
+
+
+def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
     engine = int8_engine("unet")
     both = replace(manifest, engines=(*manifest.engines, engine))
     assert Manifest.from_json(both.to_json()).engines[-1] == engine
@@ -185,8 +213,6 @@ def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
 
 
 def test_not_written_what_would_not_be_read(manifest: Manifest) -> None:
-    from dataclasses import replace
-
     bad = CertificateEntry(
         component="unet",
         backend="onnxruntime",
@@ -197,6 +223,6 @@ def test_not_written_what_would_not_be_read(manifest: Manifest) -> None:
         tolerance=1e-4,
         measured_at="2026-11-20T00:00:00Z",
     )
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="not JSON compliant"):
         replace(manifest, certificate=(bad,)).to_json()
     assert replace(manifest, certificate=(replace(bad, figure=0.0),)).to_json()
