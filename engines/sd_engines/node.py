@@ -209,8 +209,8 @@ def relative_path(text: str, where: str) -> str:
     if (
         _UNPRINTABLE.search(text)
         or "\\" in text
-        or len(text) > 1024
-        or any(part in ("", ".", "..") or len(part) > 255 for part in parts)
+        or len(text.encode()) > 1024
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
         or ":" in parts[0]
         or PurePosixPath(text).is_absolute()
         or text == MANIFEST_NAME

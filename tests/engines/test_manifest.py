@@ -110,6 +110,8 @@ HOSTILE = {
     "empty": (_file(""), "no path of a file inside the bundle"),
     "nul": (_file("a\0b"), "no path of a file inside the bundle"),
     "long": (_file("a/" * 600 + "b"), "no path of a file inside the bundle"),
+    "long part": (_file("é" * 128), "no path of a file inside the bundle"),  # 256 bytes
+    "long in bytes": (_file(("é" * 100 + "/") * 6 + "b"), "no path of a file inside the bundle"),
     "manifest itself": (_file("bundle.json"), "no path of a file inside the bundle"),
     "surrogate": (_file("a\ud800"), "no path of a file inside the bundle"),
     "controlnet 1": (
