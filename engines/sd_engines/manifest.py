@@ -172,20 +172,20 @@ def _profile(node: Node) -> Profile:
 def _model(node: Node) -> ModelSpec:
     model = ModelSpec(
         source=node.text("source"),
-        revision=node.optional_text("revision"),
+        revision=node.nullable_text("revision"),
         family=node.text("family"),
-        license=node.optional_text("license"),
+        license=node.nullable_text("license"),
         prediction_type=node.text("prediction_type"),
         latent_channels=node.integer("latent_channels", low=1, high=1024),
         vae_scaling_factor=node.number("vae_scaling_factor"),
         max_prompt_tokens=node.integer("max_prompt_tokens", low=1, high=65536),
         scheduler=node.mapping("scheduler"),
-        defaults=_defaults(node.optional_node("defaults")),
-        vae=node.younger_text("vae"),
-        force_zeros_for_empty_prompt=node.optional_flag("force_zeros_for_empty_prompt"),
-        requires_aesthetics_score=node.optional_flag("requires_aesthetics_score"),
-        low_res_scheduler=node.younger_mapping("low_res_scheduler"),
-        max_noise_level=node.younger_integer("max_noise_level", high=65536),
+        defaults=_defaults(node.younger_node("defaults")),
+        vae=node.younger_nullable_text("vae"),
+        force_zeros_for_empty_prompt=node.younger_flag("force_zeros_for_empty_prompt"),
+        requires_aesthetics_score=node.younger_flag("requires_aesthetics_score"),
+        low_res_scheduler=node.younger_nullable_mapping("low_res_scheduler"),
+        max_noise_level=node.younger_nullable_integer("max_noise_level", high=65536),
         controlnets=node.younger_texts("controlnets"),
     )
     node.end()
@@ -199,8 +199,8 @@ def _defaults(node: Node | None) -> Defaults:
     defaults = Defaults(
         num_inference_steps=node.integer("num_inference_steps", low=1),
         guidance_scale=node.number("guidance_scale"),
-        strength=node.optional_number("strength", Defaults.strength),
-        inpainting_strength=node.optional_number(
+        strength=node.younger_number("strength", Defaults.strength),
+        inpainting_strength=node.younger_number(
             "inpainting_strength", Defaults.inpainting_strength
         ),
     )

@@ -29,7 +29,8 @@ class Node:
     """One JSON object being read: each field is taken once, with its type and range.
 
     Every method takes the field it is named after and raises `BundleError` where it is missing or
-    not what it must be; `end` where a field was not taken.
+    not what it must be; `end` where a field was not taken. A ``nullable`` field may be null, a
+    ``younger`` one may be missing: bundles of before the field have none.
     """
 
     def __init__(self, value: object, where: str) -> None:
@@ -64,16 +65,16 @@ class Node:
             raise wrong(self._at(key), f"{value!r} is none of {', '.join(one_of)}")
         return value
 
-    def optional_text(self, key: str) -> str | None:
+    def nullable_text(self, key: str) -> str | None:
         """A text, or None where the field is null."""
         if self._fields.get(key, "") is None:
             self._take(key)
             return None
         return self.text(key)
 
-    def younger_text(self, key: str) -> str | None:
-        """The same, and None where it is not there: bundles of before the field have none."""
-        return self.optional_text(key) if key in self._fields else None
+    def younger_nullable_text(self, key: str) -> str | None:
+        """The same, and None where it is not there."""
+        return self.nullable_text(key) if key in self._fields else None
 
     def younger_texts(self, key: str) -> tuple[str, ...]:
         """An array of texts, empty where the field is not there."""
@@ -95,7 +96,7 @@ class Node:
             raise wrong(self._at(key), f"must be a whole number from {low} to {high}")
         return value
 
-    def younger_integer(self, key: str, *, high: int) -> int | None:
+    def younger_nullable_integer(self, key: str, *, high: int) -> int | None:
         """A whole number from 0 to ``high``, None where the field is null or not there."""
         return self.integer(key, high=high) if self._is_given(key) else None
 
@@ -106,11 +107,11 @@ class Node:
             return float(value)
         raise wrong(self._at(key), "must be a finite number")
 
-    def optional_number(self, key: str, default: float) -> float:
+    def younger_number(self, key: str, default: float) -> float:
         """A finite number, ``default`` where the field is not there."""
         return self.number(key) if key in self._fields else default
 
-    def optional_flag(self, key: str) -> bool:
+    def younger_flag(self, key: str) -> bool:
         """True or false, false where the field is not there."""
         value = self._take(key) if key in self._fields else False
         if not isinstance(value, bool):
@@ -135,7 +136,7 @@ class Node:
             raise wrong(self._at(key), "must be an object")
         return value
 
-    def younger_mapping(self, key: str) -> dict[str, Any] | None:
+    def younger_nullable_mapping(self, key: str) -> dict[str, Any] | None:
         """Any object, None where the field is null or not there."""
         return self.mapping(key) if self._is_given(key) else None
 
@@ -150,7 +151,7 @@ class Node:
         """The object in ``key``, to be read in turn."""
         return Node(self._take(key), self._at(key))
 
-    def optional_node(self, key: str) -> Node | None:
+    def younger_node(self, key: str) -> Node | None:
         """The object in ``key``, None where the field is not there."""
         return self.node(key) if key in self._fields else None
 
@@ -160,7 +161,7 @@ class Node:
         return tuple(read(Node(v, f"{where}[{i}]")) for i, v in enumerate(self.array(key)))
 
     def younger_entries(self, key: str, read: Callable[[Node], _T]) -> tuple[_T, ...]:
-        """The same, none where the field is not there: bundles of before the field have none."""
+        """The same, none where the field is not there."""
         return self.entries(key, read) if key in self._fields else ()
 
     def named(
