@@ -19,6 +19,14 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
 PORTABLE_BACKENDS = ("openvino", "onnxruntime")
 """Backends that run ONNX itself, whatever their version: the bundle's, or in int8 their own."""
 
+_CAPABILITY = r"sm[1-9][0-9]+[a-z]?"
+_TARGETS = {
+    "tensorrt": re.compile(_CAPABILITY),
+    "tensorrt-rtx": re.compile(rf"any|{_CAPABILITY}(\+{_CAPABILITY})*"),
+    "openvino": re.compile("cpu"),
+    "onnxruntime": re.compile("cpu|cuda"),
+}
+"""What an engine of each backend can be for, as the whole of its ``target``."""
 _DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -149,6 +157,8 @@ def read_engine(node: Node) -> EngineEntry:
         key=node.sha256("key"),
     )
     node.end()
+    if not _TARGETS[entry.backend].fullmatch(entry.target):
+        raise wrong(f"{node.where}.target", f"{entry.target!r} is none of {entry.backend}'s")
     return entry
 
 

@@ -24,7 +24,7 @@ from sd_engines.node import (
     unique_object,
     wrong,
 )
-from sd_engines.spec import Defaults, ModelSpec, Profile
+from sd_engines.spec import MAX_TRAIN_TIMESTEPS, Defaults, ModelSpec, Profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
+_TRAIN_TIMESTEPS = 1000
+"""A scheduler's ``num_train_timesteps`` where its configuration says nothing, as in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,26 @@ def _model(node: Node) -> ModelSpec:
         controlnets=node.younger_texts("controlnets"),
     )
     node.end()
+    _check_schedulers(model, node.where)
     return model
+
+
+def _check_schedulers(model: ModelSpec, where: str) -> None:
+    """That ``scheduler`` has a class, and both a length; what else they say is the sampler's."""
+    Node(model.scheduler, f"{where}.scheduler").text("_class_name")
+    for name, config in (
+        ("scheduler", model.scheduler),
+        ("low_res_scheduler", model.low_res_scheduler or {}),
+    ):
+        if "num_train_timesteps" in config:
+            length = Node(config, f"{where}.{name}")
+            length.integer("num_train_timesteps", low=1, high=MAX_TRAIN_TIMESTEPS)
+    most = model.scheduler.get("num_train_timesteps", _TRAIN_TIMESTEPS)
+    if model.defaults.num_inference_steps > most:
+        raise wrong(
+            f"{where}.defaults.num_inference_steps",
+            f"must be a whole number from 1 to the scheduler's num_train_timesteps, {most}",
+        )
 
 
 def _defaults(node: Node | None) -> Defaults:
@@ -199,10 +220,8 @@ def _defaults(node: Node | None) -> Defaults:
     defaults = Defaults(
         num_inference_steps=node.integer("num_inference_steps", low=1),
         guidance_scale=node.number("guidance_scale"),
-        strength=node.younger_number("strength", Defaults.strength),
-        inpainting_strength=node.younger_number(
-            "inpainting_strength", Defaults.inpainting_strength
-        ),
+        strength=node.younger_share("strength", Defaults.strength),
+        inpainting_strength=node.younger_share("inpainting_strength", Defaults.inpainting_strength),
     )
     node.end()
     return defaults

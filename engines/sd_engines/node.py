@@ -107,9 +107,12 @@ class Node:
             return float(value)
         raise wrong(self._at(key), "must be a finite number")
 
-    def younger_number(self, key: str, default: float) -> float:
-        """A finite number, ``default`` where the field is not there."""
-        return self.number(key) if key in self._fields else default
+    def younger_share(self, key: str, default: float) -> float:
+        """A number from 0 to 1, ``default`` where the field is not there."""
+        value = self.number(key) if key in self._fields else default
+        if not 0 <= value <= 1:
+            raise wrong(self._at(key), "must be a number from 0 to 1")
+        return value
 
     def younger_flag(self, key: str) -> bool:
         """True or false, false where the field is not there."""

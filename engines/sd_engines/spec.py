@@ -45,6 +45,8 @@ LOW_RES_LATENTS: Final = "low_res_latents"
 """Input of a latent upscaler's UNet: the small picture's latents."""
 IMAGE_LATENTS: Final = "image_latents"
 """Input of the UNet of LDM3D's upscaler: latents of the picture and its depth, once resized."""
+MAX_TRAIN_TIMESTEPS: Final = 100_000
+"""Of a scheduler's configuration: a hundred times what checkpoints are trained with, and quick."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 

@@ -11,7 +11,7 @@ import pytest
 from sd_engines.entries import CertificateEntry
 from sd_engines.errors import BundleError
 from sd_engines.manifest import MAX_MANIFEST_BYTES, Manifest
-from tiny_onnx import int8_engine, make_manifest
+from tiny_onnx import int8_engine, make_manifest, stale_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +80,34 @@ HOSTILE = {
         _set("model", "defaults", {"num_inference_steps": 0, "guidance_scale": 1}),
         "model.defaults.num_inference_steps: must be a whole number from 1",
     ),
+    "more steps than trained": (
+        _set("model", "defaults", "num_inference_steps", 1001),
+        "model.defaults.num_inference_steps: must be a whole number from 1 to the sch.*, 1000",
+    ),
+    "strength": (
+        _set("model", "defaults", "strength", 2.0),
+        "model.defaults.strength: must be a number from 0 to 1",
+    ),
+    "inpainting strength": (
+        _set("model", "defaults", "inpainting_strength", -1.0),
+        "model.defaults.inpainting_strength: must be a number from 0 to 1",
+    ),
+    "no scheduler": (_set("model", "scheduler", {}), "model.scheduler._class_name: is missing"),
+    "scheduler null": (
+        _set("model", "scheduler", "_class_name", None),
+        "model.scheduler._class_name: must be a text",
+    ),
+    **{
+        f"{length} timesteps": (
+            _set("model", "scheduler", "num_train_timesteps", length),
+            "model.scheduler.num_train_timesteps: must be a whole number from 1 to 100000",
+        )
+        for length in (0, -1, 10**9, 10**30, 1e3, None)
+    },
+    "low-res timesteps": (
+        _set("model", "low_res_scheduler", {"num_train_timesteps": 10**9}),
+        "model.low_res_scheduler.num_train_timesteps: must be a whole number from 1 to 100000",
+    ),
     "half of the defaults": (
         _set("model", "defaults", {"num_inference_steps": 4}),
         "model.defaults.guidance_scale: is missing",
@@ -138,6 +166,8 @@ HOSTILE = {
     "symbolic": (_set("components", "unet", "inputs", 0, "shape", [4, "batch"]), "axis 1 is 'b"),
     "twin inputs": (_set("components", "unet", "inputs", 0, "name", "timestep"), "different names"),
     "backend": (_set("engines", 0, "backend", "pickle"), "'pickle' is none of tensorrt"),
+    "target": (_set("engines", 0, "target", "x"), r"engines\[0\].target: 'x' is none of onnxr"),
+    "openvino on cuda": (_set("engines", 1, "target", "cuda"), "'cuda' is none of openvino's"),
     "engine path": (_set("engines", 0, "file", "/tmp/x.engine"), "no path of a file"),  # noqa: S108
     "engine file": (_set("engines", 0, "file", "unet/model.onnx_data"), "is not the ONNX of"),
     "engine component": (_set("engines", 0, "component", "vae"), "'vae' is not in the bundle"),
@@ -204,6 +234,15 @@ def test_not_written_what_is_too_long_to_be_read(manifest: Manifest) -> None:
     """As text it is short enough, as UTF-8 it is not."""
     with pytest.raises(BundleError, match="larger than"):
         replace(manifest, versions={"torch": "é" * (9 << 20)}).to_json()
+
+
+def test_the_targets_of_a_plan(manifest: Manifest) -> None:
+    plan = stale_plan("fp16")
+    for target in ("any", "sm120", "sm86+sm89", "sm90a"):
+        replace(manifest, engines=(replace(plan, target=target),)).to_json()
+    for target in ("cpu", "sm", "sm86+", "any+sm86"):
+        with pytest.raises(BundleError, match="is none of tensorrt-rtx's"):
+            replace(manifest, engines=(replace(plan, target=target),)).to_json()
 
 
 def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
