@@ -24,6 +24,7 @@ from sd_engines.node import (
     unique_object,
     wrong,
 )
+from sd_engines.shape_check import check_shapes
 from sd_engines.spec import MAX_TRAIN_TIMESTEPS, Defaults, ModelSpec, Profile
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _defaults(node: Node | None) -> Defaults:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    """Sizes differ in nothing else, and a file is listed once, or alike by several of them."""
+    """Sizes differ in nothing else, files are listed once or alike in several, and shapes agree."""
     listed: dict[str, FileEntry] = {}
     for index, size in enumerate(manifest.all_sizes):
         where = f"sizes[{index - 1}]" if index else ""
@@ -237,6 +238,7 @@ def _check_consistent(manifest: Manifest) -> None:
         own, theirs = manifest.profile, size.profile
         if theirs != replace(own, height=theirs.height, width=theirs.width):
             raise wrong(where, "differs in more than height and width from the bundle's profile")
+        check_shapes(manifest.model, size, where)
         for name, entry in _files_of(size, where).items():
             if name in manifest.files or listed.setdefault(name, entry) != entry:
                 raise wrong(where, f"{name!r} is listed twice")
