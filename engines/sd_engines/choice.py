@@ -134,11 +134,24 @@ def _candidates(
 
 
 def _pace(bundle: Bundle, entry: EngineEntry, threads: int | None) -> Pace:
-    """What opening ``entry`` took, and the shortest of its first runs on one guided picture."""
+    """What opening ``entry`` took, and the shortest of its first runs on one guided picture.
+
+    `BackendError` where another of its backend opens in its place.
+    """
     start = perf_counter()
     with open_engine(
-        bundle, entry.component, backend=entry.backend, precision=entry.precision, threads=threads
+        bundle,
+        entry.component,
+        backend=entry.backend,
+        precision=entry.precision,
+        threads=threads,
+        prefer=entry,
     ) as engine:
+        if engine.entry != entry:
+            raise BackendError(
+                f"{entry.backend} does not start on {entry.target}",
+                f"Name another: --backend {engine.entry.backend}.",
+            )
         profile = bundle.manifest.profile
         batch = profile.max_batch(entry.component, engine.inputs.values())
         binding = engine.bind(min(2, batch), pictures=1)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sd_engines import choice, open_engine
+from sd_engines.backends import onnxruntime_package
+from sd_engines.backends.onnxruntime import LEAN
 from sd_engines.backends.openvino import OpenVinoEngine
 from sd_engines.bundle import Bundle, EngineEntry, portable_entry
 from sd_engines.choice import fastest_engine
@@ -60,10 +62,12 @@ def with_engines(bundle: Bundle, *engines: EngineEntry) -> Bundle:
     return Bundle(bundle.path, replace(bundle.manifest, engines=engines))
 
 
-def portable(bundle: Bundle, backend: str, precision: Precision) -> EngineEntry:
+def portable(
+    bundle: Bundle, backend: str, precision: Precision, *, target: str = "cpu"
+) -> EngineEntry:
     unet = bundle.manifest.components["unet"]
     return portable_entry(
-        "unet", unet, PROFILE, backend, version="1", target="cpu", precision=precision
+        "unet", unet, PROFILE, backend, version="1", target=target, precision=precision
     )
 
 
@@ -184,6 +188,48 @@ def test_of_one_backend_the_gpu_comes_first(tiny_bundle: Bundle) -> None:
     rival = portable(tiny_bundle, "openvino", "fp32")
     found = listed_engines(with_engines(tiny_bundle, on_cpu, rival, on_gpu), "unet")
     assert found == [rival, on_gpu, on_cpu]
+
+
+def test_engines_of_one_backend_are_measured_apart(
+    tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        engine = open_engine(*arguments, **options)
+        opened.append(engine.entry)
+        return engine
+
+    monkeypatch.setattr(choice, "open_engine", noted)
+    plain = portable(tiny_bundle, "onnxruntime", "fp32")
+    lean = replace(plain, flags=LEAN, key="1" * 64)
+    assert fastest_engine(with_engines(tiny_bundle, plain, lean), "unet") in (plain, lean)
+    assert opened == [plain, lean]
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["paces"].keys() == {plain.key, lean.key}
+
+
+def test_what_opens_in_place_of_another_is_not_its_measure(
+    tiny_bundle: Bundle,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU whose provider is there and does not start, beside the processor."""
+    on_cpu = portable(tiny_bundle, "onnxruntime", "fp32")
+    on_gpu = portable(tiny_bundle, "onnxruntime", "fp32", target="cuda")
+
+    def without_gpu(target: str) -> Any:
+        if target == "cuda":
+            raise BackendError("no GPU", "Take one.")
+        return onnxruntime_package.package(target)
+
+    monkeypatch.setattr("sd_engines.backends.onnxruntime.package", without_gpu)
+    monkeypatch.setattr(choice, "check_engine", lambda *_: None)
+    assert fastest_engine(with_engines(tiny_bundle, on_cpu, on_gpu), "unet") == on_cpu
+    assert "unet: onnxruntime was not measured: onnxruntime does not start on cuda" in caplog.text
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["paces"].keys() == {on_cpu.key}
 
 
 def test_a_single_engine_is_not_measured(tiny_bundle: Bundle, cache: Path) -> None:
