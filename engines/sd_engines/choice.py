@@ -24,6 +24,7 @@ from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.cores import usable_cores
 from sd_engines.engine import check_engine, listed_engines, open_engine
 from sd_engines.errors import BackendError, EngineMismatchError
+from sd_engines.kernel_file import kernel_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -199,24 +200,16 @@ def _installed(backend: str) -> list[str]:
 
 def _machine() -> list[str]:
     """The processor, the GPUs and their driver."""
-    processor = re.findall(r"^(?:model name|CPU part)\s*:.*", _read("/proc/cpuinfo"), re.MULTILINE)
+    first_of_many = kernel_text("/proc/cpuinfo", limit=4096)
+    processor = re.findall(r"^(?:model name|CPU part)\s*:.*", first_of_many, re.MULTILINE)
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
     return [
         platform.machine(),
         *processor[:1],
-        _read("/proc/driver/nvidia/version"),
-        *(line for gpu in gpus for line in _read(gpu / "information").splitlines()[:1]),
+        kernel_text("/proc/driver/nvidia/version"),
+        *(line for gpu in gpus for line in kernel_text(gpu / "information").splitlines()[:1]),
         os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     ]
-
-
-def _read(path: str | Path) -> str:
-    """The start of a file of the kernel's; empty where there is none."""
-    try:
-        with Path(path).open(encoding="utf-8", errors="replace") as file:
-            return file.read(4096)  # of the first of many processors
-    except OSError:
-        return ""
 
 
 def _recall(path: Path | None, entries: Sequence[EngineEntry]) -> dict[str, Pace]:

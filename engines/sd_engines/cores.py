@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from sd_engines.kernel_file import kernel_text
 
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 
 def usable_cores() -> int:
@@ -16,14 +17,7 @@ def usable_cores() -> int:
     quota make the kernel stop all of them.
     """
     allowed = os.sched_getaffinity(0)
-    cores = {_read(Path(_TOPOLOGY.format(cpu))) or str(cpu) for cpu in allowed}
-    quota, _, period = _read(_CGROUP_QUOTA).partition(" ")
+    cores = {kernel_text(_TOPOLOGY.format(cpu)).strip() or str(cpu) for cpu in allowed}
+    quota, _, period = kernel_text(_CGROUP_QUOTA).strip().partition(" ")
     limit = int(quota) // int(period) if quota.isdigit() and period.isdigit() else len(cores)
     return max(1, min(len(cores), limit))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
