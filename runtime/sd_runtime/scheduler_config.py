@@ -6,10 +6,12 @@ a short name is a class with a few keys set.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd_engines.errors import ConfigError, nearest
+from sd_engines.spec import MAX_TRAIN_TIMESTEPS
 from sd_runtime.scheduler_defaults import DEFAULTS, SIGMAS
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ def scheduler_name(name: str) -> str:
 
     ConfigError for an unknown name, naming the nearest, and for those that no table can hold.
     """
+    if not isinstance(name, str):  # a config's may be anything
+        raise ConfigError(f"unknown scheduler {name!r}", nearest("", SCHEDULERS))
     folded = _folded(name)
     if folded in _KNOWN:
         return _KNOWN[folded]
@@ -120,6 +124,7 @@ def effective_config(scheduler_config: Mapping[str, Any], name: str) -> dict[str
     config = {**known, **bounds, **carried, **sampler.overrides, "_class_name": sampler.class_name}
     for key, value in carried.items():
         _check_type(key, value, known[key])
+    _check_noise(config)
     _refuse_nonlinear(config)
     return config
 
@@ -178,10 +183,39 @@ def _check_type(key: str, value: object, default: object) -> None:
     elif default is None:
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ConfigError(
-            f"the scheduler config's {key} is {value!r}",
-            f"Correct scheduler_config.json: {key} is a {kinds[0].__name__}, such as {default!r}.",
-        )
+        raise _wrong(key, value, f"is a {kinds[0].__name__}, such as {default!r}")
+
+
+def _check_noise(config: Mapping[str, Any]) -> None:
+    """ConfigError for what no schedule of noise can have."""
+    length, betas = config["num_train_timesteps"], config["trained_betas"]
+    if not 1 <= length <= MAX_TRAIN_TIMESTEPS:
+        raise _wrong("num_train_timesteps", length, f"goes from 1 to {MAX_TRAIN_TIMESTEPS}")
+    for key in ("beta_start", "beta_end"):
+        if not 0 < config[key] < 1:
+            raise _wrong(key, config[key], "lies between 0 and 1")
+    if betas is not None and not (
+        isinstance(betas, list | tuple)
+        and len(betas) == length
+        and all(_is_number(beta) and 0 < beta < 1 for beta in betas)
+    ):
+        problem = f"is null, or {length} numbers between 0 and 1, one a training timestep"
+        raise _wrong("trained_betas", betas, problem)
+    for key in ("sigma_min", "sigma_max"):
+        sigma = config[key]
+        if sigma is not None and not (_is_number(sigma) and 0 < sigma <= sys.float_info.max):
+            raise _wrong(key, sigma, "is null, or a number above 0")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _wrong(key: str, value: object, problem: str) -> ConfigError:
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:80]}…"
+    hint = f"Correct scheduler_config.json: {key} {problem}."
+    return ConfigError(f"the scheduler config's {key} is {text}", hint)
 
 
 def _folded(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from sampler_oracle import V1_CONFIG
 from sd_engines.errors import ConfigError
 from sd_runtime.noise_schedule import Level, NoiseSchedule, level_from_sigma, noise_schedule
 from sd_runtime.scheduler_config import effective_config
+from sd_runtime.table import compile_table
 from sd_runtime.timestep_spacing import beta_quantile, timesteps_from_sigmas
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -36,6 +38,31 @@ def schedule(name: str = "ddim", **options: Any) -> NoiseSchedule:
 def test_alphas_cumprod_are_diffusers_to_the_last_bit(options: dict[str, Any]) -> None:
     expected = diffusers.DDIMScheduler.from_config({**V1_CONFIG, **options}).alphas_cumprod
     np.testing.assert_array_equal(schedule(**options).alphas_cumprod, expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("num_train_timesteps", (0, -1, 10**9, 10**30)),
+        ("beta_start", (-1, 0, 1, math.nan)),
+        ("beta_end", (-1, 0, 2.0, 10**400)),
+        ("trained_betas", ("x", {}, [], [0.5], [0.5] * 5, [0.1, 0.2, 0.3, 1], [[0.5]] * 4)),
+        ("sigma_min", ("x", 0, -1, [])),
+        ("sigma_max", (True, math.inf, 10**400)),
+    ],
+)
+def test_what_no_schedule_of_noise_can_have(key: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=f"the scheduler config's {key} is ") as caught:
+            effective_config({**V1_CONFIG, "num_train_timesteps": 4, key: value}, "ddim")
+        assert key in caught.value.hint
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", [None, 3, [], {}])
+def test_a_class_that_is_no_name(name: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown scheduler"):
+        compile_table({**V1_CONFIG, "_class_name": name}, num_inference_steps=2)
 
 
 def test_zero_terminal_snr() -> None:
