@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.bundle import Bundle
+    from sd_engines.entries import FileEntry
 
 _DTYPES = {"float": np.float32, "float16": np.float16}
 
@@ -40,6 +41,23 @@ class _Layer:
     transposed: bool
     file: str
     offset: int
+
+    def problem(self, files: Mapping[str, FileEntry], component: str) -> str | None:
+        """What no graph of ``component`` can have; None where it lies in one of its ``files``."""
+        for name in ("initializer", "dtype", "file"):
+            if not isinstance(getattr(self, name), str):
+                return f"{name} is no text"
+        if not isinstance(self.transposed, bool):
+            return "transposed is not true or false"
+        if len(self.shape) < 2 or any(type(size) is not int or size < 1 for size in self.shape):
+            return f"{list(self.shape)[:8]} is no shape of a layer's weight"
+        if f"{component}/{self.file}" not in files:
+            return "names a file that the manifest does not list"
+        bytes_ = math.prod(self.shape) * np.dtype(_DTYPES.get(self.dtype, np.uint8)).itemsize
+        end = files[f"{component}/{self.file}"].bytes
+        if type(self.offset) is not int or not 0 <= self.offset <= end - bytes_:
+            return f"lies outside of {self.file}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,12 +81,13 @@ class LayerTable:
         try:
             entries = json.loads(path.read_bytes())
             layers = {
-                name: _Layer(**{**entry, "shape": tuple(map(int, entry["shape"]))})
+                name: _Layer(**{**entry, "shape": tuple(entry["shape"])})
                 for name, entry in entries.items()
             }
-            if not all(f"{component}/{layer.file}" in files for layer in layers.values()):
-                raise ValueError("names a file that the manifest does not list")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for name, layer in layers.items():
+                if problem := layer.problem(files, component):
+                    raise ValueError(f"{name}: {problem}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BundleError(f"{path}: {error}", hint) from error
         return cls(path.parent, layers)
 
