@@ -35,6 +35,9 @@ OWNERS = {
 _ENCODER_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 """Of a text encoder without a projection; in one with it they lie below its ``text_model``."""
 
+_LARGEST = np.finfo(np.float16).max
+"""No weight of a model is near what fp16 can hold, and with one beyond it no picture is finite."""
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -81,8 +84,8 @@ def find_loras(loras: Sequence[str | Lora]) -> tuple[Lora, ...]:
 def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict[str, NDArray[Any]]:
     """The weights of ``component`` that ``loras`` change, by what its graph calls them.
 
-    Raises `ConfigError` for a file that is no LoRA of this model, `BundleError` for a bundle that
-    does not say where its weights lie.
+    Raises `ConfigError` for a file that is no LoRA of this model, or is too strong, `BundleError`
+    for a bundle that does not say where its weights lie.
     """
     if loras and reads_image(bundle.manifest):
         raise ConfigError(
@@ -110,16 +113,21 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
         if not changes:
             continue
         weight = table.read(name).copy()
-        for lora, file, notes, (spelling, keys) in changes:
-            weight += np.float32(lora.scale) * lora_change(
-                keys,
-                file.read,
-                layer=spelling,
-                file=lora.path.name,
-                notes=notes,
-                shape=weight.shape,
-            )
-        fused[table.initializer(name)] = table.stored(name, weight)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            for lora, file, notes, (spelling, keys) in changes:
+                weight += np.float32(lora.scale) * lora_change(
+                    keys,
+                    file.read,
+                    layer=spelling,
+                    file=lora.path.name,
+                    notes=notes,
+                    shape=weight.shape,
+                )
+            stored = table.stored(name, weight)
+        if not np.abs(stored).max() <= _LARGEST:  # nor is NaN
+            files = " and ".join(f"{lora.path.name}={lora.scale:g}" for lora, *_ in changes)
+            raise lora_error(f"{name} is too large, or not finite, with {files}")
+        fused[table.initializer(name)] = stored
     return fused
 
 
@@ -153,16 +161,21 @@ def lora_change(
     `ConfigError` where they have another shape or are not finite.
     """
     down, up = read(keys["down"]), read(keys["up"])
-    alpha = float(read(keys["alpha"]).item()) if "alpha" in keys else None
+    if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
+        raise lora_error(f"{file}: {layer} is {up.shape} × {down.shape}, which no LoRA is")
+    alpha = read(keys["alpha"]) if "alpha" in keys else None
+    if alpha is not None and alpha.size != 1:
+        raise lora_error(f"{file}: the alpha of {layer} is {alpha.size} numbers and not one")
     rank, columns = len(down), up.reshape(len(up), -1)
     if columns.shape != (shape[0], rank) or down[0].size != math.prod(shape[1:]):
         raise lora_error(
             f"{file}: {layer} is {up.shape} × {down.shape}, of another shape than the model's "
             f"{shape}"
         )
-    product = (columns @ down.reshape(rank, -1)).reshape(shape)
-    if not np.isfinite(product).all():
+    strength = notes.strength(layer, rank=rank, alpha=None if alpha is None else alpha.item())
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        product = (columns @ down.reshape(rank, -1)).reshape(shape)
+        change: NDArray[np.float32] = np.float32(strength) * product
+    if not np.isfinite(change).all():
         raise lora_error(f"{file}: {layer} is not finite")
-    strength = np.float32(notes.strength(layer, rank=rank, alpha=alpha))
-    change: NDArray[np.float32] = strength * product
     return change

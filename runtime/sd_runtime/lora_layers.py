@@ -147,7 +147,7 @@ class LoraNotes:
                 },
                 use_rslora=bool(noted.get(f"{component}.use_rslora", False)),
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise lora_error(f"its {_METADATA} cannot be read: {error}") from error
 
     def strength(self, name: str, *, rank: int, alpha: float | None) -> float:

@@ -54,7 +54,10 @@ class TensorFile:
             metadata = header.pop("__metadata__", {})
             end = path.stat().st_size - 8 - size
             places = {name: _place(entry, 8 + size, end) for name, entry in header.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            *(OSError, ValueError, OverflowError, TypeError),
+            *(KeyError, AttributeError, RecursionError),
+        ) as error:
             raise ConfigError(f"{path} is no safetensors file: {error}", _HINT) from error
         return cls(path, places, {str(key): str(value) for key, value in metadata.items()})
 

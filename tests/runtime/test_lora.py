@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -163,6 +164,62 @@ def test_files_that_are_no_lora_of_the_model(
         Pipeline.load(folder / "bundle", threads=1, loras=[str(tmp_path / "a.safetensors")])
 
 
+CONV_IN = "unet.conv_in.lora_"
+ADAPTER = {f"{CONV_IN}A.weight": (3, 4, 3, 3), f"{CONV_IN}B.weight": (8, 3, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet.conv_in.alpha": torch.ones(0)}, "the alpha of conv_in is 0 numbers"),
+        ({"unet.conv_in.alpha": torch.ones(2)}, "the alpha of conv_in is 2 numbers"),
+        ({"unet.conv_in.alpha": torch.tensor(torch.nan)}, "conv_in is not finite"),
+        ({"unet.conv_in.alpha": torch.tensor(torch.inf)}, "conv_in is not finite"),
+        ({f"{CONV_IN}B.weight": torch.ones(0, 3, 1, 1)}, "which no LoRA is"),
+        ({f"{CONV_IN}B.weight": torch.tensor(1.0)}, "which no LoRA is"),
+        ({f"{CONV_IN}A.weight": torch.tensor(1.0)}, "which no LoRA is"),
+        (
+            {f"{CONV_IN}A.weight": torch.ones(0, 4, 3, 3), f"{CONV_IN}B.weight": torch.ones(8, 0)},
+            "which no LoRA is",
+        ),
+        ({f"{CONV_IN}B.weight": torch.full((8, 3, 1, 1), 3e38)}, "conv_in is not finite"),
+    ],
+)
+def test_a_lora_of_broken_parts(
+    folder: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(shape) for name, shape in ADAPTER.items()} | changes, path)
+    with pytest.raises(ConfigError, match=message):
+        Pipeline.load(folder / "bundle", threads=1, loras=[str(path)])
+
+
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "cannot be read: int too large"),
+        ('{"unet.lora_alpha": Infinity}', "conv_in is not finite"),
+        ("[" * 100_000, "cannot be read: maximum recursion"),
+    ],
+    ids=["large", "infinite", "deep"],
+)
+def test_a_lora_of_broken_notes(folder: Path, tmp_path: Path, noted: str, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {name: torch.ones(shape) for name, shape in ADAPTER.items()}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": noted})
+    with pytest.raises(ConfigError, match=message):
+        Pipeline.load(folder / "bundle", threads=1, loras=[str(path)])
+
+
+@pytest.mark.parametrize("scale", ["1e+30", "1e+38", "-1e+300"])
+def test_a_scale_beyond_all_weights(folder: Path, tmp_path: Path, scale: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.full(shape, 2.0) for name, shape in ADAPTER.items()}, path)
+    message = rf"^conv_in is too large.* a\.safetensors={re.escape(scale)}"
+    with pytest.raises(ConfigError, match=message):
+        Pipeline.load(folder / "bundle", threads=1, loras=[f"{path}={scale}"])
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -174,6 +231,9 @@ def test_files_that_are_no_lora_of_the_model(
         + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'.ljust(60),
         (62).to_bytes(8, "little")
         + b'{"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}'.ljust(62)
+        + bytes(8),
+        (68).to_bytes(8, "little")
+        + b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'.ljust(68)
         + bytes(8),
     ],
 )
@@ -198,21 +258,49 @@ def test_an_older_bundle_says_that_it_must_be_made_again(folder: Path, tmp_path:
         Pipeline.load(old, backend="onnxruntime", loras=named(folder))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"file": "../../other"}, "does not list"), ({"offset": None, "more": 1}, "more")],
-)
-def test_a_table_of_layers_is_not_trusted(
-    folder: Path, tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    bundle = shutil.copytree(folder / "bundle", tmp_path / "bundle")
+@pytest.fixture(scope="module")
+def copied(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another of the bundles, for tables of layers that lie."""
+    return shutil.copytree(folder / "bundle", tmp_path_factory.mktemp("copied") / "bundle")
+
+
+def write_table(bundle: Path, table: str) -> None:
+    """Put ``table`` in place of the UNet's table of layers, with its hash in the manifest."""
     name = "unet/layers.json"
-    table = json.loads((bundle / name).read_text())
-    next(iter(table.values())).update(change)
-    (bundle / name).write_text(json.dumps(table))
+    (bundle / name).write_text(table)
     manifest = json.loads((bundle / "bundle.json").read_text())
     entry = hash_files(bundle, [name])[name]
     manifest["components"]["unet"]["files"][name] = asdict(entry)
     (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "../../other"}, "does not list"),
+        ({"offset": None, "more": 1}, "more"),
+        *(({"offset": offset}, "lies outside of") for offset in (None, 2.5, "1", [], True)),
+        *(({"offset": offset}, "lies outside of") for offset in (-1, 2**62, 10**30)),
+        *(({"shape": shape}, "no shape") for shape in ([8, 4, 3, -3], [-1], [], "", {}, [8, 4.0])),
+        ({"shape": 8}, "not iterable"),
+        ({"shape": [2**40, 2**40]}, "lies outside of"),
+        *(({"initializer": value}, "initializer is no text") for value in ([], {}, None)),
+        *(({"dtype": value}, "dtype is no text") for value in ([], {}, None)),
+        ({"file": []}, "file is no text"),
+        ({"transposed": "no"}, "transposed is not true or false"),
+    ],
+)
+def test_a_table_of_layers_is_not_trusted(
+    folder: Path, copied: Path, change: dict[str, object], message: str
+) -> None:
+    table = json.loads((folder / "bundle/unet/layers.json").read_text())
+    next(iter(table.values())).update(change)
+    write_table(copied, json.dumps(table))
     with pytest.raises(BundleError, match=message):
-        Pipeline.load(bundle, backend="onnxruntime", loras=named(folder))
+        Pipeline.load(copied, backend="onnxruntime", loras=named(folder))
+
+
+def test_a_table_too_deep_to_be_read(folder: Path, copied: Path) -> None:
+    write_table(copied, "[" * 100_000)
+    with pytest.raises(BundleError, match=r"layers.json: maximum recursion"):
+        Pipeline.load(copied, backend="onnxruntime", loras=named(folder))
