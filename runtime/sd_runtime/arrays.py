@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from sd_engines.border import import_package
-from sd_engines.errors import BackendError, ConfigError
+from sd_engines.errors import BackendError, BundleError, ConfigError
+from sd_engines.node import REMAKE_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,7 +29,14 @@ NO_STREAM: Final[WorkStream] = nullcontext()
 
 
 def copy_into(target: Array, source: Array) -> None:
-    """Write ``source`` into ``target``, wherever each of them lives."""
+    """Write ``source`` into ``target``, wherever each of them lives.
+
+    `BundleError` where their shapes differ: numpy would repeat what is one row, or one channel.
+    """
+    if target.shape != source.shape:
+        raise BundleError(
+            f"an array of {source.shape} has no place in one of {target.shape}", REMAKE_HINT
+        )
     target[...] = moved(source, like=target)
 
 

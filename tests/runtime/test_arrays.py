@@ -1,47 +1,18 @@
-"""Where work for a GPU is enqueued, by a stand-in for CuPy."""
+"""What is written into an engine's array fills it, once."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+import numpy as np
+import pytest
 
-from sd_runtime.arrays import NO_STREAM, on_stream, work_stream
-from streams import Stream, put_in_place_of_cupy
-from tiny_onnx import stale_plan
-
-if TYPE_CHECKING:
-    import pytest
-
-    from sd_engines import Bundle
-
-ON_A_GPU = [stale_plan("fp32")]
+from sd_engines.errors import BundleError
+from sd_runtime.arrays import copy_into
 
 
-def test_work_never_goes_to_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_cupy(monkeypatch)
-    own = work_stream(ON_A_GPU)
-    assert isinstance(own, Stream)
-    assert own.non_blocking
-    assert own != work_stream(ON_A_GPU)
-    with own:
-        assert work_stream(ON_A_GPU) is own, "the caller's, where there is one"
-    assert Stream.current().ptr == 0
-
-
-def test_a_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_cupy(monkeypatch)
-    assert on_stream(0) is NO_STREAM
-    with on_stream(0x5EED):
-        assert Stream.current().ptr == 0x5EED
-
-
-def test_no_stream_for_a_processor(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_cupy(monkeypatch)
-    assert work_stream(tiny_bundle.manifest.engines) is NO_STREAM
-
-
-def test_no_stream_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_cupy(monkeypatch, has_gpu=False)
-    assert work_stream(ON_A_GPU) is NO_STREAM
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    assert work_stream(ON_A_GPU) is NO_STREAM
+def test_an_array_of_another_shape_is_not_repeated() -> None:
+    target = np.zeros((1, 4, 2, 2), np.float32)
+    for shape in ((1, 1, 2, 2), (4, 2, 2), (1, 4, 2, 1), (), (1, 3, 2, 2)):
+        with pytest.raises(BundleError, match="has no place in one of"):
+            copy_into(target, np.ones(shape, np.float32))
+    copy_into(target, np.ones(target.shape, np.float16))
+    assert (target == 1).all()
