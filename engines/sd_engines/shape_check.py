@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sd_engines.node import wrong
 from sd_engines.spec import (
+    BATCH,
     CONTROLNET,
     DEPTH,
     IMAGE_LATENTS,
@@ -43,13 +44,13 @@ def check_shapes(model: ModelSpec, size: SizeEntry, where: str) -> None:
         own = shapes | _own(name, component, model, size.profile)
         for border, specs in (("inputs", component.inputs), ("outputs", component.outputs)):
             for index, spec in enumerate(specs):
-                first, *axes = spec.shape or ("",)
-                expected = own.get(spec.name)
-                if expected is not None and tuple(axes) != expected:
+                expected = own.get(spec.name, spec.shape[1:])
+                if not spec.shape or spec.shape[1:] != expected:
                     at = ".".join(filter(None, (where, "components", name, f"{border}[{index}]")))
                     raise wrong(
                         f"{at}.shape",
-                        f"is {[first, *axes]}; the rest of the manifest says {[first, *expected]}",
+                        f"is {[*spec.shape]}; the rest of the manifest says "
+                        f"{[*(spec.shape[:1] or [BATCH]), *expected]}",
                     )
 
 
@@ -82,12 +83,12 @@ def _prompt(model: ModelSpec, size: SizeEntry) -> _Shapes:
         for name in encoders
         if name in size.components
         for spec in size.components[name].outputs
-        if spec.name in ("prompt_embeds", "image_embeds")
+        if spec.name in ("prompt_embeds", "image_embeds") and len(spec.shape) == 3
     ]
     unet = size.components.get("unet")
     for spec in unet.inputs if unet else ():
-        if spec.name == "encoder_hidden_states" and len(spec.shape) == 3:
-            _, tokens, width = spec.shape
+        if spec.name == "encoder_hidden_states":
+            tokens, width = spec.shape[1:] if len(spec.shape) == 3 else (0, 0)
             chunks = max(1, int(tokens) // model.max_prompt_tokens)
             wide = sum(map(int, widths)) if widths else width
             return {spec.name: (chunks * model.max_prompt_tokens, wide)}

@@ -117,6 +117,17 @@ def test_a_shape_with_an_axis_too_many(border: str) -> None:
             Manifest.from_json(json.dumps(data))
 
 
+def test_a_shape_of_too_few_axes() -> None:
+    for name, component in MANIFEST.components.items():
+        for border in ("inputs", "outputs"):
+            for index, spec in enumerate(getattr(component, border)):
+                for shape in ([], ["batch"], ["batch", 1])[: len(spec.shape)]:
+                    data = _data()
+                    data["components"][name][border][index]["shape"] = shape
+                    with pytest.raises(BundleError, match=r"components\.\w+\.\w+\[\d\].shape: is "):
+                        Manifest.from_json(json.dumps(data))
+
+
 @pytest.mark.parametrize(("part", "field", "value"), MODEL_FIELDS)
 def test_a_model_or_profile_of_other_shapes(part: str, field: str, value: int) -> None:
     data = _data()
