@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
-from sd_runtime.arrays import NO_STREAM
 from sd_runtime.engines import components_to_open, first_batches, open_engines
 from sd_runtime.lora import OWNERS, fused_weights
+from sd_runtime.work_stream import NO_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from sd_engines.engine import Engine
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
-    from sd_runtime.arrays import WorkStream
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
+    from sd_runtime.work_stream import WorkStream
 
 
 class EngineSet(Closing):

@@ -15,9 +15,9 @@ from sd_engines.spec import (
     TEXT_ENCODERS,
     TIME_IDS,
 )
-from sd_runtime.arrays import NO_STREAM
 from sd_runtime.lora import fused_weights
 from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
+from sd_runtime.work_stream import NO_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision, Profile
-    from sd_runtime.arrays import WorkStream
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
+    from sd_runtime.work_stream import WorkStream
 
 
 _ON_DEMAND = (ENCODER, DEPTH_ESTIMATOR, "unet_shallow", CONTROLNET, CONTROL_EMBEDDING)

@@ -44,11 +44,10 @@ class _Layer:
 
     def problem(self, files: Mapping[str, FileEntry], component: str) -> str | None:
         """What no graph of ``component`` can have; None where it lies in one of its ``files``."""
-        for name in ("initializer", "dtype", "file"):
-            if not isinstance(getattr(self, name), str):
-                return f"{name} is no text"
-        if not isinstance(self.transposed, bool):
-            return "transposed is not true or false"
+        kinds = {"initializer": str, "dtype": str, "transposed": bool, "file": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                return f"{name} is no {kind.__name__}"
         if len(self.shape) < 2 or any(type(size) is not int or size < 1 for size in self.shape):
             return f"{list(self.shape)[:8]} is no shape of a layer's weight"
         if f"{component}/{self.file}" not in files:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final, Self
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import listed_engines
-from sd_runtime.arrays import work_stream
 from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
 from sd_runtime.plan import plan
 from sd_runtime.refiner import at_size_of
 from sd_runtime.tokenizer import Tokenizer
+from sd_runtime.work_stream import work_stream
 
 if TYPE_CHECKING:
     import os
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
-    from sd_runtime.arrays import WorkStream
     from sd_runtime.painter import Painter
     from sd_runtime.plan import Plan
     from sd_runtime.request import Request
     from sd_runtime.result import Result, Step
+    from sd_runtime.work_stream import WorkStream
 
 TOKENIZER_OF = {
     "text_encoder": "tokenizer/tokenizer.json",

@@ -284,10 +284,10 @@ def write_table(bundle: Path, table: str) -> None:
         *(({"shape": shape}, "no shape") for shape in ([8, 4, 3, -3], [-1], [], "", {}, [8, 4.0])),
         ({"shape": 8}, "not iterable"),
         ({"shape": [2**40, 2**40]}, "lies outside of"),
-        *(({"initializer": value}, "initializer is no text") for value in ([], {}, None)),
-        *(({"dtype": value}, "dtype is no text") for value in ([], {}, None)),
-        ({"file": []}, "file is no text"),
-        ({"transposed": "no"}, "transposed is not true or false"),
+        *(({"initializer": value}, "initializer is no str") for value in ([], {}, None)),
+        *(({"dtype": value}, "dtype is no str") for value in ([], {}, None)),
+        ({"file": []}, "file is no str"),
+        ({"transposed": "no"}, "transposed is no bool"),
     ],
 )
 def test_a_table_of_layers_is_not_trusted(

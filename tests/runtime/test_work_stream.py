@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from sd_runtime.arrays import NO_STREAM, on_stream, work_stream
+from sd_runtime.work_stream import NO_STREAM, on_stream, work_stream
 from streams import Stream, put_in_place_of_cupy
 from tiny_onnx import stale_plan
 

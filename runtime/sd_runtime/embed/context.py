@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
-from sd_runtime.arrays import on_stream
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.table import SCHEDULERS
 from sd_runtime.task import check_served
+from sd_runtime.work_stream import on_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
