@@ -77,9 +77,9 @@ def add_engines(
     same graph has its engines.
 
     An entry of the same component, backend, target, precision and, unless it is portable, version
-    is replaced, and so are certificate entries of the same component, backend and precision. At
-    every moment the bundle is complete: a file is replaced only while no manifest lists it. Callers
-    take turns. Returns the new manifest; `BundleError` as `seal`.
+    is replaced, and so are certificate entries of the same component, backend, precision
+    and reference. At every moment the bundle is complete: a file is replaced only while no manifest
+    lists it. Callers take turns. Returns the new manifest; `BundleError` as `seal`.
     """
     engines, certificate = tuple(engines), tuple(certificate)
     built = [e for e in engines if e.is_built]
@@ -136,7 +136,7 @@ def _identity(engine: EngineEntry) -> tuple[str, ...]:
 
 
 def _measured(entry: CertificateEntry) -> tuple[str, ...]:
-    return entry.component, entry.backend, entry.precision
+    return entry.component, entry.backend, entry.precision, entry.reference
 
 
 def _is_replaceable(target: Path) -> bool:

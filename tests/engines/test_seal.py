@@ -181,12 +181,12 @@ def _built(staging: Path, bundle: Bundle, *, content: bytes, target: str = "any"
     )
 
 
-def _certificate(figure: float) -> CertificateEntry:
+def _certificate(figure: float, *, reference: str = "numpy") -> CertificateEntry:
     return CertificateEntry(
         component="unet",
         backend="tensorrt-rtx",
         precision="fp32",
-        reference="numpy",
+        reference=reference,
         metric="relative_l2",
         figure=figure,
         tolerance=1e-4,
@@ -226,6 +226,16 @@ def test_add_engine_then_replace_it(tiny_bundle: Bundle, tmp_path: Path) -> None
         "unet/model.onnx_data",
         second.file,
     }
+
+
+def test_a_figure_against_another_reference_is_kept(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    staging, rows = tmp_path / "staging", (_certificate(1e-6, reference="diffusers"),)
+    engine = _built(staging, tiny_bundle, content=b"plan")
+    add_engines(tiny_bundle.path, staging, engines=[engine], certificate=rows)
+    rows = (*rows, _certificate(0.0, reference="the bundle's ONNX"))
+    engine = _built(staging, tiny_bundle, content=b"plan")
+    manifest = add_engines(tiny_bundle.path, staging, engines=[engine], certificate=rows[1:])
+    assert manifest.certificate == rows
 
 
 def test_replaced_engine_leaves_no_file(tiny_bundle: Bundle, tmp_path: Path) -> None:
