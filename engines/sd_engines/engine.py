@@ -122,6 +122,15 @@ def build_engine(
     return built
 
 
+def default_target(backend: str) -> str:
+    """What `build_engine` takes for ``target`` where it is None.
+
+    `BackendError` where that is this machine's GPU and there is none.
+    """
+    target: str = _module(backend).default_target(backend)
+    return target
+
+
 def load_engine(
     path: Path,
     *,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
+from sd_engines.engine import default_target
 from sd_engines.errors import BundleError
 from sd_engines.seal import add_engines
 from sd_export.graph_proof import bundle_proof
@@ -45,7 +46,8 @@ def build(
     `BundleError`, `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle
     is then as it was.
     """
-    check_request(backends, precision, calibration_prompts, workspace_bytes)
+    backends = tuple(dict.fromkeys(backends))
+    check_request(backends, precision, calibration_prompts, workspace_bytes, target=target)
     path = Path(bundle_path).resolve()
     open_bundle(path)  # says why where it is none, before a work folder is made beside it
     log = StageLog(progress)
@@ -148,10 +150,11 @@ def _is_there(bundle: Bundle, order: EngineOrder) -> bool:
     precision, calibration = order.precision or order.entry.precision, order.calibration
     wanted = (order.component, order.backend, precision)
     installed, limit = backend_version(order.backend), order.workspace_bytes
+    target = order.target or default_target(order.backend)
     for engine in bundle.manifest.engines:
         if (engine.component, engine.backend, engine.precision) != wanted:
             continue
-        if order.target not in (None, engine.target):
+        if engine.target != target:
             continue
         if limit and engine.flags.get("workspace_bytes") != str(limit):
             continue

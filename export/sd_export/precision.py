@@ -45,6 +45,8 @@ def check_request(
     precision: str | None,
     calibration_prompts: Sequence[str] | None = None,
     workspace_bytes: int | None = None,
+    *,
+    target: str | None = None,
 ) -> None:
     """`ConfigError` for an unknown backend or precision, or one the other does not take."""
     if not backends:
@@ -59,6 +61,12 @@ def check_request(
         raise ConfigError(
             "ONNX Runtime does not compute in bf16 on a CPU",
             "Take --precision fp32 or fp16, or name another --backend.",
+        )
+    if precision == "tf32" and not all(_is_on_gpu(backend, target) for backend in backends):
+        raise ConfigError(
+            "tf32 is for NVIDIA GPUs",
+            "Name tensorrt, tensorrt-rtx, or of a bundle that is made: sd-export build BUNDLE "
+            "--backend onnxruntime --target cuda",
         )
     others = [backend for backend in backends if backend != "openvino"]
     if precision == "int8" and others:
@@ -134,14 +142,15 @@ def engine_precision(
 ) -> Precision | None:
     """What ``backend`` is asked to compute ``component`` in; None leaves it to the backend.
 
-    Raises `ConfigError` where it cannot be made of the graph that is ``entry``.
+    ``precision`` is one that `check_request` lets through. Raises `ConfigError` where it cannot be
+    made of the graph that is ``entry``.
     """
-    on_gpu = backend not in PORTABLE_BACKENDS or (backend == "onnxruntime" and target == "cuda")
-    if precision == "tf32" and not on_gpu:
+    on_gpu = _is_on_gpu(backend, target)
+    makes = _made_of(entry.precision, backend, on_gpu=on_gpu)
+    if is_halved(component) and precision not in (None, *makes):
         raise ConfigError(
-            "tf32 is for NVIDIA GPUs",
-            "Name tensorrt, tensorrt-rtx, or of a bundle that is made: sd-export build BUNDLE "
-            "--backend onnxruntime --target cuda",
+            f"the bundle's {component} is {entry.precision}; {precision} cannot be made of it",
+            f"Export the checkpoint again with --precision {precision}.",
         )
     if backend == "onnxruntime" and not on_gpu:
         return None
@@ -163,10 +172,19 @@ def engine_precision(
         return "fp32" if precision == "fp32" else "tf32"
     if backend == "onnxruntime":
         return precision or ("tf32" if entry.precision == "fp32" else None)
-    wanted = precision or "fp16"
-    if entry.precision != "fp32" and wanted != entry.precision:
-        raise ConfigError(
-            f"the bundle's {component} is {entry.precision}; {wanted} cannot be made of it",
-            f"Export the checkpoint again with --precision {wanted}.",
-        )
-    return wanted
+    return precision or "fp16"
+
+
+def _is_on_gpu(backend: str, target: str | None) -> bool:
+    return backend not in PORTABLE_BACKENDS or (backend == "onnxruntime" and target == "cuda")
+
+
+def _made_of(graph: Precision, backend: str, *, on_gpu: bool) -> tuple[str, ...]:
+    """What ``backend`` makes of a UNet's graph in the precision ``graph``, that itself included."""
+    if backend == "openvino":
+        return (graph, "fp32", "bf16", "int8")  # int8 is refused where it is made
+    if graph != "fp32":
+        return (graph,)
+    if backend == "onnxruntime":
+        return ("fp32", "tf32") if on_gpu else ("fp32",)
+    return ("fp32", "tf32", "fp16", "bf16")

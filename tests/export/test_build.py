@@ -87,6 +87,32 @@ def test_a_target_and_bf16_for_tensorrt_rtx(bundle: Path) -> None:
         sd_export.build(bundle, backends=("tensorrt-rtx",), target="sm1")
 
 
+def test_the_usual_target_is_not_any(bundle: Path) -> None:
+    """An engine for other GPUs is not the one for all."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx package")
+    sd_export.build(bundle, backends=("tensorrt-rtx",), target="sm89")
+    manifest = sd_export.build(bundle, backends=("tensorrt-rtx",))
+    built = {(e.component, e.target) for e in manifest.engines if e.backend == "tensorrt-rtx"}
+    assert built == {(name, target) for name in manifest.components for target in ("sm89", "any")}
+
+
+def test_a_backend_named_twice_builds_once(report_of_2022: ExportReport, tmp_path: Path) -> None:
+    bundle = shutil.copytree(report_of_2022.path, tmp_path / "bundle")
+    manifest = sd_export.build(bundle, backends=("openvino", "openvino"))
+    added = [e.component for e in manifest.engines if e.backend == "openvino"]
+    measured = [c.component for c in manifest.certificate if c.backend == "openvino"]
+    assert sorted(added) == sorted(measured) == sorted(manifest.components)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_precision_that_is_not_made_is_refused(bundle: Path, backend: str) -> None:
+    before = (bundle / "bundle.json").read_bytes()
+    with pytest.raises(ConfigError, match="unet is fp32; fp16 cannot be made of it") as caught:
+        sd_export.build(bundle, backends=(backend,), precision="fp16")
+    assert caught.value.hint == "Export the checkpoint again with --precision fp16."
+    assert (bundle / "bundle.json").read_bytes() == before
+
+
 def test_openvino_in_bf16_is_added_and_runs(bundle: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the openvino package")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -8,7 +8,7 @@ import pytest
 
 from sd_engines.entries import ComponentEntry
 from sd_engines.errors import ConfigError
-from sd_export.precision import engine_precision
+from sd_export.precision import check_request, engine_precision
 
 if TYPE_CHECKING:
     from sd_engines.spec import Precision
@@ -75,10 +75,28 @@ def test_onnxruntime_on_a_cpu_computes_what_the_graph_says(
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_tf32_is_for_gpus(backend: str) -> None:
     with pytest.raises(ConfigError, match="tf32 is for NVIDIA GPUs"):
-        of("unet", backend, "tf32")
+        check_request((backend,), "tf32")
+    check_request(("tensorrt",), "tf32")
+    check_request(("onnxruntime",), "tf32", target="cuda")
 
 
-@pytest.mark.parametrize("asked", ["fp32", "tf32", "bf16"])
-def test_what_cannot_be_made_of_a_graph(asked: Precision) -> None:
-    with pytest.raises(ConfigError, match="the bundle's unet is fp16"):
-        of("unet", "tensorrt", asked, graph="fp16")
+@pytest.mark.parametrize(
+    ("backend", "graph", "asked", "target"),
+    [
+        ("tensorrt", "fp16", "fp32", None),
+        ("tensorrt", "fp16", "tf32", None),
+        ("tensorrt", "fp16", "bf16", None),
+        ("openvino", "fp32", "fp16", None),
+        ("onnxruntime", "fp32", "fp16", None),
+        ("onnxruntime", "fp16", "fp32", None),
+        ("onnxruntime", "fp32", "fp16", "cuda"),
+        ("onnxruntime", "fp16", "tf32", "cuda"),
+    ],
+)
+def test_what_cannot_be_made_of_a_graph(
+    backend: str, graph: Precision, asked: Precision, target: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=f"unet is {graph}; {asked} cannot be made") as caught:
+        of("unet", backend, asked, graph=graph, target=target)
+    assert caught.value.hint == f"Export the checkpoint again with --precision {asked}."
+    of("vae_decoder", backend, asked, target=target)  # its graph is fp32 whatever is asked

@@ -48,6 +48,11 @@ _DTYPES = {
 }
 
 
+def default_target(_backend: str) -> str:
+    """What an engine is for where nobody says."""
+    return "cpu"
+
+
 def build(
     onnx_path: Path,
     *,

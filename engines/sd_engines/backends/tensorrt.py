@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from sd_engines.engine import Array
     from sd_engines.entries import ComponentEntry, EngineEntry
 
-__all__ = ["TensorRtBinding", "TensorRtEngine", "build", "check", "load"]
+__all__ = ["TensorRtBinding", "TensorRtEngine", "build", "check", "default_target", "load"]
+
+
+def default_target(backend: str) -> str:
+    """What an engine is for where nobody says: TensorRT's for this GPU, or `BackendError`."""
+    return ANY_TARGET if backend == "tensorrt-rtx" else f"sm{compute_capability()}"
 
 
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
