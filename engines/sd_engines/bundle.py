@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from sd_engines.build_command import build_command
 from sd_engines.entries import (
     BACKENDS,
     PORTABLE_BACKENDS,
@@ -89,9 +90,7 @@ class Bundle:
         """
         if not engine.is_built:
             return self.verified_path(engine.component)
-        again = f"sd-export build {self.path} --backend {engine.backend}"
-        if engine.precision == "int8":
-            again += " --precision int8"
+        again = build_command(self.path, engine)
         if engine.key != _key_of(engine, self.manifest):
             raise EngineMismatchError(
                 f"{engine.file}: built from another {engine.component} than the bundle holds", again

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, get_args
 
+from sd_engines.build_command import missing_engine_hint
 from sd_engines.entries import BACKENDS
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
 from sd_engines.spec import Precision
@@ -201,7 +202,12 @@ def open_engine(
         asked = (precision, None if backend == "auto" else backend, "engine of", component)
         raise BundleError(
             f"{bundle.path}: has no {' '.join(filter(None, asked))}",
-            f"sd-export build {bundle.path} {_build_options(backend, precision)}",
+            missing_engine_hint(
+                bundle.path,
+                graph=bundle.manifest.components[component].precision,
+                backend=backend,
+                precision=precision,
+            ),
         )
     refusals: list[BackendError | EngineMismatchError] = []
     for entry in entries:
@@ -240,14 +246,6 @@ def listed_engines(
     if precision is None:
         entries = [entry for entry in entries if entry.precision != "int8"] or entries
     return sorted(entries, key=lambda e: (BACKENDS.index(e.backend), e.target == "cpu"))
-
-
-def _build_options(backend: str, precision: Precision | None) -> str:
-    """What makes ``sd-export build`` add the engine that a bundle lacks."""
-    if precision is None:
-        return f"--backend {'onnxruntime' if backend == 'auto' else backend}"
-    portable = "onnxruntime" if precision == "fp32" else "openvino"
-    return f"--backend {portable if backend == 'auto' else backend} --precision {precision}"
 
 
 def check_engine(bundle: Bundle, entry: EngineEntry) -> None:

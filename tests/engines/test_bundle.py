@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sd_engines import open_bundle
+from sd_engines.build_command import build_command, missing_engine_hint
 from sd_engines.bundle import EngineEntry, engine_key, hash_files
 from sd_engines.errors import BundleError, EngineMismatchError
-from tiny_onnx import PROFILE, make_bundle, needs
+from tiny_onnx import PROFILE, make_bundle, needs, stale_plan
 
 if TYPE_CHECKING:
     from sd_engines import Bundle
+    from sd_engines.spec import Precision
 
 LISTED = ["unet/model.onnx", "unet/model.onnx_data", "tokenizer/tokenizer.json"]
 
@@ -175,7 +177,8 @@ def test_stale_engine(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineMismatchError, match="built from another unet") as caught:
         bundle.verified_engine(engine)
-    assert caught.value.hint == f"sd-export build {bundle.path} --backend tensorrt"
+    again = f"sd-export build {bundle.path} --backend tensorrt --precision fp32"
+    assert caught.value.hint == again
 
     unet = bundle.manifest.components["unet"]
     key = engine_key(
@@ -193,6 +196,60 @@ def test_stale_engine(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="altered") as caught_altered:
         bundle.verified_engine(fresh)
     assert "sd-export build" in caught_altered.value.hint
+
+
+@pytest.mark.parametrize(
+    ("backend", "component", "precision", "target", "workspace", "options"),
+    [
+        ("tensorrt", "unet", "fp16", "sm89", "all", ""),
+        ("tensorrt", "vae_decoder", "tf32", "sm89", "all", ""),
+        ("tensorrt", "unet", "bf16", "sm89", str(64 << 20), "--precision bf16 --workspace-mib 64"),
+        ("tensorrt-rtx", "controlnet_0", "tf32", "any", "all", "--precision tf32"),
+        ("tensorrt-rtx", "unet", "fp16", "sm86+sm120", "all", "--target sm86+sm120"),
+        ("openvino", "unet", "int8", "cpu", None, "--precision int8"),
+    ],
+)
+def test_the_command_that_makes_an_engine_anew(
+    backend: str,
+    component: str,
+    precision: Precision,
+    target: str,
+    workspace: str | None,
+    options: str,
+) -> None:
+    engine = replace(
+        stale_plan(precision),
+        backend=backend,
+        component=component,
+        target=target,
+        flags={} if workspace is None else {"workspace_bytes": workspace},
+    )
+    command = f"sd-export build b --backend {backend} {options}".rstrip()
+    assert build_command(Path("b"), engine) == command
+
+
+@pytest.mark.parametrize(
+    ("graph", "backend", "precision", "hint"),
+    [
+        ("fp32", "auto", None, "--backend onnxruntime"),
+        ("fp32", "openvino", None, "--backend openvino"),
+        ("fp32", "auto", "fp32", "--backend onnxruntime --precision fp32"),
+        ("fp16", "auto", "fp32", "--backend openvino --precision fp32"),
+        ("fp32", "auto", "fp16", "Export the checkpoint again with --precision fp16."),
+        ("fp32", "openvino", "fp16", "Export the checkpoint again with --precision fp16."),
+        ("fp16", "auto", "fp16", "--backend onnxruntime"),
+        ("fp32", "tensorrt", "fp16", "--backend tensorrt --precision fp16"),
+        ("fp32", "auto", "tf32", "--backend onnxruntime --target cuda"),
+        ("fp16", "tensorrt", "tf32", "Export the checkpoint again with --precision tf32."),
+        ("fp32", "onnxruntime", "bf16", "--backend openvino --precision bf16"),
+        ("fp32", "tensorrt", "int8", "--backend openvino --precision int8"),
+    ],
+)
+def test_what_to_do_where_an_engine_is_missing(
+    graph: Precision, backend: str, precision: Precision | None, hint: str
+) -> None:
+    found = missing_engine_hint(Path("b"), graph=graph, backend=backend, precision=precision)
+    assert found.removeprefix("sd-export build b ") == hint
 
 
 def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:

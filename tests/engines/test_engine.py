@@ -68,7 +68,8 @@ def test_auto_says_why_it_passes_over_a_stale_plan(
     assert "built by tensorrt-rtx 1.0.0" in caplog.text
     with pytest.raises(EngineMismatchError, match="is installed") as caught:
         open_engine(bundle, "unet", backend="tensorrt-rtx")
-    assert caught.value.hint == f"sd-export build {bundle.path} --backend tensorrt-rtx"
+    again = f"sd-export build {bundle.path} --backend tensorrt-rtx --precision fp32"
+    assert caught.value.hint == again
     assert caught.value.exit_code == 3
 
 
@@ -94,8 +95,9 @@ def test_what_the_bundle_lacks(tiny_bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no tensorrt engine of unet") as caught:
         open_engine(tiny_bundle, "unet", backend="tensorrt")
     assert caught.value.hint == f"sd-export build {tiny_bundle.path} --backend tensorrt"
-    with pytest.raises(BundleError, match="has no fp16 engine of unet"):
+    with pytest.raises(BundleError, match="has no fp16 engine of unet") as caught:
         open_engine(tiny_bundle, "unet", precision="fp16")
+    assert caught.value.hint == "Export the checkpoint again with --precision fp16."
     with pytest.raises(BundleError, match="has no int8 engine of unet") as caught:
         open_engine(tiny_bundle, "unet", precision="int8")
     assert caught.value.hint.endswith("--backend openvino --precision int8")

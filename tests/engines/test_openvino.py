@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,12 @@ def test_bf16_is_asked_for(tiny_bundle: Bundle) -> None:
 def test_precision_the_processor_lacks(tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="does not compute in fp16"):
         _entry(tiny_bundle, "fp16")
+    engine = replace(tiny_bundle.manifest.engines[1], precision="fp16")
+    bundle = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, engines=(engine,)))
+    with pytest.raises(BackendError, match="does not compute in fp16") as caught:
+        open_engine(bundle, "unet")
+    again = f"sd-export build {bundle.path} --backend openvino --precision fp32"
+    assert caught.value.hint == again
 
 
 def test_unknown_target(tiny_bundle: Bundle) -> None:

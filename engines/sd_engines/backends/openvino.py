@@ -98,7 +98,7 @@ def version() -> str:
 
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     """`BackendError` where the package or the engine's precision is not here."""
-    check_precision(engine.precision)
+    check_precision(engine.precision, bundle_path=bundle_path)
 
 
 def load(

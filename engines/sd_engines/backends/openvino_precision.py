@@ -20,12 +20,17 @@ _IN_8_BITS = {"i8", "u8"}
 _LARGE_LAYERS = {"Convolution", "FullyConnected", "MatMul"}
 
 
-def check_precision(precision: Precision) -> None:
-    """`BackendError` where this processor does not compute in ``precision``."""
+def check_precision(precision: Precision, *, bundle_path: Path | None = None) -> None:
+    """`BackendError` where this processor does not compute in ``precision``.
+
+    ``bundle_path`` is where the bundle lies whose engine is opened; None where one is made.
+    """
     if not computes_in(precision):
         raise BackendError(
             f"OpenVINO does not compute in {precision} on this processor",
-            "Name no precision: a graph of any precision runs in fp32.",
+            "Name no precision: a graph of any precision runs in fp32."
+            if bundle_path is None
+            else f"sd-export build {bundle_path} --backend openvino --precision fp32",
         )
 
 

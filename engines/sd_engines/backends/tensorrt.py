@@ -7,6 +7,7 @@ allowed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sd_engines.backends.tensorrt_package import (
     package_log,
 )
 from sd_engines.border import closed_error, import_package
+from sd_engines.build_command import build_command
 from sd_engines.errors import EngineMismatchError
 
 if TYPE_CHECKING:
@@ -46,16 +48,16 @@ def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     the GPU is missing.
     """
     found = package(engine.backend).__version__
-    rebuild = f"sd-export build {bundle_path} --backend {engine.backend}"
     if found != engine.version:
         raise EngineMismatchError(
             f"{engine.file}: built by {engine.backend} {engine.version}, {found} is installed",
-            rebuild,
+            build_command(bundle_path, engine),
         )
     here = f"sm{compute_capability()}"
     if engine.target != ANY_TARGET and here not in engine.target.split("+"):
         raise EngineMismatchError(
-            f"{engine.file}: built for {engine.target}, this GPU is {here}", rebuild
+            f"{engine.file}: built for {engine.target}, this GPU is {here}",
+            build_command(bundle_path, replace(engine, target=ANY_TARGET)),
         )
 
 

@@ -1,0 +1,58 @@
+"""The commands that make engines of a bundle, for hints: an engine anew, or one that it lacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sd_engines.spec import CONTROLNET
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sd_engines.entries import EngineEntry
+    from sd_engines.spec import Precision
+
+_HALVED = ("unet", CONTROLNET)
+_USUAL_TARGETS = ("any", "cpu")
+
+
+def build_command(path: Path, engine: EngineEntry) -> str:
+    """What makes ``engine`` anew in the bundle at ``path``: as it was made, not as is usual.
+
+    Of a UNet that tells its precision. What else a bundle holds is in the precision that goes with
+    the UNet's, and is made by the same command.
+    """
+    options = [f"--backend {engine.backend}"]
+    if engine.component.startswith(_HALVED) and engine.precision != "fp16":
+        options.append(f"--precision {engine.precision}")
+    if engine.backend != "tensorrt" and engine.target not in _USUAL_TARGETS:
+        options.append(f"--target {engine.target}")
+    workspace = engine.flags.get("workspace_bytes", "all")
+    if workspace.isdecimal() and int(workspace) >> 20:
+        options.append(f"--workspace-mib {int(workspace) >> 20}")
+    return f"sd-export build {path} {' '.join(options)}"
+
+
+def missing_engine_hint(
+    path: Path, *, graph: Precision, backend: str, precision: Precision | None
+) -> str:
+    """What to do where the bundle at ``path`` lacks an engine of a component whose graph is so.
+
+    ``backend`` is one of `BACKENDS` or ``auto``, ``precision`` what was asked for.
+    """
+    build = f"sd-export build {path}"
+    compiles = backend.startswith("tensorrt")
+    if precision is None:
+        return f"{build} --backend {'onnxruntime' if backend == 'auto' else backend}"
+    if precision == "int8":
+        return f"{build} --backend openvino --precision int8"
+    if precision == "fp16" and graph == "fp16" and not compiles:
+        return f"{build} --backend onnxruntime"
+    if (precision == "fp16" and not compiles) or (compiles and graph not in ("fp32", precision)):
+        return f"Export the checkpoint again with --precision {precision}."
+    if precision == "tf32" and not compiles:
+        return f"{build} --backend onnxruntime --target cuda"
+    if not compiles:
+        is_graphs = precision == graph and backend in ("auto", "onnxruntime")
+        backend = "onnxruntime" if is_graphs else "openvino"
+    return f"{build} --backend {backend} --precision {precision}"
