@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sd_engines.entries import PORTABLE_BACKENDS
-from sd_engines.errors import BundleError
+from sd_engines.errors import BundleError, ConfigError
 from sd_engines.files import check_file, listed_files, read_manifest
 from sd_engines.node import MANIFEST_NAME
 
@@ -29,20 +29,29 @@ _RENAME_EXCHANGE = 2
 _DISK_HINT = "Make room on the disk and the folder writable, then run the same command again."
 
 
+def check_replaceable(target: Path) -> None:
+    """`ConfigError` where something else than a bundle or an empty folder is at ``target``."""
+    if target.is_dir():
+        if (target / MANIFEST_NAME).is_file() or not any(target.iterdir()):
+            return
+    elif not target.exists():
+        return
+    raise ConfigError(
+        f"{target} exists and is no bundle, so it is not replaced",
+        "Name another --output, or remove it.",
+    )
+
+
 def seal(staging: Path, target: Path, manifest: Manifest) -> None:
     """Turn ``staging`` into the bundle at ``target``; ``staging`` is gone afterwards.
 
     ``staging`` must lie on the file system of ``target`` and hold exactly the files that
     ``manifest`` lists. An older bundle at ``target`` is exchanged in one step and then removed;
-    anything else there is left alone and refused with `BundleError`.
+    anything else there is left alone and refused, as by `check_replaceable`.
     """
     target = Path(os.path.realpath(target))
     text = manifest.to_json()
-    if target.exists() and not _is_replaceable(target):
-        raise BundleError(
-            f"{target}: exists and is no bundle, so it is not replaced",
-            "Name another --output, or remove it.",
-        )
+    check_replaceable(target)
     files = listed_files(manifest)
     for name, entry in files.items():
         check_file(staging, name, entry.bytes)
@@ -137,10 +146,6 @@ def _identity(engine: EngineEntry) -> tuple[str, ...]:
 
 def _measured(entry: CertificateEntry) -> tuple[str, ...]:
     return entry.component, entry.backend, entry.precision, entry.reference
-
-
-def _is_replaceable(target: Path) -> bool:
-    return target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
 
 
 def _write_manifest(folder: Path, text: str) -> None:

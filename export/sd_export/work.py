@@ -2,11 +2,13 @@
 
 ``.NAME.export/`` holds the bundle as it grows and a record of the stages that are done, each with
 a key over all that it depends on. An interrupted export leaves it; the next one goes on from
-there. Success and errors remove it. The folder itself is the lock, so no lock file is left.
+there. Success removes it, and so do errors but `NoRoomError`. The folder itself is the lock, so no
+lock file is left.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,14 +17,15 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.bundle import MANIFEST_NAME, hash_files
-from sd_engines.errors import BundleError, ConfigError, ExportError, SdError
+from sd_engines.bundle import hash_files
+from sd_engines.errors import BundleError, ExportError, SdError
+from sd_engines.seal import check_replaceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
 _PACKAGES = ("sd-toolkit", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
 _BACKEND_PACKAGES = {
@@ -32,7 +35,12 @@ _BACKEND_PACKAGES = {
     "tensorrt-rtx": ("tensorrt-rtx",),
 }
 _RECORDS = "stages.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_HINT = "Make room on the disk, or name an --output on another one; nothing was left behind."
+
+
+class NoRoomError(ExportError):
+    """The disk plainly has no room for what is not done yet; what is done is kept."""
 
 
 class WorkFolder:
@@ -45,13 +53,18 @@ class WorkFolder:
         self._records: dict[str, Any] = _read_records(path / _RECORDS)
 
     def check_room(self, needed: int) -> None:
-        """`ExportError` where the disk plainly has no room for ``needed`` bytes of graphs."""
-        free = shutil.disk_usage(self.path).free
+        """`NoRoomError` where the disk plainly has none for ``needed`` bytes of graphs.
+
+        What earlier runs left here is of those, or is overwritten by them.
+        """
+        there = sum(path.stat().st_size for path in self.bundle.rglob("*") if path.is_file())
+        free, needed = shutil.disk_usage(self.path).free, needed - there
         if free < needed:
-            raise ExportError(
-                f"the disk has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB "
-                "or more",
-                "Make room, or name an --output on another disk.",
+            raise NoRoomError(
+                f"the disk has {free / 1e9:.1f} GB free, the bundle may need {needed / 1e9:.1f} GB "
+                "more",
+                "Make room and run the same command again, which goes on from what is done, or "
+                "name an --output on another disk.",
                 component="bundle",
                 stage="save",
             )
@@ -102,15 +115,9 @@ def work_folder(target: Path, *, waiting: Callable[[], None]) -> Iterator[WorkFo
     """Hold the work folder of ``target``; ``waiting`` is called once if another export holds it.
 
     Raises `ConfigError` where ``target`` exists and is no bundle, and `ExportError` where the disk
-    is full or not writable.
+    is full or not writable, or a file that is read cannot be.
     """
-    if target.exists() and not (
-        target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))
-    ):
-        raise ConfigError(
-            f"{target} exists and is no bundle, so it is not replaced",
-            "Name another --output, or remove it.",
-        )
+    check_replaceable(target)
     path = target.with_name(f".{target.name}.export")
     with _disk_errors(target):
         made = _make_parents(target.parent)
@@ -124,6 +131,9 @@ def work_folder(target: Path, *, waiting: Callable[[], None]) -> Iterator[WorkFo
             work = WorkFolder(path)
             try:
                 yield work
+            except NoRoomError:
+                keep = work.is_worth_keeping
+                raise
             except (SdError, OSError, MemoryError):
                 raise
             except BaseException:  # interrupted, or a bug: either way the stages are sound
@@ -215,9 +225,25 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in _FULL and not _is_of(target, error.filename):
+            raise ExportError(
+                f"cannot read {str(error.filename)[:200]}: {error.strerror}",
+                "Make it readable, or download the checkpoint again.",
+                component="checkpoint",
+                stage="load",
+            ) from error
         raise ExportError(
             f"{target} cannot be written: {error.strerror or error}",
             _DISK_HINT,
             component="bundle",
             stage="save",
         ) from error
+
+
+def _is_of(target: Path, name: object) -> bool:
+    """Whether what failed lies where the bundle is made; an error that names no file is of that."""
+    if not isinstance(name, str | bytes):
+        return True
+    path = Path(os.fsdecode(name)).absolute()
+    places = (target, target.with_name(f".{target.name}.export"))
+    return target.is_relative_to(path) or any(path.is_relative_to(place) for place in places)

@@ -22,7 +22,7 @@ from sd_engines.bundle import (
     engine_key,
     hash_files,
 )
-from sd_engines.errors import BundleError
+from sd_engines.errors import BundleError, ConfigError
 from sd_engines.seal import add_engines, seal
 from tiny_onnx import PROFILE, make_bundle, make_manifest
 
@@ -83,10 +83,10 @@ def test_leaves_alone_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
     staging, manifest = _staged(tmp_path, seed=0)
-    with pytest.raises(BundleError, match="exists and is no bundle"):
+    with pytest.raises(ConfigError, match="exists and is no bundle"):
         seal(staging, tmp_path / "home", manifest)  # type: ignore[arg-type]
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
-    with pytest.raises(BundleError, match="exists and is no bundle"):
+    with pytest.raises(ConfigError, match="exists and is no bundle"):
         seal(staging, tmp_path / "home" / "thesis.tex", manifest)  # type: ignore[arg-type]
     assert _files(staging)  # and the work is kept
 
