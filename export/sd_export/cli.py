@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sd_engines.errors import ConfigError
 from sd_export.bundle_commands import build_command, schedule_command, triton_command
@@ -120,10 +121,10 @@ def export_command(
     """
     subcommand = context.invoked_subcommand
     if subcommand is not None:
-        if model is not None or output is not None:
+        if given := _given(context):
             raise ConfigError(
-                f"--model and --output belong to sd-export itself, not to {subcommand}",
-                f"sd-export {subcommand} --help",
+                f"before {subcommand} stands what belongs to sd-export itself: {', '.join(given)}",
+                f"Write options of {subcommand} after it: sd-export {subcommand} --help",
             )
         return
     if model is None or output is None:
@@ -183,6 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = "Interrupted; the same command goes on where it stopped."
     return run_command(export_command, arguments, interrupted=words)
+
+
+def _given(context: click.Context) -> list[str]:
+    """The options of ``context`` that are on the command line."""
+    return [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name is not None
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def _height_and_width(size: str) -> tuple[int, int]:

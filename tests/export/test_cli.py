@@ -65,7 +65,13 @@ def test_help_imports_nothing_heavy() -> None:
         (["--model", ".", "--output", "b", "--prediction-type", "eps"], 2, "Did you mean"),
         (["build", "nowhere", "--backend", "openvino"], 3, "no folder"),
         (["build", "nowhere"], 2, "no backend"),
-        (["--model", "x", "build", "nowhere"], 2, "belong to sd-export itself"),
+        (["--model", "x", "build", "nowhere"], 2, "belongs to sd-export itself: --model"),
+        (
+            ["--precision", "int8", "--batch-size", "1", "build", "b", "--backend", "openvino"],
+            2,
+            "before build stands what belongs to sd-export itself: --precision, --batch-size",
+        ),
+        (["-q", "--vae-tiling", "triton", "b", "c"], 2, "itself: --quiet, --vae-tiling"),
     ],
 )
 def test_errors_say_what_to_do_and_have_their_exit_code(
