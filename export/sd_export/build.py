@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def build(
     check_request(backends, precision, calibration_prompts, workspace_bytes, target=target)
     path = Path(bundle_path).resolve()
     open_bundle(path)  # says why where it is none, before a work folder is made beside it
+    _check_writable(path)
     log = StageLog(progress)
     with work_folder(path, waiting=lambda: log.skipped("bundle", "wait")) as work:
         bundle = open_bundle(path)
@@ -89,6 +91,16 @@ def build(
                     width=profile.width,
                 )
         return manifest
+
+
+def _check_writable(path: Path) -> None:
+    """`BundleError` where nothing can be added to the bundle at ``path``, before it is built."""
+    for folder in (path, path / "engines"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise BundleError(
+                f"{folder} is not writable, so no engine can be added",
+                f"chmod -R u+w {path}, or build in a copy of it.",
+            )
 
 
 def _missing_engines(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -150,6 +153,30 @@ def test_a_bundle_that_was_altered_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"text_encoder/model\.onnx_data: altered"):
         sd_export.build(bundle, backends=("openvino",))
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+
+
+def without_override() -> None:
+    """In a process about to begin: let permissions hold for root as well."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+def test_a_bundle_that_is_read_only_is_refused_before_anything_is_built(
+    report_of_2022: ExportReport, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(report_of_2022.path, tmp_path / "bundle")
+    bundle.chmod(0o555)
+    code = "import sys; from sd_export.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "build", str(bundle), "--backend", "openvino"],
+        capture_output=True,
+        text=True,
+        preexec_fn=without_override,
+    )
+    bundle.chmod(0o755)
+    assert result.returncode == 3, result.stderr
+    assert f"{bundle} is not writable" in result.stderr
+    assert "build openvino" not in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
