@@ -86,7 +86,10 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
 
 
 def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
-    """The engine of every component that is needed, of one backend."""
+    """The engine of every component that is needed, of one backend, version and target.
+
+    Of several those that are listed first.
+    """
     if backend not in (None, *FILE_NAMES):
         raise ConfigError(
             f"Triton has no backend {backend!r}", nearest(str(backend), set(FILE_NAMES))
@@ -95,11 +98,16 @@ def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
     required = drawing_components(manifest)
     needed = [name for name in GRAPHS if name in required or name in manifest.components]
     for name in (backend,) if backend else FILE_NAMES:
-        engines = {e.component: e for e in manifest.engines if e.backend == name}
-        if engines.keys() >= set(needed):
-            return {component: engines[component] for component in needed}
+        alike: dict[tuple[str, str], dict[str, EngineEntry]] = {}
+        for engine in manifest.engines:
+            if engine.backend == name:
+                group = alike.setdefault((engine.version, engine.target), {})
+                group.setdefault(engine.component, engine)
+        for engines in alike.values():
+            if engines.keys() >= set(needed):
+                return {component: engines[component] for component in needed}
     raise BundleError(
-        f"{bundle.path} has no engines of {backend or ' or '.join(FILE_NAMES)}",
+        f"{bundle.path} has no engines of {backend or ' or '.join(FILE_NAMES)} that go together",
         f"Add them: sd-export build {bundle.path} --backend {backend or 'onnxruntime'}",
     )
 

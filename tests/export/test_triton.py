@@ -7,10 +7,11 @@ stand-in of the server's module that gives each graph to ONNX Runtime as its con
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -18,10 +19,15 @@ import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from sd_engines.bundle import open_bundle
+from sd_engines.bundle import engine_entry, engine_file, hash_files, open_bundle
+from sd_engines.seal import add_engines
 from sd_export.cli import main
+from sd_export.triton import write_model_repository
 from sd_runtime import Pipeline, Request
 from sd_runtime.recipe import recipes_from_text
+
+if TYPE_CHECKING:
+    from sd_export import ExportReport
 
 NUMPY = {"TYPE_FP32": "float32", "TYPE_INT64": "int64", "TYPE_BOOL": "bool"}
 
@@ -67,6 +73,38 @@ def test_every_graph_is_a_model(repository: Path, shapes_bundle: Path) -> None:
                 assert dims == [-1 if isinstance(size, str) else size for size in spec.shape]
                 assert dims == [-1 if isinstance(size, str) else size for size in argument.shape]
                 assert NUMPY[tensor["dataType"]] == spec.dtype
+
+
+def test_plans_are_of_one_gpu(report_of_2022: ExportReport, tmp_path: Path) -> None:
+    """Of those listed, the first that make up a whole; files stand in for plans."""
+    path, staging = shutil.copytree(report_of_2022.path, tmp_path / "bundle"), tmp_path / "staging"
+    bundle = open_bundle(path)
+    listed = [("sm86", "unet"), *(("sm89", name) for name in bundle.manifest.components)]
+    engines = []
+    for target, component in [*listed, ("sm120", "unet")]:
+        entry = bundle.manifest.components[component]
+        file = engine_file(component, entry, "tensorrt", version="11", target=target)
+        (staging / file).parent.mkdir(parents=True, exist_ok=True)
+        (staging / file).write_text(target)
+        engines.append(
+            engine_entry(
+                component,
+                entry,
+                bundle.manifest.profile,
+                "tensorrt",
+                version="11",
+                target=target,
+                precision="fp32",
+                file=file,
+                built=hash_files(staging, [file])[file],
+                flags={},
+            )
+        )
+    add_engines(path, staging, engines=engines)
+    write_model_repository(path, tmp_path / "models", backend="tensorrt")
+    plans = list((tmp_path / "models").glob("*/1/model.plan"))
+    assert len(plans) > 2
+    assert {plan.read_text() for plan in plans} == {"sm89"}
 
 
 class StandIn(ModuleType):
