@@ -29,19 +29,13 @@ def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Pat
     stem = WEIGHT_STEMS.get(component, CONTROLNET_STEM)
     middle = f".{variant}" if variant else ""
     pickle_stem = "pytorch_model" if stem == "model" else stem
-    for name in (f"{stem}{middle}.safetensors", f"{pickle_stem}{middle}.bin"):
-        if (folder / name).is_file():
-            return (folder / name,)
-        index = folder / f"{name}.index{middle}.json"
-        if not index.is_file():
-            index = folder / f"{name}.index.json"
+    for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+        whole = folder / f"{start}{middle}.{suffix}"
+        if whole.is_file():
+            return (whole,)
+        index = folder / f"{start}.{suffix}.index{middle}.json"
         if index.is_file():
-            shards = read_json(index, component=component).get("weight_map", {})
-            paths = tuple(folder / shard for shard in sorted(set(shards.values())))
-            for path in paths:
-                if path.parent != folder or not path.is_file():
-                    raise missing_part(component, f"shard {path.name} is missing")
-            return paths
+            return _shards(index, component=component)
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
     others = f"; found {', '.join(found)}" if found else ""
     asked = f" for variant {variant!r}" if variant else ""
@@ -58,13 +52,32 @@ def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Pat
     )
 
 
+def _shards(index: Path, *, component: str) -> tuple[Path, ...]:
+    """The files beside ``index`` that it names; `ExportError` for one that is not there."""
+    shards = read_json(index, component=component).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and _are_texts(shards) else set()
+    if not names:
+        raise missing_part(component, f"the weight_map of {index.name} names no shards")
+    present = {path.name for path in index.parent.iterdir() if path.is_file()}
+    if missing := sorted(names - present):
+        raise missing_part(component, f"shard {missing[0][:100]} is missing")
+    return tuple(index.with_name(name) for name in sorted(names))
+
+
+def _are_texts(values: dict[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in values.values())
+
+
 def read_json(path: Path, *, component: str) -> dict[str, Any]:
-    """A JSON object from ``path``; `ExportError` where it is missing or broken."""
+    """A JSON object from ``path``; `ExportError` where it is missing or broken.
+
+    An infinity may be in it, as in diffusers' configs of schedulers.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except FileNotFoundError as error:
         raise missing_part(component, f"{path.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
             f"cannot read {path.name}: {error}",
             "Download the checkpoint again.",
@@ -74,6 +87,12 @@ def read_json(path: Path, *, component: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise missing_part(component, f"{path.name} holds no object")
     return value
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
 
 
 def missing_part(component: str, message: str) -> ExportError:
