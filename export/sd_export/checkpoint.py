@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.spec import Defaults
-from sd_export.family import family_of, is_refiner, painted_channels, text_encoders
+from sd_export.family import (
+    family_of,
+    is_refiner,
+    latent_channels,
+    painted_channels,
+    text_encoders,
+    vae_scale_factor,
+)
 from sd_export.kind import Kind, kind_of
 from sd_export.model_files import WEIGHT_STEMS
 
@@ -36,9 +43,10 @@ class Checkpoint:
     CLIP's own. ``assumed`` says what of it nobody stated. ``defaults`` are its pipeline's, and so
     is ``force_zeros_for_empty_prompt``.
     When a model is loaded ``loras`` are fused into it, ``embeddings`` added to tokenizer and text
-    encoder. ``vae`` took the place of its own, with its config and weights in theirs. The UNet is
-    to read ``max_prompt_chunks`` prompts of the text encoder's length at once. ``controlnets`` maps
-    ``controlnet_0``, … to where they are from; each is a model with a config and weights.
+    encoder. ``vae`` took the place of its own, with its config and weights in theirs;
+    ``preview_vae`` is a tiny one beside it. The UNet is to read ``max_prompt_chunks`` prompts of
+    the text encoder's length at once. ``controlnets`` maps ``controlnet_0``, … to where they are
+    from; each is a model with a config and weights. ``card`` is its README.
     """
 
     source: str
@@ -47,12 +55,14 @@ class Checkpoint:
     weights: Mapping[str, tuple[Path, ...]]
     tokenizers: Mapping[str, Path]
     licenses: tuple[Path, ...] = ()
+    card: Path | None = None
     license: str | None = None
     single_file: bool = False
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     max_prompt_chunks: int = 1
     vae: Vae | None = None
+    preview_vae: Vae | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = field(default=None)
     assumed: str | None = None
@@ -69,12 +79,12 @@ class Checkpoint:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents; a UNet that is fed more of them is for another task."""
-        return int(self.configs["vae"].get("latent_channels", 4))
+        return latent_channels(self.configs["vae"])
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side to one of its latents'."""
-        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
+        return vae_scale_factor(self.configs["vae"]["block_out_channels"])
 
     @property
     def kind(self) -> Kind:

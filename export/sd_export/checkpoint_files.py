@@ -37,7 +37,7 @@ def weight_hashes(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 def additions(checkpoint: Checkpoint) -> dict[str, Any]:
     """What was put into the checkpoint, as `export.json` says it."""
-    vae = checkpoint.vae
+    vaes = {"vae": checkpoint.vae, "preview_vae": checkpoint.preview_vae}
     return {
         "loras": [
             {"file": lora.path.name, "sha256": lora.sha256, "scale": lora.scale}
@@ -52,7 +52,10 @@ def additions(checkpoint: Checkpoint) -> dict[str, Any]:
             }
             for e in checkpoint.embeddings
         ],
-        "vae": vae and {"source": vae.source, "revision": vae.revision},
+        **{
+            name: vae and {"source": vae.source, "revision": vae.revision}
+            for name, vae in vaes.items()
+        },
     }
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
-from sd_export.family import CONTROLNET_STRENGTH
+from sd_export.config_fields import checked_config
+from sd_export.family import CONTROLNET_STRENGTH, latent_channels, vae_scale_factor
 from sd_export.kind import Kind
 from sd_export.model_files import read_json, weight_files
 from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
@@ -121,7 +122,7 @@ def find_controlnet(source: str) -> FoundControlNet:
 
         path, commit = fetch_controlnet(source)
         name = f"{source}@{commit}"
-    config = read_json(path / "config.json", component="controlnet")
+    config = checked_config("controlnet", read_json(path / "config.json", component="controlnet"))
     kind = config.get("_class_name", "ControlNetModel")
     if kind != "ControlNetModel":
         raise _error(f"{source} is a {kind}, not a ControlNetModel")
@@ -135,7 +136,7 @@ def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[
         config.get("cross_attention_dim", 1280),
         config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)),
     )
-    factor, vae_factor = 2 ** (len(hint_channels) - 1), 2 ** (len(vae["block_out_channels"]) - 1)
+    factor, vae_factor = map(vae_scale_factor, (hint_channels, vae["block_out_channels"]))
     added, unet_added = (c.get("addition_embed_type") for c in (config, unet))
     differing = [
         name
@@ -160,9 +161,10 @@ def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[
         )
     elif differing:
         name = differing[0]
-        problem = f"its {name} are {config.get(name)}, the UNet's {unet.get(name)}"
-    elif config.get("in_channels", 4) != vae.get("latent_channels", 4):
-        problem = f"it takes {config.get('in_channels')} channels of latents"
+        found, wanted = (c.get(name, _UNET_DEFAULTS.get(name)) for c in (config, unet))
+        problem = f"its {name} are {found}, the UNet's {wanted}"
+    elif (channels := config.get("in_channels", 4)) != latent_channels(vae):
+        problem = f"it takes {channels} channels of latents"
     elif config.get("conditioning_channels", 3) != 3:
         problem = f"its pictures have {config.get('conditioning_channels')} channels, not 3"
     elif factor != vae_factor:

@@ -22,7 +22,7 @@ from sd_engines.spec import (
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 LATENT_CONSISTENCY = Defaults(num_inference_steps=4, guidance_scale=8.5)
 """What diffusers' LatentConsistencyModelPipeline draws with where it is not told."""
@@ -134,8 +134,8 @@ def check_configs(
     ``pipeline`` is the class that model_index.json names.
     """
     unet, vae = configs["unet"], configs["vae"]
-    channels = vae.get("latent_channels", 4)
-    text_width = sum(configs[name].get("hidden_size", 0) for name in text_encoders(configs))
+    channels = latent_channels(vae)
+    text_width = sum(configs[name]["hidden_size"] for name in text_encoders(configs))
     text_width = text_width or configs.get(IMAGE_ENCODER, {}).get("projection_dim", 512)
     upscales_depth = is_ldm3d_upscaler(configs)
     upscales = is_upscaler(configs) or is_latent_upscaler(configs) or upscales_depth
@@ -218,14 +218,14 @@ def is_xl(configs: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def is_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the UNet takes a small picture's pixels, and a class label that says how noisy."""
-    unet, channels = configs["unet"], configs["vae"].get("latent_channels", 4)
+    unet, channels = configs["unet"], latent_channels(configs["vae"])
     takes_pixels = unet.get("in_channels", 4) == channels + _PIXEL_CHANNELS
     return takes_pixels and bool(unet.get("num_class_embeds"))
 
 
 def is_latent_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the UNet takes a small picture's latents and the pooled prompt, as k-diffusion's."""
-    unet, channels = configs["unet"], configs["vae"].get("latent_channels", 4)
+    unet, channels = configs["unet"], latent_channels(configs["vae"])
     return (
         unet.get("time_embedding_type") == "fourier"
         and bool(unet.get("time_cond_proj_dim"))
@@ -235,7 +235,7 @@ def is_latent_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def is_ldm3d_upscaler(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether the UNet takes latents beside its own, of a VAE that paints depth."""
-    channels = configs["vae"].get("latent_channels", 4)
+    channels = latent_channels(configs["vae"])
     return configs["unet"].get("in_channels", 4) == 2 * channels and painted_channels(configs) > 3
 
 
@@ -253,6 +253,16 @@ def num_time_ids(configs: Mapping[str, Mapping[str, Any]]) -> float:
     if not (isinstance(pooled, int) and isinstance(width, int) and isinstance(step, int) and step):
         return 0
     return (width - pooled) / step
+
+
+def latent_channels(vae_config: Mapping[str, Any]) -> int:
+    """Channels of a VAE's latents, the tiny one's too."""
+    return int(vae_config.get("latent_channels", 4))
+
+
+def vae_scale_factor(block_out_channels: Sequence[int]) -> int:
+    """Pixels of a picture's side to one of its latents': every block of a VAE but one halves."""
+    return 1 << (len(block_out_channels) - 1)
 
 
 def painted_channels(configs: Mapping[str, Mapping[str, Any]]) -> int:

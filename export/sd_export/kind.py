@@ -10,6 +10,7 @@ from sd_export.family import (
     is_ldm3d_upscaler,
     is_refiner,
     is_upscaler,
+    latent_channels,
     painted_channels,
     text_encoders,
 )
@@ -45,7 +46,7 @@ UPSCALERS = (Kind.X4_UPSCALER, Kind.X2_UPSCALER, Kind.LDM3D_UPSCALER)
 
 def kind_of(configs: Mapping[str, Mapping[str, Any]]) -> Kind:
     """The kind of the checkpoint whose models have ``configs``, in diffusers' words."""
-    latents = int(configs["vae"].get("latent_channels", 4))
+    latents = latent_channels(configs["vae"])
     seen = int(configs["unet"].get("in_channels", 4))
     if is_latent_upscaler(configs):
         return Kind.X2_UPSCALER

@@ -38,8 +38,6 @@ _OF_FAMILY = {
 
 def card_license(card: Path) -> str | None:
     """``license:`` of the model card's front matter, or None."""
-    if not card.is_file():
-        return None
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
     line = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
     return line[1] if line else None
@@ -55,9 +53,8 @@ def copy_license(checkpoint: Checkpoint, folder: Path) -> list[str]:
     texts = [path.read_text("utf-8", "replace") for path in checkpoint.licenses]
     (folder / LICENSE_FILE).write_text("\n\n".join(texts) if texts else _notice(checkpoint))
     names = [LICENSE_FILE]
-    card = _card(checkpoint)
-    if card is not None:
-        (folder / MODEL_CARD_FILE).write_text(card.read_text("utf-8", "replace"))
+    if checkpoint.card is not None:
+        (folder / MODEL_CARD_FILE).write_text(checkpoint.card.read_text("utf-8", "replace"))
         names.append(MODEL_CARD_FILE)
     return names
 
@@ -99,10 +96,3 @@ def _notice(checkpoint: Checkpoint) -> str:
             f"pass on too (for Open RAIL-M: paragraph 5 and Attachment A), are at {url}.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _card(checkpoint: Checkpoint) -> Path | None:
-    if not checkpoint.tokenizers:
-        return None
-    card = next(iter(checkpoint.tokenizers.values())).parent / "README.md"
-    return card if card.is_file() else None

@@ -10,8 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError, ExportError
+from sd_export.config_fields import checked_config
+from sd_export.family import latent_channels, vae_scale_factor
 from sd_export.model_files import read_json, weight_files
 from sd_export.source import local_path
+from sd_export.vae import Vae
 from sd_export.weights import Weights
 
 if TYPE_CHECKING:
@@ -30,21 +33,21 @@ def with_preview_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
     folder = local_path(model, hint=_HINT)
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--preview-vae {model} is no folder", _HINT)
+    commit = None
     if folder is None:
         from sd_export.hub import fetch_vae
 
-        folder, _ = fetch_vae(model)
-    config = read_json(folder / "config.json", component=PREVIEW_VAE)
+        folder, commit = fetch_vae(model)
+    config = checked_config(PREVIEW_VAE, read_json(folder / "config.json", component=PREVIEW_VAE))
     kind = config.get("_class_name")
     if kind != "AutoencoderTiny":
         raise _error(f"{model} holds a {kind}, not an AutoencoderTiny")
-    own = checkpoint.configs["vae"]
     for words, found, wanted in (
-        ("channels of latents", config.get("latent_channels", 4), checkpoint.latent_channels),
+        ("channels of latents", latent_channels(config), checkpoint.latent_channels),
         (
             "pixels a latent",
-            2 ** (len(config.get("decoder_block_out_channels", (64,) * 4)) - 1),
-            2 ** (len(own["block_out_channels"]) - 1),
+            vae_scale_factor(config.get("decoder_block_out_channels", (64,) * 4)),
+            checkpoint.vae_scale_factor,
         ),
     ):
         if found != wanted:
@@ -55,6 +58,9 @@ def with_preview_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
         checkpoint,
         configs={**checkpoint.configs, PREVIEW_VAE: config},
         weights={**checkpoint.weights, PREVIEW_VAE: weights},
+        preview_vae=Vae(
+            source=model, revision=commit, config=config, weights=weights, single_file=False
+        ),
     )
 
 

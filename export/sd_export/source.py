@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError, ExportError, nearest
 from sd_engines.spec import Defaults
 from sd_export.checkpoint import TOKENIZER_FOLDERS, Checkpoint
+from sd_export.config_fields import checked_config
 from sd_export.family import (
     LATENT_CONSISTENCY,
     XL,
@@ -38,7 +39,7 @@ _SEERS = ("safety_checker", DEPTH_ESTIMATOR, IMAGE_ENCODER)
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _LAYOUT_HINT = (
     "Name a Hub id, a folder in the diffusers layout (with model_index.json), or a .safetensors "
     "or .ckpt file in the original layout."
@@ -86,14 +87,19 @@ def find_checkpoint(
     return read_folder(folder, source=model, revision=commit, variant=variant)
 
 
-def local_path(model: str, *, hint: str) -> Path | None:
-    """What ``model`` names on this disk, None for an id on the Hub; `ConfigError` for neither."""
+def local_path(
+    model: str, *, hint: str, suffixes: tuple[str, ...] = SINGLE_FILE_SUFFIXES
+) -> Path | None:
+    """What ``model`` names on this disk, None for an id on the Hub; `ConfigError` for neither.
+
+    A name that ends in one of ``suffixes`` is no id.
+    """
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if model.startswith((".", "/", "~")) or model.endswith(SINGLE_FILE_SUFFIXES):
+    if model.startswith((".", "/", "~")) or model.endswith(suffixes):
         raise ConfigError(f"no such file or folder: {model}", hint)
-    if not HUB_ID.fullmatch(model):
+    if not _HUB_ID.fullmatch(model):
         raise ConfigError(f"{model!r} is neither a path on this disk nor an id on the Hub", hint)
     return None
 
@@ -152,7 +158,10 @@ def read_folder(
         if not (folder / part).is_dir():
             raise missing_part(part, f"model_index.json names a {part}, {source} has none")
     parts += seers
-    configs = {part: read_json(folder / part / "config.json", component=part) for part in parts}
+    configs = {
+        part: checked_config(part, read_json(folder / part / "config.json", component=part))
+        for part in parts
+    }
     scheduler = folder / "scheduler" / "scheduler_config.json"
     configs["scheduler"] = read_json(scheduler, component="scheduler")
     if seers:
@@ -171,14 +180,18 @@ def read_folder(
             raise missing_part(
                 tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt"
             )
+    card = folder / "README.md"
     return Checkpoint(
         source=source,
         revision=revision,
         configs=configs,
         weights={part: weight_files(folder / part, part, variant) for part in parts},
         tokenizers=tokenizers,
-        licenses=tuple(sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name))),
-        license=card_license(folder / "README.md"),
+        licenses=tuple(
+            sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name) and p.is_file())
+        ),
+        card=card if card.is_file() else None,
+        license=card_license(card) if card.is_file() else None,
         defaults=defaults,
         force_zeros_for_empty_prompt=variation
         or (is_xl(configs) and bool(index.get("force_zeros_for_empty_prompt", True))),
@@ -187,8 +200,11 @@ def read_folder(
 
 
 def _is_named(index: Mapping[str, Any], part: str) -> bool:
-    """Whether model_index.json names a class for ``part``."""
-    return (index.get(part) or [None, None])[1] is not None
+    """Whether model_index.json names a class for ``part``; `ExportError` where it names neither."""
+    named = index.get(part) or [None, None]
+    if not isinstance(named, list) or len(named) != 2:
+        raise missing_part(part, "model_index.json does not name its library and class")
+    return named[1] is not None
 
 
 def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sd_export.family import vae_scale_factor
 from sd_runtime.tiles import Tiling
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def work_in_tiles(vae: Any, tile_height: int, tile_width: int) -> None:
     """Make ``vae``, an AutoencoderKL, see ``tile_height``×``tile_width`` latents at once."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_scale_factor(vae.config.block_out_channels)
     encode, decode = vae._encode, vae._decode
 
     def pixels(part: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,23 @@ It must speak the checkpoint's latents: as many channels, as many pixels each, t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError
+from sd_export.config_fields import checked_config
+from sd_export.family import vae_scale_factor
 from sd_export.model_files import read_json, weight_files
-from sd_export.source import HUB_ID
+from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
 from sd_export.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from sd_export.checkpoint import Checkpoint
 
-_SUFFIXES = (".safetensors", ".ckpt", ".pt")
+_SUFFIXES = (*SINGLE_FILE_SUFFIXES, ".pt")
 _USE = (
     "Name a VAE of the checkpoint's family: a Hub id such as stabilityai/sd-vae-ft-mse, a folder "
     "with its config.json, or a .safetensors, .ckpt or .pt file in the original layout."
@@ -61,16 +62,12 @@ def with_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
 
 
 def _find(model: str) -> Vae:
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = local_path(model, hint=_USE, suffixes=_SUFFIXES)
+    if path is not None and path.is_file():
         return _of_file(model, path)
-    if path.is_dir():
+    if path is not None:
         folder = path if (path / "config.json").is_file() else path / "vae"
         return _of_folder(model, folder, revision=None)
-    if model.startswith((".", "/", "~")) or model.endswith(_SUFFIXES):
-        raise ConfigError(f"--vae {model}: no such file or folder", _USE)
-    if not re.fullmatch(HUB_ID, model):
-        raise ConfigError(f"--vae {model}: neither a path on this disk nor an id on the Hub", _USE)
     from sd_export.hub import fetch_vae
 
     folder, commit = fetch_vae(model)
@@ -80,7 +77,7 @@ def _find(model: str) -> Vae:
 def _of_folder(model: str, folder: Path, *, revision: str | None) -> Vae:
     if not (folder / "config.json").is_file():
         raise _error(f"{model} holds no VAE: it has neither config.json nor vae/config.json")
-    config = read_json(folder / "config.json", component="vae")
+    config = checked_config("vae", read_json(folder / "config.json", component="vae"))
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise _error(f"{model} holds a {kind or 'model of no known class'}, not an AutoencoderKL")
@@ -113,7 +110,7 @@ def _difference(config: Mapping[str, Any], own: Mapping[str, Any]) -> str | None
         found, wanted = config.get(key, default), own.get(key, default)
         if found != wanted:
             return f"it has {found} {words}, the checkpoint's own {wanted}"
-    factors = [2 ** (len(c.get("block_out_channels", [0])) - 1) for c in (config, own)]
+    factors = [vae_scale_factor(c["block_out_channels"]) for c in (config, own)]
     if factors[0] != factors[1]:
         return f"it makes {factors[0]} pixels of one latent, the checkpoint's own {factors[1]}"
     return None

@@ -518,3 +518,11 @@ def test_broken_json_is_named(checkpoint: Path, tmp_path: Path) -> None:
     (folder / "unet/config.json").write_text("{")
     with pytest.raises(ExportError, match=r"cannot read config\.json"):
         find_checkpoint(str(folder))
+
+
+def test_what_is_called_a_licence_and_is_none(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    (folder / "LICENSE").mkdir()
+    (folder / "LICENSE.md").symlink_to(tmp_path / "nowhere")
+    (folder / "LICENSE.txt").write_text("Free.")
+    assert find_checkpoint(str(folder)).licenses == (folder / "LICENSE.txt",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def test_previews_are_the_tiny_decoders_and_pictures_the_vaes(
         assert step.result is not None
         np.testing.assert_array_equal(step.result.pixels, own.pixels)
     assert np.abs(preview.astype(int) - own.pixels).max() > 10
+
+
+def test_the_bundle_records_where_it_is_from(tiny_vae: Path, bundle_of_two_vaes: Path) -> None:
+    record = json.loads((bundle_of_two_vaes / "export.json").read_text())
+    assert record["preview_vae"] == {"source": str(tiny_vae), "revision": None}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sd_export.image_encoder import ImageEncoder
 from sd_export.kind import Kind
 from sd_export.load import load_model
 from sd_export.oracle import image_embeds
+from sd_export.small_files import write_small_files
 from sd_export.source import find_checkpoint
 from tiny import SMALLEST, change_json
 from tiny_variation import PROCESSOR, make_variation_checkpoint
@@ -40,6 +41,14 @@ def test_embeddings_are_diffusers(variation: Path) -> None:
     module = ImageEncoder(model, processor=PROCESSOR)
     with torch.no_grad():
         np.testing.assert_allclose(module(torch.from_numpy(images)), expected, atol=1e-5)
+
+
+def test_the_model_card_travels(variation: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(variation, tmp_path / "carded")
+    (folder / "README.md").write_text("# Variations")
+    (tmp_path / "bundle").mkdir()
+    write_small_files(find_checkpoint(str(folder)), tmp_path / "bundle")
+    assert (tmp_path / "bundle/MODEL_CARD.md").read_text() == "# Variations"
 
 
 @pytest.mark.parametrize(
