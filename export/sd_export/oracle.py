@@ -18,7 +18,7 @@ from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 from sd_runtime.upscaling import DEFAULT_NOISE_LEVEL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -225,6 +225,32 @@ def image_embeds(
         pictures = pipeline.image_processor.numpy_to_pil(images)
         embeds: torch.Tensor = pipeline._encode_image(pictures, torch.device("cpu"), 1, False)
     return embeds.numpy()
+
+
+def decoded_images(
+    vae: Any, latents: torch.Tensor, *, gives_depth: bool
+) -> tuple[torch.Tensor, ...]:
+    """What diffusers' pipelines make of ``latents``: [b, H, W, 3] in [0, 1], depth likewise.
+
+    ``vae`` is an AutoencoderKL or AutoencoderTiny; both say what their latents are scaled by.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    painted = vae.decode(latents / vae.config.scaling_factor).sample
+    images = VaeImageProcessor.denormalize(painted).permute(0, 2, 3, 1)
+    return (images[..., :3], images[..., 3:]) if gives_depth else (images,)
+
+
+def encoded_images(vae: Any, seen: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [b, c, h, w] of the scaled latents of ``seen``.
+
+    That is pictures [b, H, W, 3] in [0, 1], and depth [b, H, W, 1] where ``vae`` takes it.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels = VaeImageProcessor.normalize(torch.cat(list(seen), dim=-1).permute(0, 3, 1, 2))
+    latents, factor = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+    return latents.mode() * factor, latents.std * factor
 
 
 def _image_processor(config: Mapping[str, Any]) -> Any:

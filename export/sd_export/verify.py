@@ -1,7 +1,9 @@
 """Proves an engine against the original model, component by component.
 
-The reference is the unmodified model of diffusers or transformers in float32. Its outputs on fixed
-inputs are stored while the model is in memory, so that engine and model never are together.
+The reference is the unmodified model of diffusers or transformers in float32. What sees or paints
+pictures is called as diffusers' pipelines call it; text encoders, UNets and ControlNets as the
+module that is traced calls them, which the picture at the end holds to the pipeline. Its outputs on
+fixed inputs are stored while the model is in memory, so that engine and model never are together.
 """
 
 from __future__ import annotations
@@ -102,13 +104,19 @@ def reference_outputs(
 ) -> dict[str, np.ndarray]:
     """What the original gives for ``inputs``; `ExportError` where it is not finite.
 
-    ``module`` is the wrapper around ``model``. The references of models of pictures are not
-    the wrapper but diffusers' own paths through Pillow, the shallow UNet's is the whole one with
-    its deep features replaced.
+    ``module`` is the wrapper around ``model``. It is the reference of no model of pictures: theirs
+    are diffusers' own paths, through Pillow where there is one. The shallow UNet's is the whole one
+    with its deep features replaced.
     """
     import torch
 
-    from sd_export.oracle import depth_mask, image_embeds, nsfw_content_detected
+    from sd_export.oracle import (
+        decoded_images,
+        depth_mask,
+        encoded_images,
+        image_embeds,
+        nsfw_content_detected,
+    )
     from sd_export.shallow_unet import shallow_reference
 
     if component == "safety_checker":
@@ -129,6 +137,11 @@ def reference_outputs(
             tensors = {n: torch.from_numpy(a.repeat(most // len(a), 0)) for n, a in call.items()}
             if component == "unet_shallow":
                 results: Any = shallow_reference(model, tensors)
+            elif component in ("vae_decoder", "preview_decoder"):
+                gives_depth = len(outputs) > 1
+                results = decoded_images(model, tensors["latents"], gives_depth=gives_depth)
+            elif component == "vae_encoder":
+                results = encoded_images(model, list(tensors.values()))
             else:
                 results = module(*tensors.values())
             results = results if isinstance(results, tuple) else (results,)

@@ -233,7 +233,8 @@ def wrap(
     elif component == "unet_shallow":
         wrapper = ShallowUnet(model, names=names)
     elif component == "preview_decoder":
-        wrapper = VaeDecoder(model, scaling_factor=1.0)  # it reads them as the sampler leaves them
+        own = float(checkpoint.configs[PREVIEW_VAE].get("scaling_factor", 1.0))
+        wrapper = VaeDecoder(model, scaling_factor=own)
     elif component == "vae_decoder":
         gives_depth = checkpoint.depth_channels > 0
         wrapper = VaeDecoder(model, scaling_factor=scaling_factor, gives_depth=gives_depth)

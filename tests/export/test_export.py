@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sd_export
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError, ExportError
-from sd_export import verify
+from sd_export import verify, wrappers
 from sd_runtime import Pipeline, Request
 
 if TYPE_CHECKING:
@@ -193,6 +193,17 @@ def test_a_bundle_that_misses_its_tolerance_is_not_sealed(
     with pytest.raises(ExportError, match="text_encoder: verify: relative_l2") as caught:
         sd_export.export(smallest, tmp_path / "deep" / "bundle")
     assert caught.value.component == "text_encoder"
+    assert nothing_left(tmp_path)
+
+
+def test_a_wrapper_that_leaves_its_model_is_refused(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No picture at the end tells of the encoder: a checkpoint for text draws without it."""
+    right = wrappers.VaeEncoder.forward
+    monkeypatch.setattr(wrappers.VaeEncoder, "forward", lambda self, seen: right(self, seen * 0.5))
+    with pytest.raises(ExportError, match="vae_encoder: verify: relative_l2"):
+        sd_export.export(smallest, tmp_path / "bundle")
     assert nothing_left(tmp_path)
 
 

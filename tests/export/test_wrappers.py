@@ -16,9 +16,12 @@ from sd_export.borders import borders
 from sd_export.load import load_model
 from sd_export.onnx_export import trace
 from sd_export.oracle import nsfw_content_detected
+from sd_export.preview_vae import with_preview_vae
 from sd_export.safety_checker import SafetyChecker
 from sd_export.source import find_checkpoint
+from sd_export.verify import RELATIVE_L2, probe_inputs, reference_outputs, relative_l2
 from sd_export.wrappers import COMPONENTS, MODEL_OF, wrap
+from tiny import make_tiny_vae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,6 +119,33 @@ def test_vae_scales_and_permutes_as_the_pipeline_does(checkpoint: Path) -> None:
         mean, std = encoder(pixels)
     torch.testing.assert_close(mean, posterior.mean * vae.config.scaling_factor)
     torch.testing.assert_close(std, posterior.std * vae.config.scaling_factor)
+
+
+@pytest.mark.parametrize("component", ["vae_decoder", "preview_decoder", "vae_encoder"])
+def test_a_wrapper_is_not_its_own_reference(
+    checkpoint: Path, tmp_path: Path, component: str
+) -> None:
+    """One that hands its VAE something else than a pipeline does differs from what is proven."""
+    tiny = make_tiny_vae(tmp_path / "tiny", levels=4)
+    found = with_preview_vae(find_checkpoint(str(checkpoint)), str(tiny))
+    model = load_model(found, MODEL_OF[component])
+    right = wrap(component, model, checkpoint=found, profile=PROFILE)
+
+    class Wrong(torch.nn.Module):
+        def forward(self, tensor: torch.Tensor) -> Any:
+            return right(tensor * 0.5)
+
+    inputs, outputs = borders(component, checkpoint=found, profile=PROFILE)
+    probe = probe_inputs(component, inputs, profile=PROFILE, vocab_size=0)
+    reference = reference_outputs(Wrong(), component, probe, outputs, checkpoint=found, model=model)
+    (tensor,) = (torch.from_numpy(array) for array in probe.values())
+    for module, agrees in ((right, True), (Wrong(), False)):
+        with torch.no_grad():
+            results = module(tensor)
+        results = results if isinstance(results, tuple) else (results,)
+        for spec, result in zip(outputs, results, strict=True):
+            figure = relative_l2(result.numpy(), reference[spec.name])
+            assert (figure < RELATIVE_L2["fp32"]) == agrees
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96), (128, 72)])
