@@ -1,4 +1,4 @@
-"""A graph as ONNX Runtime computes it: what is proven of it, and what it proves of others."""
+"""A graph as a processor computes it: what is proven of it, and what it proves of others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def verify_graph(
     proof: Callable[[], Proof],
     log: StageLog,
 ) -> CertificateEntry:
-    """Compare the ONNX at ``graph`` with ``proof`` in ONNX Runtime on the CPU."""
+    """Compare the ONNX at ``graph`` with ``proof`` on the CPU, in what `proving_engine` says."""
     from sd_export.verify import verify_engine
 
     with log.stage(component, "verify onnx") as result:
@@ -70,9 +70,23 @@ def words_of(entry: CertificateEntry) -> str:
 def proving_engine(
     graph: Path, component: str, entry: ComponentEntry, profile: Profile
 ) -> EngineEntry:
-    """An engine of ONNX Runtime for the few runs of a proof, at the least memory."""
+    """An engine for the few runs of a proof: of ONNX Runtime, at the least memory.
+
+    ONNX Runtime has no bf16 on a CPU, so of a graph in bf16 it is OpenVINO's; `BackendError` where
+    that or this processor has none either.
+    """
     from sd_engines.backends.onnxruntime import LEAN
 
+    if entry.precision == "bf16":
+        return build_engine(
+            "openvino",
+            graph,
+            output_dir=graph.parent,
+            component=component,
+            entry=entry,
+            profile=profile,
+            precision="bf16",
+        )
     engine = build_engine(
         "onnxruntime",
         graph,

@@ -45,13 +45,13 @@ def half_graph(
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def converted_entry(graph: Path, entry: ComponentEntry) -> ComponentEntry:
-    """What ``entry`` is of the copy at ``graph``."""
+def converted_entry(graph: Path, entry: ComponentEntry, precision: Precision) -> ComponentEntry:
+    """What ``entry`` is of the copy at ``graph``, which is in ``precision``."""
     root = graph.parent.parent
     names = [p.relative_to(root).as_posix() for p in sorted(graph.parent.iterdir())]
     return replace(
         entry,
         file=graph.relative_to(root).as_posix(),
         files=hash_files(root, names),
-        precision="fp16",
+        precision=precision,
     )

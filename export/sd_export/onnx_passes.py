@@ -172,14 +172,13 @@ def _retype(node: ir.Node, half: ir.DataType) -> None:
         node.attributes["to"] = ir.AttrInt64("to", int(half))
     if node.op_type == "ConstantOfShape" and "value" not in node.attributes:  # a zero, in float32
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float32)))
-    for name in ("value",):
-        attribute = node.attributes.get(name)
-        if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
-            tensor = attribute.as_tensor()
-            if tensor.dtype == _FLOAT:
-                node.attributes[name] = ir.AttrTensor(
-                    name, ir.tensor(_clipped(tensor.numpy(), half), dtype=half)
-                )
+    attribute = node.attributes.get("value")
+    if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        if tensor.dtype == _FLOAT:
+            node.attributes["value"] = ir.AttrTensor(
+                "value", ir.tensor(_clipped(tensor.numpy(), half), dtype=half)
+            )
     for value in node.outputs:
         if value.dtype == _FLOAT:
             value.dtype = half

@@ -1,13 +1,15 @@
 """One engine, built from a component's ONNX and compared with what it should compute.
 
 TensorRT computes in the graph's own types, so a half-precision engine of an fp32 graph is built
-from a converted copy, which is checked in ONNX Runtime and then dropped. What OpenVINO runs in
-8 bits is made by `sd_export.int8`.
+from a converted copy, which is checked on the CPU and then dropped: fp16 in ONNX Runtime, bf16 in
+OpenVINO where it and the processor have that. What OpenVINO runs in 8 bits is made by
+`sd_export.int8`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, CertificateEntry, EngineEntry
@@ -56,6 +58,7 @@ class EngineOrder:
                 "precision": self.precision,
                 "batch_size": self.profile.batch_size,
                 "calibration": calibration.digest if calibration is not None else None,
+                "nncf": metadata.version("nncf") if calibration is not None else None,
                 "target": self.target,
                 "workspace_bytes": self.workspace_bytes,
                 "versions": versions((self.backend,)),
@@ -97,7 +100,7 @@ def make_engine(
     """Build one engine and compare it with ``proof``; its entry, and what was measured.
 
     Built files go below ``output_dir``. A built engine that this machine cannot run is not
-    measured; the converted graph it was built from is.
+    measured; the converted graph it was built from is, but in bf16 where no backend here has that.
     """
     from sd_export.verify import verify_engine
 
@@ -106,19 +109,24 @@ def make_engine(
     certificate: list[CertificateEntry] = []
     half = backend not in PORTABLE_BACKENDS and precision not in (None, "tf32", entry.precision)
     with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
-        if half and precision == "fp16":
-            converted = converted_entry(graph, entry)
-            certificate.append(
-                verify_graph(
-                    graph,
-                    component=component,
-                    entry=converted,
-                    profile=profile,
-                    proof=proof,
-                    log=log,
+        if half and (precision == "fp16" or precision == "bf16"):
+            try:
+                certificate.append(
+                    verify_graph(
+                        graph,
+                        component=component,
+                        entry=converted_entry(graph, entry, precision),
+                        profile=profile,
+                        proof=proof,
+                        log=log,
+                    )
                 )
-            )
-        along_a_picture = None  # 8 bits are ranges of what pictures need, and noise is none
+            except BackendError as error:
+                if precision == "fp16":
+                    raise
+                log.skipped(component, "verify onnx", detail=f"cannot run here: {error.message}")
+        # int8 ranges hold for a drawing's inputs, so it is compared on those, not on random ones
+        along_a_picture = None
         if calibration is not None and precision == "int8":
             from sd_export.int8 import int8_engine
 

@@ -85,6 +85,9 @@ def test_a_target_and_bf16_for_tensorrt_rtx(bundle: Path) -> None:
     manifest = sd_export.build(bundle, backends=("tensorrt-rtx",), precision="bf16", target="sm120")
     (unet,) = (e for e in manifest.engines if (e.component, e.target) == ("unet", "sm120"))
     assert (unet.backend, unet.precision) == ("tensorrt-rtx", "bf16")
+    measured = [c for c in manifest.certificate if (c.component, c.precision) == ("unet", "bf16")]
+    assert len(measured) == has_bf16(), "of the copy that it was built of"
+    assert all(c.backend == "openvino" and 1e-4 < c.figure < c.tolerance for c in measured)
     open_bundle(bundle).verified_engine(unet)
     with pytest.raises(ConfigError, match="does not build for 'sm1'"):
         sd_export.build(bundle, backends=("tensorrt-rtx",), target="sm1")
@@ -116,9 +119,13 @@ def test_a_precision_that_is_not_made_is_refused(bundle: Path, backend: str) -> 
     assert (bundle / "bundle.json").read_bytes() == before
 
 
-def test_openvino_in_bf16_is_added_and_runs(bundle: Path) -> None:
+def has_bf16() -> bool:
     openvino = pytest.importorskip("openvino", reason="needs the openvino package")
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_openvino_in_bf16_is_added_and_runs(bundle: Path) -> None:
+    if not has_bf16():
         pytest.skip("this processor has no bf16")
     manifest = sd_export.build(bundle, backends=("openvino",), precision="bf16")
     rows = {c.component: c for c in manifest.certificate if c.precision == "bf16"}
