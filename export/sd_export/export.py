@@ -171,8 +171,11 @@ def export(
             checkpoint,
             tuple(
                 dict.fromkeys(
-                    _profile(checkpoint, height=rows, width=columns, batch_size=batch_size)
-                    for rows, columns in ((height, width), *sizes)
+                    _profile(checkpoint, rows, columns, batch_size=batch_size, own=own)
+                    for rows, columns, own in (
+                        (height, width, True),
+                        *((*size, False) for size in sizes),
+                    )
                 )
             ),
             backends,
@@ -223,9 +226,9 @@ def _refuse(asked: Mapping[str, bool], why: str) -> None:
 
 
 def _profile(
-    checkpoint: Checkpoint, *, height: int | None, width: int | None, batch_size: int
+    checkpoint: Checkpoint, height: int | None, width: int | None, *, batch_size: int, own: bool
 ) -> Profile:
-    """The shapes asked for; the checkpoint's own size where none are."""
+    """The shapes asked for: the checkpoint's ``own`` size or what takes its place, or one more."""
     factor = checkpoint.vae_scale_factor
     step = max(factor, 8)  # diffusers draws no other, whatever the VAE
     if checkpoint.kind in (Kind.X4_UPSCALER, Kind.X2_UPSCALER):
@@ -236,9 +239,10 @@ def _profile(
     width = own_width if width is None else width
     for name, pixels in (("height", height), ("width", width)):
         if not step <= pixels <= _MAX_PIXELS or pixels % step:
+            option = f"--{name} {pixels}" if own else f"--size {width}x{height}, its {name},"
             near = min(max(round(pixels / step), 1) * step, _MAX_PIXELS)
             raise ConfigError(
-                f"--{name} {pixels} is not possible",
+                f"{option} is not possible",
                 f"Take a multiple of {step} up to {_MAX_PIXELS}; the nearest is {near}.",
             )
     if not 1 <= batch_size <= _MAX_BATCH:

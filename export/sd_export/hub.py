@@ -55,7 +55,7 @@ def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Pat
 def fetch_vae(model: str) -> tuple[Path, str]:
     """The same for a VAE alone, or the VAE of a whole checkpoint: its own folder, and the commit.
 
-    Without a config in either place, the snapshot's folder.
+    Without a config of its own that is its folder ``vae``, whether or not there is one.
     """
     with _hub_errors(model, None):
         folder = _small_files(model, revision=None)

@@ -6,7 +6,6 @@ never lies in memory twice. Names that changed over the years are brought to tod
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from sd_export.embedding import add_tokens, add_vectors
 from sd_export.lora import fuse_loras
 from sd_export.open_clip import PAD_TOKEN
 from sd_export.preview_vae import PREVIEW_VAE
+from sd_export.quiet import quiet_loggers
 from sd_export.single_file_names import single_file_names
 from sd_export.weights import Place, Weights
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
@@ -253,19 +253,11 @@ def _real(folder: Path) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' advice to developers out of the user's terminal."""
-    names = ("diffusers", "transformers")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # of old scheduler configs, which it then corrects, and of what it then leaves out
-            warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-            warnings.filterwarnings("ignore", "In CPU autocast", category=UserWarning)
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with quiet_loggers("diffusers", "transformers"):
+        # of old scheduler configs, which it then corrects, and of what it then leaves out
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+        warnings.filterwarnings("ignore", "In CPU autocast", category=UserWarning)
+        yield
 
 
 def _error(component: str, message: str, hint: str) -> ExportError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import shutil
 import warnings
@@ -21,6 +20,7 @@ import torch
 from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH
 from sd_export.onnx_passes import tidy
+from sd_export.quiet import quiet_loggers
 from sd_export.shared_rows import share_rows
 
 if TYPE_CHECKING:
@@ -211,15 +211,9 @@ def _described(value: ir.Value) -> tuple[str | None, str, tuple[int | str, ...]]
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes on its own internals out of the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet_loggers("torch.onnx"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def test_the_same_again_is_done(sizes_bundle: Path, smallest: Path) -> None:
     [
         ("wide", "--size 'wide' is no size"),
         ("16x", "--size '16x' is no size"),
-        ("8x9000", "--height 9000 is not possible"),
+        ("8x9000", "--size 8x9000, its height, is not possible"),
     ],
 )
 def test_no_size(
