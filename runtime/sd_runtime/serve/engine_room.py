@@ -89,8 +89,8 @@ class EngineRoom(Closing):
 
     @property
     def running(self) -> Sequence[Ticket]:
-        """The tickets of the batch that is being drawn."""
-        return tuple(self._running)
+        """The tickets of the batch that is being drawn, without those that were let go of."""
+        return tuple(ticket for ticket in self._running if not ticket.result.done())
 
     @property
     def accepting(self) -> bool:
@@ -189,13 +189,15 @@ class EngineRoom(Closing):
         """Draw ``tickets`` as one batch; afterwards each has its result or an error."""
         try:
             result = self._drawn(tickets)
+            if result is None:
+                return
             parts = split_result(result, [ticket.request for ticket in tickets])
             if self._on_drawn is not None:
-                self._on_drawn(tickets, result.timings)
+                self._on_drawn(_left(tickets), result.timings)
         except Exception as error:
             if len(tickets) > 1:
                 # One picture must not spoil its neighbours': whose fault it is shows alone.
-                for ticket in tickets:
+                for ticket in _left(tickets):
                     self._draw([ticket])
                 return
             if not isinstance(error, SdError):
@@ -203,29 +205,49 @@ class EngineRoom(Closing):
             tickets[0].result.set_exception(error)
             return
         for ticket, part in zip(tickets, parts, strict=True):
-            ticket.result.set_result(part)
+            if not ticket.result.done():
+                ticket.result.set_result(part)
 
-    def _drawn(self, tickets: Sequence[Ticket]) -> Result:
-        if all(ticket.cancelled for ticket in tickets):
-            raise cancelled_error()
+    def _drawn(self, tickets: Sequence[Ticket]) -> Result | None:
+        """What ``tickets`` come to; None once all of them are cancelled, which ends each."""
+        _end_cancelled(tickets)
+        if not _left(tickets):
+            return None
         request = join_requests([ticket.request for ticket in tickets])
         with closing(tickets[0].pipeline.stream(request)) as steps:
             for step in steps:
+                _report(step, tickets)
+                _end_cancelled(tickets)
+                if not _left(tickets):
+                    return None
                 if step.result is not None:
                     return step.result
-                if all(ticket.cancelled for ticket in tickets):
-                    raise cancelled_error()
-                _report(step, tickets)
         raise AssertionError("the last step holds the result")
+
+
+def _left(tickets: Sequence[Ticket]) -> list[Ticket]:
+    return [ticket for ticket in tickets if not ticket.result.done()]
+
+
+def _end_cancelled(tickets: Sequence[Ticket]) -> None:
+    """Tell those that were cancelled; the batch keeps their rows for as long as others are left."""
+    for ticket in _left(tickets):
+        if ticket.cancelled:
+            ticket.result.set_exception(cancelled_error())
 
 
 def _report(step: Step, tickets: Sequence[Ticket]) -> None:
     """Tell each ticket of ``step``; only one that is drawn alone may run in several batches."""
-    wanted = [ticket.wants_preview(step.index, step.num_steps) for ticket in tickets]
+    listening = [not ticket.cancelled for ticket in tickets]
+    wanted = [
+        listens and ticket.wants_preview(step.index, step.num_steps)
+        for listens, ticket in zip(listening, tickets, strict=True)
+    ]
     pictures = step.preview() if any(wanted) else None
     first = 0
-    for ticket, wants in zip(tickets, wanted, strict=True):
+    for ticket, listens, wants in zip(tickets, listening, wanted, strict=True):
         own = slice(first, first + ticket.request.num_images)
         first = own.stop
         preview = pictures[own] if wants and pictures is not None else None
-        ticket.report(Progress(step.index, step.num_steps, step.first_image, preview))
+        if listens:
+            ticket.report(Progress(step.index, step.num_steps, step.first_image, preview))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import TinyModel
+    from sd_runtime.result import Step
     from sd_runtime.serve.ticket import Progress, Ticket
 
 WAIT_S = 60
@@ -61,7 +62,7 @@ def test_a_request_equals_the_pipelines_own(tiny_model: TinyModel, room: EngineR
     result = ticket.result.result(WAIT_S)
     np.testing.assert_array_equal(result.pixels, tiny_model.pipeline.generate(REQUEST).pixels)
     assert result.request == replace(REQUEST, height=64, width=64)
-    assert [step.index for step in steps] == [0, 1, 2]  # the last one is the result
+    assert [step.index for step in steps] == [0, 1, 2, 3]
     assert {step.num_steps for step in steps} == {4}
 
 
@@ -124,6 +125,49 @@ def test_a_cancelled_drawing_stops_within_a_step(room: EngineRoom) -> None:
     with pytest.raises(RefusedError, match="cancelled"):
         ticket.result.result(WAIT_S)
     assert len(seen) <= steps + 2  # the one it was in, and one that may have ended in between
+
+
+def test_one_that_shares_a_batch_is_cancelled_within_a_step(tiny_model: TinyModel) -> None:
+    batches: list[int] = []
+    with EngineRoom(
+        tiny_model.pipeline, on_drawn=lambda joined, _: batches.append(len(joined))
+    ) as room:
+        running, go_on = blocked(room)
+        reached, go_on_again = threading.Event(), threading.Event()
+
+        def stop(progress: Progress) -> None:
+            if progress.index == 0:
+                reached.set()
+                assert go_on_again.wait(WAIT_S)
+
+        told: list[int] = []
+        left = room.submit(REQUEST, on_progress=lambda progress: told.append(progress.index))
+        stays = room.submit(replace(REQUEST, seed=4), on_progress=stop)
+        ends: list[int] = []
+        left.result.add_done_callback(
+            lambda _: ends.append(-1 if stays.progress is None else stays.progress.index)
+        )
+        running.cancel()
+        go_on.set()
+        assert reached.wait(WAIT_S)
+        room.cancel(left)
+        go_on_again.set()
+        alone = tiny_model.pipeline.generate(replace(REQUEST, seed=4))
+        together = stays.result.result(WAIT_S)
+        with pytest.raises(RefusedError, match="cancelled"):
+            left.result.result(0)
+    assert ends == [0]
+    assert told == [0]
+    assert batches == [1]
+    assert np.abs(together.pixels.astype(int) - alone.pixels).max() <= 1
+
+
+def test_one_that_is_cancelled_in_its_last_step_has_no_picture(room: EngineRoom) -> None:
+    ticket = room.submit(
+        replace(REQUEST, num_inference_steps=1), on_progress=lambda _: ticket.cancel()
+    )
+    with pytest.raises(RefusedError, match="cancelled"):
+        ticket.result.result(WAIT_S)
 
 
 def test_an_interrupt_stops_what_is_drawn_and_nothing_else(room: EngineRoom) -> None:
@@ -194,16 +238,24 @@ def test_flags_of_a_shared_batch_go_to_their_owners(
     assert together == tuple(result.nsfw_content_detected[0] for result in alone)
 
 
-def test_a_neighbour_that_fails_spoils_nobody(tiny_model: TinyModel) -> None:
-    bad = replace(REQUEST, prompt="a dog", guidance_scale=3e38)  # overflows float32
-    fine = replace(REQUEST, guidance_scale=3e38, prompt="a cat", negative_prompt="a cat")
+def test_a_neighbour_that_fails_spoils_nobody(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tiny_model.pipeline.stream
+
+    def fail_at_dogs(request: Request) -> Iterator[Step]:
+        if "a dog" in request.prompts:
+            raise BackendError("no dogs", "Draw cats.")
+        return original(request)
+
     with EngineRoom(tiny_model.pipeline) as room:
         running, go_on = blocked(room)
-        tickets = [room.submit(bad), room.submit(fine)]
+        monkeypatch.setattr(tiny_model.pipeline, "stream", fail_at_dogs)
+        tickets = [room.submit(replace(REQUEST, prompt="a dog")), room.submit(REQUEST)]
         running.cancel()
         go_on.set()
         assert tickets[1].result.result(WAIT_S).pixels.shape == (1, 64, 64, 3)
-        with pytest.raises(BackendError, match="not finite"):
+        with pytest.raises(BackendError, match="no dogs"):
             tickets[0].result.result(WAIT_S)
 
 

@@ -88,7 +88,7 @@ def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, server: Se
     body = {"prompt": "a cat", "stream": True, **EXTRA}
     lines = server.ask("/v1/images/generations", body).body.decode().splitlines()
     comments = [json.loads(line[1:]) for line in lines if line.startswith(":")]
-    assert comments[1:] == [{"step": step, "num_steps": 3} for step in (1, 2)]
+    assert comments[1:] == [{"step": step, "num_steps": 3} for step in (1, 2, 3)]
 
 
 def test_a_stream_of_several_pictures_says_which_is_which(client: openai.OpenAI) -> None:

@@ -71,7 +71,7 @@ typedef struct sd_open_params {
   uint32_t threads;    /* of a CPU backend; 0: its own choice */
   uint32_t queue_size; /* requests that may wait; 0: 16 */
   void *user_data;
-  sd_progress_callback on_progress; /* after every step but the last; NULL: none */
+  sd_progress_callback on_progress; /* after every step; NULL: none */
   sd_preview_callback on_preview;   /* as often as sd_request.previews says */
   /* LoRAs to put on the engines, "FILE.safetensors" or "FILE.safetensors=SCALE" each, the last one
    * followed by NULL; NULL: none. */

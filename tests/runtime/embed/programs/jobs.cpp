@@ -80,7 +80,7 @@ void draw(const char* bundle, const char* png, const std::string& lora) {
   CHECK(job.state() == sd::State::succeeded && job.progress().step == 4);
   CHECK(result.num_images() == 2 && result.image(1).size() == 64 * 64 * 3);
   CHECK(result.latents(1).size() == 4 * 8 * 8 && !result.nsfw_content_detected(0));
-  CHECK((steps == std::vector<std::uint32_t>{1, 2, 3}));  // the last one has the pictures
+  CHECK((steps == std::vector<std::uint32_t>{1, 2, 3, 4}));
   CHECK((previews == std::vector<std::uint32_t>{2}));
   CHECK(drawer != caller && drawer != std::thread::id());
   const auto file = result.file(1);
