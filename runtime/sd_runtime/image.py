@@ -27,6 +27,8 @@ Kind = TypeVar("Kind", np.uint8, np.uint16)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64 * 10**6
 _MOST_A_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
+_MOST_TEXT_BYTES = 65_000
+"""A segment of a JPEG, less what stands before the text."""
 JSON_CHUNK = "sd-toolkit"
 _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _XMP = (
@@ -48,14 +50,41 @@ def format_of(path: Path) -> str:
         ) from None
 
 
-def check_size(path: Path, height: int, width: int) -> None:
-    """`ConfigError` where the format of ``path`` has no room for so many pixels a side."""
-    most = _MOST_A_SIDE.get(format_of(path))
+def check_room(
+    path: Path, height: int, width: int, *, parameters: str = "", recipe: str = ""
+) -> None:
+    """`ConfigError` where the format of ``path`` has no room for such a picture, or for its texts.
+
+    As `encode_image` finds too, once it is drawn.
+    """
+    _check_room(path.name, format_of(path), (height, width), parameters, recipe)
+
+
+def _check_room(
+    name: str, format_: str, size: tuple[int, int], parameters: str, recipe: str
+) -> None:
+    most, (height, width) = _MOST_A_SIDE.get(format_), size
     if most is not None and max(height, width) > most:
         raise ConfigError(
-            f"{path.name}: {width}×{height} pixels, and it can hold {most} a side",
+            f"{name}: {width}×{height} pixels, and it can hold {most} a side",
             "Write a .png instead.",
         )
+    if format_ == "JPEG":
+        longest = max(len(_user_comment(parameters)), len(_xmp(recipe)))
+        if longest > _MOST_TEXT_BYTES:
+            raise ConfigError(
+                f"{name}: its recipe is {longest} bytes long, and a JPEG file can hold "
+                f"{_MOST_TEXT_BYTES}",
+                "Write a .png instead.",
+            )
+
+
+def _user_comment(parameters: str) -> bytes:
+    return _UNICODE + parameters.encode("utf-16-be")
+
+
+def _xmp(recipe: str) -> bytes:
+    return _XMP.format(html.escape(recipe)).encode()
 
 
 def encode_image(
@@ -67,11 +96,12 @@ def encode_image(
 ) -> bytes:
     """The bytes of a picture file of ``pixels`` uint8 [H, W, 3], or in PNG uint16 [H, W] (grey).
 
-    ``parameters`` is text for people, ``recipe`` is ASCII JSON. Raises `ConfigError` where a JPEG
-    cannot hold them (64 KiB each).
+    ``parameters`` is text for people, ``recipe`` is ASCII JSON. Raises `ConfigError` where the
+    format has no room for the pixels, or a JPEG none for the texts (64 KiB each).
     """
     from PIL import Image
 
+    _check_room(f"a {format_} file", format_, pixels.shape[:2], parameters, recipe)
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if format_ == "PNG":
@@ -83,16 +113,15 @@ def encode_image(
         image.save(buffer, "PNG", pnginfo=chunks, compress_level=4)
         return buffer.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + parameters.encode("utf-16-be")
-    xmp = _XMP.format(html.escape(recipe)).encode()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _user_comment(parameters)
     options: dict[str, Any] = (
         {"quality": 95, "subsampling": 0} if format_ == "JPEG" else {"lossless": True, "quality": 0}
     )
     try:
-        image.save(buffer, format_, exif=exif.tobytes(), xmp=xmp, **options)
-    except ValueError as error:
+        image.save(buffer, format_, exif=exif.tobytes(), xmp=_xmp(recipe), **options)
+    except (ValueError, OSError) as error:
         raise ConfigError(
-            f"the recipe does not fit into a {format_} file: {error}", "Write a .png instead."
+            f"the picture cannot be written as a {format_} file: {error}", "Write a .png instead."
         ) from error
     return buffer.getvalue()
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +16,11 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
-from sd_runtime.image import check_size, encode_image, format_of, grid_of
+from sd_runtime.image import check_room, encode_image, format_of, grid_of
 from sd_runtime.order import order_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
-from sd_runtime.recipe import text_from_recipes
+from sd_runtime.recipe import fingerprint, recipe_of, text_from_recipes
 from sd_runtime.task import gives_depth
 from sd_runtime.timing import Timings, clock
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from sd_runtime.order import Job
+    from sd_engines.manifest import Manifest
+    from sd_runtime.order import Job, Order
+    from sd_runtime.plan import Plan
+    from sd_runtime.recipe import Recipe
     from sd_runtime.result import Result
 
 logger = logging.getLogger(__name__)
@@ -62,9 +66,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
             f"{'--grid' if order.columns else '--save-latents'} is for pictures of one size",
             "Leave it out, or ask for one --height and --width.",
         )
-    if order.columns:
-        height, width = plans[0].size
-        check_size(paths[0], -(-len(seeds) // order.columns) * height, order.columns * width)
+    _check_room(job, order, paths, plans, manifest, refiner)
     batch_size = manifest.profile.batch_size
     num_steps = sum(planned.num_steps(batch_size) for planned in plans)
     if "seed" not in job.options and not job.from_image and not quiet:
@@ -117,6 +119,54 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         report = _report(job, results, paths, flags, timings, total_ms)
         # The clock is the machine's: whoever started this process can tell how long that took.
         click.echo(json.dumps({**report, "started_s": start}))
+
+
+def _check_room(
+    job: Job,
+    order: Order,
+    paths: Sequence[Path],
+    plans: Sequence[Plan],
+    manifest: Manifest,
+    refiner: Manifest | None,
+) -> None:
+    """`ConfigError` where a picture or its recipe will have no room in its file."""
+    recipes = _recipes(job, plans, manifest, refiner) if format_of(paths[0]) == "JPEG" else []
+    if order.columns:
+        rows, (height, width) = -(-len(order.seeds) // order.columns), plans[0].size
+        text = text_from_recipes(recipes, columns=order.columns)
+        parameters = recipes[0].parameters() if recipes else ""
+        size = rows * height, order.columns * width
+        check_room(paths[0], *size, parameters=parameters, recipe=text)
+        return
+    sizes = [planned.size for planned in plans for _ in planned.request.images()]
+    for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        own = recipes[index : index + 1]
+        text = text_from_recipes(own, columns=1)
+        check_room(path, *size, parameters=own[0].parameters() if own else "", recipe=text)
+
+
+def _recipes(
+    job: Job, plans: Sequence[Plan], manifest: Manifest, refiner: Manifest | None
+) -> list[Recipe]:
+    """As long as those of the pictures will be at most: which engine will draw is open still."""
+    unets = [engine for engine in manifest.engines if engine.component == "unet"]
+    recipes = [
+        recipe_of(
+            image,
+            planned,
+            manifest,
+            backend=max((engine.backend for engine in unets), key=len),
+            precision=max((engine.precision for engine in unets), key=len),
+            loras=job.loras,
+            fingerprint=fingerprint(manifest),
+        )
+        for planned in plans
+        for image in planned.request.images()
+    ]
+    if refiner is None:
+        return recipes
+    name, digest = refiner.model.source, fingerprint(refiner)
+    return [replace(recipe, refiner=name, refiner_fingerprint=digest) for recipe in recipes]
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

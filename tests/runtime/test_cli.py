@@ -149,6 +149,38 @@ def test_a_grid_and_its_recipe(tiny_model: TinyModel, folder: Path) -> None:
     assert np.abs(difference).max() <= 1, "batches of two and of one round differently"
 
 
+@pytest.mark.parametrize("options", [["a", "--num-images", "70", "--grid"], ["a cat " * 6000]])
+def test_what_has_no_room_in_its_file_is_not_drawn(
+    tiny_model: TinyModel,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("it opened the engines")
+
+    monkeypatch.setattr("sd_runtime.job.Pipeline.load", draw)
+    assert main([str(tiny_model.bundle), *options, "--output", "a.jpg", *FAST]) == 2
+    assert "a.jpg: its recipe is" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_made_too_large_for_its_format_is_not_drawn(
+    upscaler_model: TinyModel,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("it opened the engines")
+
+    monkeypatch.setattr("sd_runtime.job.Pipeline.load", draw)
+    Image.new("RGB", (4096, 8)).save("wide.png")
+    arguments = [str(upscaler_model.bundle), "a cat", "--image", "wide.png", *FAST]
+    assert main([*arguments, "--output", "a.webp"]) == 2
+    assert "a.webp: 16384×32 pixels, and it can hold 16383" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
 def test_a_picture_drawn_again(
     tiny_model: TinyModel, folder: Path, capsys: pytest.CaptureFixture[str], suffix: str
