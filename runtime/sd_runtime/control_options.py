@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
-from sd_runtime.option_values import check_real
+from sd_runtime.option_values import check_flag, check_real
 
 if TYPE_CHECKING:
     from sd_runtime.input_image import InputImage
@@ -55,6 +55,11 @@ def numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
 def check_control_options(request: Request | Recipe) -> None:
     """`ConfigError` for numbers that mean nothing, or have no control picture."""
     values = {name: getattr(request, name) for name in CONTROL_NUMBERS}
+    check_flag("guess_mode", request.guess_mode)
+    for name, value in values.items():
+        low, high = (-math.inf, math.inf) if name == CONTROL_NUMBERS[0] else (0.0, 1.0)
+        for number in numbers(value):
+            check_real(name, number, low, high)
     if request.control_image is None:
         given = [n for n, default in zip(values, _DEFAULTS, strict=True) if values[n] != default]
         given += ["guess_mode"] if request.guess_mode else []
@@ -66,9 +71,6 @@ def check_control_options(request: Request | Recipe) -> None:
         return
     count = len(request.control_image)
     for name, value in values.items():
-        low, high = (-math.inf, math.inf) if name == CONTROL_NUMBERS[0] else (0.0, 1.0)
-        for number in numbers(value):
-            check_real(name, number, low, high)
         if len(numbers(value)) not in (1, count):
             raise ConfigError(
                 f"{name} has {len(numbers(value))} numbers for {count} control pictures",
@@ -83,5 +85,3 @@ def check_control_options(request: Request | Recipe) -> None:
                 f"a ControlNet starts at {start:g} and ends at {end:g}",
                 "Let it start before it ends; a scale of 0 leaves it out.",
             )
-    if not isinstance(request.guess_mode, bool):
-        raise ConfigError(f"guess_mode is {request.guess_mode!r}", "Give true or false.")

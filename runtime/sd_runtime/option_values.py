@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import math
+import sys
+from numbers import Integral, Real
 
 from sd_engines.errors import ConfigError
+
+MAX_WHOLE = 1_000_000
+"""Of what nothing else bounds: steps, pixels a side."""
+_MAX_FLOAT = sys.float_info.max
+_MAX_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """``value`` as an error names it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
+
+
+def kept(value: object) -> object:
+    """``value`` as a request keeps it: a list as a tuple, numpy's numbers as Python's own."""
+    if isinstance(value, list | tuple):
+        return tuple(map(kept, value))
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_texts(name: str, value: object, *, optional: bool = False) -> None:
@@ -13,7 +40,7 @@ def check_texts(name: str, value: object, *, optional: bool = False) -> None:
     if optional and isinstance(texts, tuple):
         texts = tuple("" if text is None else text for text in texts)
     if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{name} is {value!r}, not text", "Give a string, or several.")
+        raise ConfigError(f"{name} is {shown(value)}, not text", "Give a string, or several.")
     if not texts:
         raise ConfigError(f"{name} is an empty list", "Give at least one; it may be empty text.")
     for text in texts:
@@ -26,11 +53,10 @@ def check_texts(name: str, value: object, *, optional: bool = False) -> None:
             ) from error
 
 
-def check_whole(name: str, value: object, low: int, high: int | None) -> None:
-    """``value`` is a whole number from ``low`` to ``high``, where there is one."""
-    limits = f"{low} or more" if high is None else f"{low} to {high}"
-    if type(value) is not int or value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} is {value!r}", f"Give a whole number, {limits}.")
+def check_whole(name: str, value: object, low: int, high: int = MAX_WHOLE) -> None:
+    """``value`` is a whole number from ``low`` to ``high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{name} is {shown(value)}", f"Give a whole number, {low} to {high}.")
 
 
 def check_real(name: str, value: object, low: float, high: float) -> None:
@@ -39,7 +65,12 @@ def check_real(name: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
+        or not max(low, -_MAX_FLOAT) <= value <= min(high, _MAX_FLOAT)
     ):
-        raise ConfigError(f"{name} is {value!r}", f"Give a finite number{limits}.")
+        raise ConfigError(f"{name} is {shown(value)}", f"Give a finite number{limits}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {shown(value)}", "Give true or false.")

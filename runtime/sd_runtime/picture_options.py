@@ -34,7 +34,7 @@ def check_picture_options(request: Request) -> None:
                 "Give one: --image PICTURE; or leave strength out.",
             )
     if request.noise_level is not None:
-        check_whole("noise_level", request.noise_level, 0, None)
+        check_whole("noise_level", request.noise_level, 0)
         if request.image is None:
             raise ConfigError(
                 f"noise_level is {request.noise_level} without a picture to make larger",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,7 +12,15 @@ from sd_runtime.control_options import (
     check_control_options,
     control_pictures,
 )
-from sd_runtime.option_values import check_real, check_texts, check_whole
+from sd_runtime.option_names import check_names
+from sd_runtime.option_values import (
+    check_flag,
+    check_real,
+    check_texts,
+    check_whole,
+    kept,
+    shown,
+)
 from sd_runtime.picture_options import check_picture_options
 from sd_runtime.prompt_weighting import weighted_parts
 from sd_runtime.safety_options import check_safety_options
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64 - 1
 MAX_IMAGES = 100_000
 """Pictures a prompt: what is drawn is listed before it is."""
+MAX_GUIDANCE_SCALE = 1000.0
+"""Far beyond it latents are no numbers any more, on any backend."""
 
 
 class ImageRequest(NamedTuple):
@@ -38,7 +47,9 @@ class ImageRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides a result, in diffusers' words; None means the bundle's default.
+    """Everything that decides a result, in diffusers' words.
+
+    None, where it may be, is the bundle's default.
 
     A ``negative_prompt`` of None is empty text, except to Stable Diffusion XL, which was trained on
     zeros in its place; several may be given, one a prompt.
@@ -107,10 +118,8 @@ class Request:
     high_noise_frac: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        for field in fields(self):
+            object.__setattr__(self, field.name, kept(getattr(self, field.name)))
         check_texts("prompt", self.prompt)
         if self.negative_prompt is not None:
             check_texts("negative_prompt", self.negative_prompt, optional=True)
@@ -122,10 +131,10 @@ class Request:
                 "Give one negative prompt for all, or as many as there are prompts.",
             )
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
-        check_whole("cache_interval", self.cache_interval, 1, None)
+        check_whole("cache_interval", self.cache_interval, 1)
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1, None)
+                check_whole(name, getattr(self, name), 1)
         if isinstance(self.seed, tuple):
             if len(self.seed) != self.num_images:
                 raise ConfigError(
@@ -138,7 +147,8 @@ class Request:
             check_whole("seed", self.seed, 0, MAX_SEED)
             check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
         if self.guidance_scale is not None:
-            check_real("guidance_scale", self.guidance_scale, -math.inf, math.inf)
+            limit = MAX_GUIDANCE_SCALE
+            check_real("guidance_scale", self.guidance_scale, -limit, limit)
         for name in ("guidance_start", "guidance_stop", "eta"):
             check_real(name, getattr(self, name), 0.0, 1.0)
         if self.guidance_start >= self.guidance_stop:
@@ -154,15 +164,12 @@ class Request:
         self._take_control()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
-                f"scheduler is {self.scheduler!r}, not a name",
+                f"scheduler is {shown(self.scheduler)}, not a name",
                 "Leave it out for the checkpoint's own, or name one, such as 'euler'.",
             )
 
     def _check_weights(self) -> None:
-        if not isinstance(self.prompt_weighting, bool):
-            raise ConfigError(
-                f"prompt_weighting is {self.prompt_weighting!r}", "Give true or false."
-            )
+        check_flag("prompt_weighting", self.prompt_weighting)
         if self.prompt_weighting:
             for text in (*self.prompts, *self.negative_prompts):
                 weighted_parts(text or "")
@@ -192,8 +199,8 @@ class Request:
     def _take_control(self) -> None:
         for name in CONTROL_NUMBERS:
             value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
+            if isinstance(value, tuple) and len(value) == 1:
+                object.__setattr__(self, name, value[0])
         object.__setattr__(self, "control_image", control_pictures(self.control_image))
         check_control_options(self)
 
@@ -206,16 +213,15 @@ class Request:
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> Self:
-        """A request from parsed JSON; an unknown key is a `ConfigError` that names the nearest."""
-        from sd_engines.errors import nearest
+        """A request from parsed JSON, in which null means the default.
 
-        known = {field.name for field in fields(cls) if field.init}
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}", nearest(name, known))
-        if "prompt" not in options:
+        An unknown key is a `ConfigError` that names what is meant.
+        """
+        check_names(options, (field.name for field in fields(cls) if field.init))
+        given = {name: value for name, value in options.items() if value is not None}
+        if "prompt" not in given:
             raise ConfigError("no prompt", 'Give one: {"prompt": "a red circle"}.')
-        return cls(**options)
+        return cls(**given)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -244,13 +250,20 @@ class Request:
     def guided_rows(self, num_rows: int) -> range:
         """Which of ``num_rows`` UNet calls see the negative prompt as well, as diffusers counts.
 
-        The request must have its ``guidance_scale``.
+        The request must have its ``guidance_scale``. `ConfigError` where that would do nothing.
         """
         if self.guidance_scale is None:
             raise ValueError("the request has no guidance scale yet")
         if self.guidance_scale <= 1:
             return range(0)
-        return range(int(self.guidance_start * num_rows), int(self.guidance_stop * num_rows))
+        rows = range(int(self.guidance_start * num_rows), int(self.guidance_stop * num_rows))
+        if not rows:
+            raise ConfigError(
+                f"guidance from {self.guidance_start:g} to {self.guidance_stop:g} of the steps "
+                f"holds for none of {num_rows}",
+                "Widen it, or take more steps; a guidance_scale of 1 is no guidance.",
+            )
+        return rows
 
     def shallow_rows(self, num_rows: int) -> frozenset[int]:
         """Which of ``num_rows`` UNet calls run on kept deep features.

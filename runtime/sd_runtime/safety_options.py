@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError, nearest
+from sd_runtime.option_values import shown
 from sd_runtime.prompt_weighting import weighted_parts
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check_safety_options(request: Request) -> None:
     strength, concept = request.safety_guidance, request.safety_concept
     if strength is not None and not (isinstance(strength, str) and strength in SAFETY_STRENGTHS):
         raise ConfigError(
-            f"safety_guidance is {strength!r}", nearest(str(strength), SAFETY_STRENGTHS)
+            f"safety_guidance is {shown(strength)}", nearest(str(strength), SAFETY_STRENGTHS)
         )
     if concept is None:
         return
@@ -83,7 +84,7 @@ def check_safety_options(request: Request) -> None:
         )
     if not isinstance(concept, str) or not concept.strip():
         raise ConfigError(
-            f"safety_concept is {concept!r}", "Name what to lead away from, or leave it out."
+            f"safety_concept is {shown(concept)}", "Name what to lead away from, or leave it out."
         )
     if request.prompt_weighting:
         weighted_parts(concept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -231,11 +231,26 @@ def test_timings(tiny_model: TinyModel) -> None:
         ({"cache_interval": 1.5}, "cache_interval is 1.5"),
         ({"height": 0}, "height is 0"),
         ({"scheduler": 7}, "scheduler is 7"),
+        ({"guidance_scale": 1e30}, r"guidance_scale is 1e\+30\n.*from -1000 to 1000"),
+        ({"eta": 10**400}, "eta is 10{78}…"),
+        ({"seed": 10**5000}, "seed is a number of thousands of digits"),
+        ({"cache_interval": 10**5000}, "cache_interval is a number of thousands"),
+        ({"prompt": 10**5000}, "thousands of digits, not text"),
+        ({"seed": np.bool_(True)}, "seed is .*True"),
+        ({"height": np.float32(64)}, "height is 64.0"),
+        ({"guess_mode": ""}, "guess_mode is ''"),
+        ({"guess_mode": []}, r"guess_mode is \(\)"),
+        ({"guess_mode": 0}, "guess_mode is 0"),
+        ({"controlnet_conditioning_scale": True}, "controlnet_conditioning_scale is True"),
+        ({"control_guidance_end": (1.0, True)}, "control_guidance_end is True"),
     ],
 )
 def test_requests_that_no_bundle_can_do(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Request(**{"prompt": "a cat", **options})
+
+
+TEN = {"num_inference_steps": 10, "scheduler": "euler"}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,8 @@ def test_requests_that_no_bundle_can_do(options: dict[str, Any], message: str) -
         ({"height": 128}, "64×64 .*not 128×64"),
         ({"width": 512}, "--size 512x64"),
         ({"num_inference_steps": 5000}, "5000|1000"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.55, **TEN}, "0.55 of the steps holds for none"),
+        ({"guidance_stop": 0.05, "guidance_scale": 2, **TEN}, "Widen it, or take more steps"),
         ({"cache_interval": 2}, "sd-export --model .* --feature-cache --output BUNDLE"),
     ],
 )
@@ -254,6 +271,48 @@ def test_requests_that_this_bundle_cannot_do(
     request = Request("a cat", **options)
     with pytest.raises(ConfigError, match=message):
         tiny_model.pipeline.stream(request)
+
+
+def test_a_narrow_window_of_no_guidance(tiny_model: TinyModel) -> None:
+    options = {"guidance_scale": 1, "guidance_start": 0.5, "guidance_stop": 0.55, **TEN}
+    assert next(tiny_model.pipeline.stream(Request("a cat", **options))).num_steps == 10
+
+
+def test_numbers_of_numpy_are_pythons_own() -> None:
+    request = Request(
+        "a cat",
+        seed=[np.int64(7), np.uint64(MAX_SEED)],
+        num_images_per_prompt=np.int8(2),
+        guidance_scale=np.float32(7),
+        eta=np.float64(0.5),
+    )
+    assert request == Request(
+        "a cat", seed=(7, MAX_SEED), num_images_per_prompt=2, guidance_scale=7.0, eta=0.5
+    )
+    kinds = [type(number) for number in (*request.seed, request.guidance_scale, request.eta)]
+    assert kinds == [int, int, float, float]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mask_image", "mask"),
+        ("init_image", "image"),
+        ("generator", "seed"),
+        ("num_images", "num_images_per_prompt"),
+        ("steps", "num_inference_steps"),
+    ],
+)
+def test_options_by_the_names_of_others(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option {name!r}\nHere it is {meant!r}"):
+        Request.from_mapping({"prompt": "a", name: 1})
+
+
+def test_null_in_a_mapping_is_the_default() -> None:
+    nothing = dict.fromkeys(field.name for field in fields(Request) if field.init)
+    assert Request.from_mapping({**nothing, "prompt": "a"}) == Request("a")
+    with pytest.raises(ConfigError, match="no prompt"):
+        Request.from_mapping(nothing)
 
 
 def test_requests_from_mappings() -> None:
