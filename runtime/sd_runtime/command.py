@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 INTERRUPTED, TERMINATED = 130, 143
 _received: list[int] = []
 """Signals that asked this process to stop."""
+_ending = threading.Event()
+"""Set once it stops: another signal must not interrupt the last words."""
 
 
 def run_command(
@@ -30,7 +33,19 @@ def run_command(
     Any other exception is a bug and keeps its traceback. ``interrupted`` is said after Ctrl-C.
     """
     _received.clear()
+    _ending.clear()
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _exit_code(command, arguments, interrupted)
+    except KeyboardInterrupt:  # while the end of it was told
+        return INTERRUPTED
+    finally:
+        _ending.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(command: click.Command, arguments: Sequence[str] | None, interrupted: str) -> int:
     try:
         return command.main(arguments, prog_name=command.name, standalone_mode=False) or 0
     except SdError as error:
@@ -48,11 +63,9 @@ def run_command(
             click.echo(f"Error: {where}{error.strerror or error}\nCheck paths and disks.", err=True)
         return SdError.exit_code
     except (click.Abort, KeyboardInterrupt):
+        _ending.set()
         click.echo(interrupted, err=True)
         return INTERRUPTED
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def progress_bar(length: int, label: str) -> Any:
@@ -71,9 +84,10 @@ def raise_received_signal() -> None:
         _raise(_received[0])
 
 
-def _stop(number: int, _frame: object) -> NoReturn:
+def _stop(number: int, _frame: object) -> None:
     _received.append(number)
-    _raise(number)
+    if not _ending.is_set():
+        _raise(number)
 
 
 def _raise(number: int) -> NoReturn:

@@ -9,6 +9,7 @@ import sys
 import click
 import pytest
 
+from sd_engines.errors import SdError
 from sd_runtime.command import raise_received_signal, run_command
 
 
@@ -46,3 +47,26 @@ def test_an_earlier_signal_does_not_stop_the_next_command() -> None:
 
     assert run_command(stopped, []) == 130
     assert run_command(work, []) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_more_signals_do_not_interrupt_the_last_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, fails: bool
+) -> None:
+    echo = click.echo
+
+    def interrupted_echo(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        echo(*arguments, **options)
+
+    @click.command("work")
+    def work() -> None:
+        if fails:
+            raise SdError("it fails", "Mend it.")
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("sd_runtime.command.click.echo", interrupted_echo)
+    assert run_command(work, []) == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    assert ("Interrupted." in capsys.readouterr().err) != fails
