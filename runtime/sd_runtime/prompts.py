@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
+from sd_engines.node import unique_object
 from sd_runtime.control_options import control_pictures
 from sd_runtime.request import Request
 
@@ -30,7 +31,7 @@ def requests_from_jsonl(path: Path, options: Mapping[str, Any]) -> list[Request]
     requests = []
     for number, line in _lines(path):
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=unique_object)
             if not isinstance(values, dict):
                 raise ConfigError("not an object", 'Write one a line: {"prompt": "a red circle"}.')
             requests.append(Request.from_mapping({**options, **values}))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, SdError
+from sd_engines.node import unique_object
 from sd_runtime.embed.context import QUEUE_SIZE, Context
 from sd_runtime.image import format_of
 from sd_runtime.request import Request
@@ -285,7 +286,7 @@ def managed_tensor(array: Array) -> int:
 def _options(text: str) -> dict[str, Any]:
     """Fields of a `Request` from a JSON object; raises `ConfigError`."""
     try:
-        options = json.loads(text)
+        options = json.loads(text, object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"options_json cannot be read: {error}", "Give a JSON object.") from error
     if not isinstance(options, dict):

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from sd_runtime.image import bytes_from_base64, encode_image, read_parameters
 from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, Options, PngInfo, TextToImage
 from sd_runtime.serve.drawing import Drawing, timing_header
+from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
     """The routes of this door."""
-    router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+    router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], route_class=JsonRoute)
 
     @router.post("/txt2img", response_model=Drawn)
     async def txt2img(body: TextToImage, connection: Request) -> JSONResponse:

@@ -62,6 +62,8 @@ def _as_sd_error(error: Exception) -> SdError:
     if isinstance(error, RequestValidationError):
         return _validation_error(error)
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, SdError):  # of a body that could not be read
+            return error.__cause__
         return RefusedError(
             str(error.detail),
             _SCHEMA_HINT,

@@ -17,6 +17,7 @@ from sd_engines.errors import SdError
 from sd_runtime.image import encode_image
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
+from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
 from sd_runtime.serve.ticket import Progress
@@ -58,7 +59,7 @@ class DrawingStream(StreamingResponse):
 
 def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     """The routes of this door."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
     @router.post("/v1/images/generations", **_ANSWERS)
     async def generate(body: Generation, connection: Request) -> Response:

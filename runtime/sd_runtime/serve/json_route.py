@@ -1,0 +1,42 @@
+"""Routes that take a JSON body as a form is taken: no field twice."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+
+from sd_engines.errors import ConfigError
+from sd_engines.node import unique_object
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from starlette.responses import Response
+
+
+class JsonRoute(APIRoute):
+    """`ConfigError` for a field that is there twice: all but the last would be dropped."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI lets a route read its requests in its own way."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return json.loads(await self.body(), object_pairs_hook=unique_object)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            raise ConfigError(
+                f"the body cannot be read: {error}", "Send JSON in UTF-8, each field once."
+            ) from error
