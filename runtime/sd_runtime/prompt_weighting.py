@@ -31,12 +31,14 @@ _MARK = re.compile(
 )
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _OPENING = {")": "(", "]": "["}
+MAX_WEIGHT = 1000.0
+"""Far beyond it embeddings are no numbers any more."""
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     """The prompt without its marks, in parts, each with its weight; neighbours' weights differ.
 
-    `ConfigError` for a weight that is no number.
+    `ConfigError` for a weight that is no number, or above `MAX_WEIGHT`.
     """
     texts: list[str] = []
     weights: list[float] = []
@@ -71,6 +73,12 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
             parts[-1] = (parts[-1][0] + text, parts[-1][1])
         elif text:
             parts.append((text, weight))
+    for text, weight in parts:
+        if abs(weight) > MAX_WEIGHT:
+            raise ConfigError(
+                f"{text[:200]!r} in the prompt counts {weight:g} times",
+                f"Let it count {MAX_WEIGHT:g} times at most; nested brackets multiply.",
+            )
     return parts or [("", 1.0)]
 
 

@@ -6,6 +6,7 @@ refused, not ignored.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 from PIL import ImageOps
@@ -19,8 +20,14 @@ from sd_runtime.serve.body import Body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
 
 _AS_IN_REQUEST = {"prompt", "negative_prompt", "width", "height", "eta"}
-_PLAIN_SPACINGS = ("", "automatic", "uniform", "normal")
-"""Sigma spacings that are a sampler's own."""
+_PLAIN_SPACINGS = ("uniform", "normal")
+"""Sigma spacings that are a sampler's own here."""
+_AUTOMATIC_SPACINGS = {
+    **dict.fromkeys(("DPM++ 2M", "DPM2", "DPM2 a"), "karras"),
+    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "exponential"),
+}
+"""Those that web UI takes where none is named, by its own names of samplers."""
+_EXTRA_NETWORK = re.compile("<(lora|lyco|hypernet):", re.IGNORECASE)
 _OFF: tuple[object, ...] = (False, 0, 0.0, "", [], {})
 _PLAIN_MASK = {
     **dict.fromkeys(("mask_blur", "mask_blur_x", "mask_blur_y"), 0),
@@ -28,8 +35,6 @@ _PLAIN_MASK = {
     "inpaint_full_res": 0,
 }
 """What masks are here: sharp, over what they hide, for the whole picture."""
-_ANY_NUMBER: tuple[object, ...] = (-1, 0, 0.0, 1, 1.0, 0.5, 0.7, 0.75)
-"""What clients send of numbers that have no effect while their feature is off."""
 
 
 class Options(Body):
@@ -75,25 +80,29 @@ class TextToImage(Body):
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), _OFF),
         **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
-        **dict.fromkeys(("styles", "script_name", "script_args"), _OFF),
+        **dict.fromkeys(("styles", "script_name", "script_args", "infotext"), _OFF),
         **dict.fromkeys(("refiner_checkpoint", "comments"), _OFF),
         **dict.fromkeys(("disable_extra_networks",), (True, False)),
-        **dict.fromkeys(("subseed", "seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
+        **dict.fromkeys(("seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
         **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), _OFF),
         **dict.fromkeys(("s_noise", "s_tmax"), (0, 1)),
-        **dict.fromkeys(("denoising_strength", "refiner_switch_at"), _ANY_NUMBER),
     }
     unused: ClassVar[frozenset[str]] = frozenset(
         {
             *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
             *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt"),
             *("hr_negative_prompt", "hr_cfg", "firstphase_width", "firstphase_height"),
+            *("denoising_strength", "firstpass_image", "refiner_switch_at", "subseed"),
+            "force_task_id",
         }
     )
 
     def request(self, offer: Offer) -> Request:
         """The same for a pipeline; `ConfigError` where it is more than ``offer``."""
+        self._check_prompt()
         own = self.model_dump(include=_AS_IN_REQUEST, exclude_none=True) | self.pictures()
+        if not self.negative_prompt:
+            own.pop("negative_prompt", None)  # as there: zeros to Stable Diffusion XL
         if self.alwayson_scripts is not None:
             size = (self.width or offer.width, self.height or offer.height)
             own |= self.alwayson_scripts.options(offer, image=self.starts_from(), size=size)
@@ -106,6 +115,7 @@ class TextToImage(Body):
                 "num_inference_steps": self.steps or offer.default_steps,
                 "num_images_per_prompt": (self.batch_size or 1) * (self.n_iter or 1),
                 "scheduler": self._scheduler(),
+                "prompt_weighting": True,
                 **own,
             }
         )
@@ -120,13 +130,27 @@ class TextToImage(Body):
         """Its picture as it was sent."""
         return None
 
+    def _check_prompt(self) -> None:
+        if found := _EXTRA_NETWORK.search(self.prompt):
+            raise ConfigError(
+                f"{found[0]}…> in the prompt, and LoRAs are not chosen here by a request",
+                "Leave it out; a server puts LoRAs on when it starts: sd-serve --lora FILE=SCALE.",
+            )
+
     def _scheduler(self) -> str | None:
         """Sampler and sigma spacing as one name: "DPM++ 2M" and "Karras" are dpm++_2m_karras."""
         sampler = self.sampler_name or self.sampler_index
         spacing = (self.scheduler or "").lower()
-        if sampler is None or spacing in _PLAIN_SPACINGS or sampler.lower().endswith(spacing):
+        if spacing in ("", "automatic"):
+            spacing = _AUTOMATIC_SPACINGS.get(sampler or "", "")
+        if not spacing or spacing in _PLAIN_SPACINGS:
             return sampler
-        return f"{sampler}_{spacing}"
+        if sampler is None:
+            raise ConfigError(
+                f"scheduler is {self.scheduler!r} without a sampler",
+                "Send the sampler_name that it is for, such as DPM++ 2M; or leave it out.",
+            )
+        return sampler if sampler.lower().endswith(spacing) else f"{sampler}_{spacing}"
 
 
 class ImageToImage(TextToImage):
@@ -151,8 +175,8 @@ class ImageToImage(TextToImage):
         **TextToImage.neutral,
         **dict.fromkeys(("include_init_images", "resize_mode"), _OFF),
         "initial_noise_multiplier": (0, 1, 1.0),
-        "image_cfg_scale": _ANY_NUMBER,
     }
+    unused: ClassVar[frozenset[str]] = TextToImage.unused | {"image_cfg_scale"}
 
     def starts_from(self) -> str:
         """Its picture as it was sent."""

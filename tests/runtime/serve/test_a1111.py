@@ -16,6 +16,9 @@ import pytest
 from PIL import Image
 
 from sd_runtime import Request
+from sd_runtime.serve.a1111_bodies import TextToImage
+from sd_runtime.serve.offer import Offer
+from sd_runtime.table import SCHEDULERS, scheduler_name
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -45,6 +48,7 @@ def test_pictures_are_the_pipelines_own(tiny_model: TinyModel, server: Server) -
         guidance_scale=4,
         scheduler="dpm++_2m_karras",
         num_images_per_prompt=2,
+        prompt_weighting=True,
     )
     own = tiny_model.pipeline.generate(request)
     info = json.loads(reply.json["info"])
@@ -106,6 +110,13 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         ({"stepps": 3}, "Did you mean 'steps'"),
         ({"width": 512, "height": 512}, "draws 64×64"),
         ({"steps": 41}, "Ask for 40 at most"),
+        ({"scheduler": "Nonsense"}, "scheduler is 'Nonsense' without a sampler"),
+        ({"scheduler": "Karras"}, "Send the sampler_name"),
+        ({"prompt": "a cat <lora:style:0.8>"}, "sd-serve --lora FILE=SCALE"),
+        ({"prompt": f"(a cat:1{'0' * 39})"}, "counts 1e+39 times"),
+        ({"prompt": "(" * 3999 + "a"}, "nested brackets multiply"),
+        ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength is 0.5"),
+        ({"infotext": "Steps: 3"}, "infotext is 'Steps: 3', which this server cannot do"),
     ):
         reply = server.ask("/sdapi/v1/txt2img", BODY | wrong)
         assert reply.status == 400
@@ -113,7 +124,56 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
     neutral = {"enable_hr": False, "override_settings": {}, "subseed": -1, "styles": None}
     neutral["alwayson_scripts"] = {"ControlNet": {"args": []}}
     neutral |= {"hr_scale": 2, "hr_upscaler": "Latent", "firstphase_width": 0}
+    neutral |= {"denoising_strength": 0.35, "refiner_switch_at": 0.8, "subseed_strength": 0}
+    neutral |= {"force_task_id": None, "firstpass_image": None, "infotext": None, "subseed": 42}
     assert server.ask("/sdapi/v1/txt2img", BODY | neutral).status == 200
+
+
+@pytest.mark.parametrize("path", ["/sdapi/v1/txt2img", "/v1/images/generations"])
+def test_a_field_that_is_sent_twice_is_refused(server: Server, path: str) -> None:
+    reply = server.ask(path, b'{"prompt": "a cat", "prompt": "a dog"}')
+    assert reply.status == 400
+    assert "an object names one field twice\\nSend JSON" in reply.body.decode()
+    assert server.ask(path, b'{"prompt": ').status == 400
+
+
+@pytest.fixture
+def offer(tiny_model: TinyModel) -> Offer:
+    return Offer.from_pipeline(tiny_model.pipeline, max_images=4, max_steps=40)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "scheduler"),
+    [
+        ("DPM++ 2M", None, "DPM++ 2M_karras"),
+        ("DPM++ 2M", "Automatic", "DPM++ 2M_karras"),
+        ("DPM++ 2M", "Uniform", "DPM++ 2M"),
+        ("DPM++ 2M", "Beta", "DPM++ 2M_beta"),
+        ("DPM2 a", "automatic", "DPM2 a_karras"),
+        ("DPM++ 2M SDE", None, "DPM++ 2M SDE_exponential"),
+        ("DPM++ 3M SDE", "", "DPM++ 3M SDE_exponential"),
+        ("DPM++ 2M Karras", "Karras", "DPM++ 2M Karras"),
+        ("Euler a", "Automatic", "Euler a"),
+        ("dpm++_2m", "Automatic", "dpm++_2m"),  # as /samplers lists it
+        (None, "Automatic", None),
+        (None, "Normal", None),
+    ],
+)
+def test_schedulers_are_those_of_the_web_ui(
+    offer: Offer, sampler: str | None, spacing: str | None, scheduler: str | None
+) -> None:
+    body = TextToImage.model_validate({"sampler_name": sampler, "scheduler": spacing})
+    request = body.request(offer)
+    assert request.scheduler == scheduler
+    assert scheduler is None or scheduler_name(scheduler) in SCHEDULERS
+
+
+def test_prompts_are_read_as_the_web_ui_reads_them(offer: Offer) -> None:
+    for negative, expected in ((None, None), ("", None), ("red", "red")):
+        body = TextToImage.model_validate({"prompt": "(a cat:1.2)", "negative_prompt": negative})
+        request = body.request(offer)
+        assert request.prompt_weighting
+        assert request.negative_prompt == expected  # None: zeros to XL, else empty text
 
 
 def test_what_is_there_to_choose_from(server: Server) -> None:

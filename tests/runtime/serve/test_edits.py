@@ -107,7 +107,7 @@ def test_img2img_of_the_web_uis_clients(
     reply = server.ask("/sdapi/v1/img2img", body)
     assert reply.status == 200, reply.body
     own = tiny_model.pipeline.generate(
-        Request("a cat", image=PICTURE, mask=MASK, strength=0.75, **EXTRA)
+        Request("a cat", image=PICTURE, mask=MASK, strength=0.75, prompt_weighting=True, **EXTRA)
     )
     assert_shows(reply.json["images"][0], own.pixels[0])
     assert json.loads(reply.json["info"])["infotexts"] == [own.recipes[0].parameters()]

@@ -52,6 +52,8 @@ def test_the_page_sends_and_reads_what_there_is(server: Server) -> None:
     starts = {"image", "mask", "strength"}
     assert starts <= names <= set(Edit.model_fields)
     assert names - starts <= set(Generation.model_fields)
+    assert "negative_prompt:" not in sent.group(1)  # empty text is not left out to XL
+    assert "negative_prompt" in names
     model = server.ask("/v1/models").json["data"][0]
     assert set(re.findall(r"\bmodel\.([a-z_]+)\b", html)) <= set(model)
     picture = server.ask("/v1/images/generations", {"prompt": "a cat", "num_inference_steps": 1})
