@@ -123,12 +123,12 @@ struct Table {
   std::vector<double> draws_noise;   // [rows] 1 where noise is drawn, be its coefficient 0 or not
   std::vector<double> alpha, sigma, noised_alpha, noised_sigma;  // [rows + 1]
   double init_noise_scale = 1, guidance_scale = 1;
-  std::size_t first_guided_row = 0, last_guided_row = 0;  // the second is the first that is not
+  std::size_t guided_rows_begin = 0, guided_rows_end = 0;  // the end itself is not guided
 
   std::size_t num_rows() const { return timesteps.size(); }
   std::size_t depth() const { return coef_history.size() / num_rows(); }
   bool is_guided(std::size_t row) const {
-    return first_guided_row <= row && row < last_guided_row;
+    return guided_rows_begin <= row && row < guided_rows_end;
   }
 
   static Table from_json(std::string_view text) {
@@ -163,8 +163,8 @@ struct Table {
         .noised_sigma = column("noised_sigma", rows + 1),
         .init_noise_scale = single("init_noise_scale"),
         .guidance_scale = single("guidance_scale"),
-        .first_guided_row = static_cast<std::size_t>(guided[0]),
-        .last_guided_row = static_cast<std::size_t>(guided[1]),
+        .guided_rows_begin = static_cast<std::size_t>(guided[0]),
+        .guided_rows_end = static_cast<std::size_t>(guided[1]),
     };
   }
 };
