@@ -70,13 +70,6 @@ class Tokenizer:
             raise BundleError(f"{path} does not begin and end a prompt as CLIP's does", _HINT)
         return cls(tokenizer, max_tokens=max_tokens, pad_id=pad_id)
 
-    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Token ids int64 [len(prompts), max_tokens].
-
-        What does not fit is cut off at the end, as CLIP must, and named in a log warning.
-        """
-        return np.concatenate([self.chunks([(prompt, 1.0)]).input_ids for prompt in prompts])
-
     def chunks(self, parts: Sequence[tuple[str, float]], *, max_chunks: int = 1) -> Chunks:
         """One prompt, of parts and their weights, in as many chunks as it needs, 1 at least.
 

@@ -81,23 +81,25 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPTokenizer]
     return folder / "tokenizer.json", oracle
 
 
+def ids_of(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    return tokenizer.chunks([(prompt, 1.0)]).input_ids
+
+
 @pytest.mark.parametrize("vocabulary", ["small", "clip"])
 def test_ids_equal_transformers(vocabulary: str, request: pytest.FixtureRequest) -> None:
     path, oracle = request.getfixturevalue(vocabulary)
     tokenizer = Tokenizer.load(path, max_tokens=MAX_TOKENS)
     for name, prompt in HOSTILE.items():
-        ids = tokenizer.encode([prompt])
+        ids = ids_of(tokenizer, prompt)
         assert ids.dtype == np.int64
         assert ids.shape == (1, MAX_TOKENS)
         np.testing.assert_array_equal(ids, oracle_ids(oracle, [prompt]), err_msg=name)
-    prompts = list(HOSTILE.values())
-    np.testing.assert_array_equal(tokenizer.encode(prompts), oracle_ids(oracle, prompts))
 
 
 def test_known_clip_ids(clip: tuple[Path, CLIPTokenizer]) -> None:
     """The ids that OpenAI's own tokenizer gives, so that both sides cannot be wrong alike."""
-    ids = Tokenizer.load(clip[0], max_tokens=MAX_TOKENS).encode(["a photo of a cat"])[0]
-    assert ids[:8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    ids = ids_of(Tokenizer.load(clip[0], max_tokens=MAX_TOKENS), "a photo of a cat")
+    assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
 
 
 def test_padding_of_the_file_is_kept_and_its_lengths_are_not(
@@ -108,7 +110,7 @@ def test_padding_of_the_file_is_kept_and_its_lengths_are_not(
     raw.enable_padding(pad_id=pad_id, pad_token="!", length=12)  # noqa: S106  as Stable Diffusion 2 pads
     raw.enable_truncation(max_length=12)
     raw.save(str(tmp_path / "tokenizer.json"))
-    ids = Tokenizer.load(tmp_path / "tokenizer.json", max_tokens=MAX_TOKENS).encode(["a"])
+    ids = ids_of(Tokenizer.load(tmp_path / "tokenizer.json", max_tokens=MAX_TOKENS), "a")
     assert ids.shape == (1, MAX_TOKENS)
     assert ids[0, 3:].tolist() == [pad_id] * (MAX_TOKENS - 3)
 
@@ -118,9 +120,9 @@ def test_what_is_cut_off_is_named(
 ) -> None:
     tokenizer = Tokenizer.load(small[0], max_tokens=MAX_TOKENS)
     with caplog.at_level(logging.WARNING):
-        tokenizer.encode(["a " * 75])
+        ids_of(tokenizer, "a " * 75)
         assert not caplog.records
-        tokenizer.encode(["a " * 75 + "Red Cat"])
+        ids_of(tokenizer, "a " * 75 + "Red Cat")
     assert "longer than 77 tokens" in caplog.text
     assert caplog.text.rstrip().endswith("Red Cat")
 
