@@ -10,6 +10,7 @@ import numpy as np
 
 from sd_bench.environment import ABSENT, difference
 from sd_bench.judgement import judge_apart, judge_pairs
+from sd_bench.measurement import STEPS
 from sd_engines.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sd_bench.judgement import Criterion, Judgement
     from sd_bench.measurement import Measurement, Sample
 
-_STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
 _PROGRAM: Final = ("sd-toolkit", "commit")
 
 
@@ -139,7 +139,7 @@ def _stages(samples: Sequence[Sample]) -> list[str]:
     """Stages of which every sample has a positive time, in their order; "total" is the last."""
     names = []
     for name in (name for name in samples[0].stages_ms if name != "total") if samples else ():
-        names += [name, *([_STEPS[name]] if name in _STEPS else [])]
+        names += [name, *([STEPS[name]] if name in STEPS else [])]
     return [
         name
         for name in [*names, "total"]
@@ -149,7 +149,7 @@ def _stages(samples: Sequence[Sample]) -> list[str]:
 
 def _value_ms(sample: Sample, stage: str) -> float:
     """NaN where the sample has none."""
-    if stage in _STEPS.values():
+    if stage in STEPS.values():
         steps = sample.unet_steps_ms if stage == "unet_step" else sample.scheduler_steps_ms
         return float(np.median(steps)) if steps else math.nan
     return sample.stages_ms.get(stage, math.nan)

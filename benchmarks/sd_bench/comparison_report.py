@@ -10,10 +10,9 @@ import numpy as np
 
 from sd_bench.comparison import stage_ms
 from sd_bench.judgement import Verdict
+from sd_bench.text_table import aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sd_bench.comparison import Comparison
     from sd_bench.judgement import Judgement
     from sd_bench.measurement import Measurement
@@ -51,7 +50,7 @@ def table(comparison: Comparison) -> str:
         f"new   {_side(new)}",
         f"{samples_text(comparison)}; {settings_text(base)}; confidence {confidence}",
         "",
-        *_aligned(rows),
+        *aligned(rows),
     ]
     lines += ["", *(f"Note: {note}." for note in comparison.notes)] if comparison.notes else []
     return "\n".join(line for index, line in enumerate(lines) if line or index != 1)
@@ -161,15 +160,3 @@ def _side_report(measurement: Measurement) -> dict[str, Any]:
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest; the first to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "sd-bench latency"
 FORMAT_VERSION: Final = 1
+STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
+"""What a single run of a stage is called, of the stages that every step of a picture runs."""
 PROMPT: Final = "a large red circle on the left and a small blue star in the top right"
 
 

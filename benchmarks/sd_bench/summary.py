@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
+from sd_bench.measurement import STEPS
+from sd_bench.text_table import aligned
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from sd_bench.measurement import Measurement
 
 _COLUMNS: Final = ("min", "max", "mean", "median", "percentile(90%)", "percentile(99%)")
 _FIRST_STAGES: Final = ("tokenize", "text_encoder", "noise", "model_input")
-_STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
 _LAST_STAGES: Final = ("unet_shallow", "vae_decoder", "safety_checker", "png")
 
 
@@ -58,7 +60,7 @@ class Achieved:
 
 def latencies(measurement: Measurement) -> dict[str, Latency]:
     """By stage, in the order they run; steps below their sums, "rest" is what no stage holds."""
-    stages = [*_FIRST_STAGES, *(name for pair in _STEPS.items() for name in pair), *_LAST_STAGES]
+    stages = [*_FIRST_STAGES, *(name for pair in STEPS.items() for name in pair), *_LAST_STAGES]
     known = {name for sample in measurement.samples for name in sample.stages_ms}
     stages += sorted(known - {*stages, "total"})
     durations = {stage: measurement.stage_ms(stage) for stage in stages}
@@ -143,13 +145,13 @@ def table(measurement: Measurement) -> str:
 
 def _latency_lines(found: dict[str, Latency]) -> list[str]:
     rows: list[tuple[str, ...]] = [("Latency, ms", *_COLUMNS, "share")]
-    parts = set(_STEPS.values())
+    parts = set(STEPS.values())
     for stage, latency in found.items():
         values = (latency.min, latency.max, latency.mean, latency.median, latency.p90, latency.p99)
         share = "" if stage in parts else f"{latency.mean / found['total'].mean:.1%}"
         name = f"  each, of {latency.runs}" if stage in parts else stage
         rows.append((name, *(f"{value:.3f}" for value in values), share))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _work_lines(measurement: Measurement) -> list[str]:
@@ -177,7 +179,7 @@ def _work_lines(measurement: Measurement) -> list[str]:
             flops = f"{best / 1e12:.3f}"
             bandwidth = f"{copy / 1e9:.2f}" if copy else "–"
             rows.append(("ceiling", precision, "", "", "", flops, "", bandwidth, ""))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _cold_start_words(measurement: Measurement) -> str:
@@ -201,16 +203,3 @@ def _precision(measurement: Measurement, component: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}"
-
-
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest; the first to the left, numbers to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from sd_bench.peers.ratio import Ratio, paired_ratio
+from sd_bench.text_table import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,14 +95,7 @@ class Comparison:
             *("prepare, s", "like ours", f"like {self.reference}", "latents", "obeys"),
         )
         lines = [head, *(_cells(row) for row in self.rows if row.state == "measured")]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if index < 2 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = aligned(lines, words=2)
         unmeasured = [row for row in self.rows if row.state != "measured"]
         text += [f"{row.name}: {row.state}: {row.error}\n  {row.hint}" for row in unmeasured]
         return "\n".join(text)
