@@ -52,6 +52,12 @@ def numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def numbers_each(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The same, one for each of ``count`` ControlNets."""
+    given = numbers(value)
+    return given * (count // len(given))
+
+
 def check_control_options(request: Request | Recipe) -> None:
     """`ConfigError` for numbers that mean nothing, or have no control picture."""
     values = {name: getattr(request, name) for name in CONTROL_NUMBERS}
@@ -76,10 +82,8 @@ def check_control_options(request: Request | Recipe) -> None:
                 f"{name} has {len(numbers(value))} numbers for {count} control pictures",
                 "Give one for all, or one for each.",
             )
-    starts, ends = (numbers(values[name]) for name in CONTROL_NUMBERS[1:])
-    for start, end in zip(
-        starts * (count // len(starts)), ends * (count // len(ends)), strict=True
-    ):
+    starts, ends = (numbers_each(values[name], count) for name in CONTROL_NUMBERS[1:])
+    for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise ConfigError(
                 f"a ControlNet starts at {start:g} and ends at {end:g}",

@@ -17,7 +17,7 @@ import numpy as np
 from sd_engines.errors import ConfigError
 from sd_engines.spec import CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL
 from sd_runtime.arrays import copy_into, to_host
-from sd_runtime.control_options import CONTROL_NUMBERS, numbers
+from sd_runtime.control_options import CONTROL_NUMBERS, numbers_each
 from sd_runtime.recent import Recent
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ def controls_of(
             "Give a --control-image for each, in this order; a scale of 0 in "
             "--controlnet-conditioning-scale leaves one out.",
         )
-    options = [numbers(getattr(request, name)) for name in CONTROL_NUMBERS]
-    scales, starts, ends = (given * (len(names) // len(given)) for given in options)
+    given = (getattr(request, name) for name in CONTROL_NUMBERS)
+    scales, starts, ends = (numbers_each(value, len(names)) for value in given)
     rows = frozenset(range(num_rows))
     controls = [
         Control(name, image, scale, rows & _rows_between(start, end, of_rows), request.guess_mode)

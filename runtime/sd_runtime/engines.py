@@ -16,7 +16,7 @@ from sd_engines.spec import (
     TIME_IDS,
 )
 from sd_runtime.lora import fused_weights
-from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image
+from sd_runtime.task import DEPTH_ESTIMATOR, ENCODER, IMAGE_ENCODER, reads_image, unet_inputs
 from sd_runtime.work_stream import NO_STREAM
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ def text_encoders(manifest: Manifest) -> tuple[str, ...]:
     """
     if reads_image(manifest):
         return ()
-    present, unet = manifest.components, manifest.components.get("unet")
-    xl = unet is not None and any(spec.name == TIME_IDS for spec in unet.inputs)
-    needed = TEXT_ENCODERS[-1:] if xl else TEXT_ENCODERS[:1]
+    present = manifest.components
+    needed = TEXT_ENCODERS[-1:] if TIME_IDS in unet_inputs(manifest) else TEXT_ENCODERS[:1]
     return tuple(name for name in TEXT_ENCODERS if name in present or name in needed)
 
 

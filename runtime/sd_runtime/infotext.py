@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_runtime.control_options import CONTROL_NUMBERS, numbers
+from sd_runtime.control_options import CONTROL_NUMBERS, numbers_each
 
 if TYPE_CHECKING:
     from sd_runtime.recipe import Recipe
@@ -56,5 +56,5 @@ def infotext(recipe: Recipe) -> str:
 def _controls(recipe: Recipe) -> list[tuple[float, ...]]:
     """Scale, start and end of each ControlNet."""
     count = len(recipe.control_image or ())
-    each = [numbers(getattr(recipe, name)) for name in CONTROL_NUMBERS]
-    return list(zip(*(values * (count // len(values)) for values in each), strict=True))
+    each = [numbers_each(getattr(recipe, name), count) for name in CONTROL_NUMBERS]
+    return list(zip(*each, strict=True))

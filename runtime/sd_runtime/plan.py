@@ -37,6 +37,7 @@ from sd_runtime.task import (
     Task,
     takes_noise_level,
     task_of,
+    unet_inputs,
 )
 from sd_runtime.upscaling import fitting, noise_level_of, upscaling_of
 
@@ -256,22 +257,17 @@ def pipeline_scheduler_config(
 
 def max_prompt_chunks(manifest: Manifest) -> int:
     """How many chunks of the text encoder's length the bundle's UNet reads at once."""
-    unet = manifest.components.get("unet")
-    specs = {spec.name: spec for spec in unet.inputs} if unet is not None else {}
-    if "encoder_hidden_states" not in specs:
+    embeds = unet_inputs(manifest).get("encoder_hidden_states")
+    if embeds is None:
         return 1
-    tokens = int(specs["encoder_hidden_states"].shape[1])
+    tokens = int(embeds.shape[1])
     return max(1, tokens // manifest.model.max_prompt_tokens)
 
 
 def _unet_input_widths(manifest: Manifest) -> dict[str, int]:
     """The last axis of every input of the UNet."""
-    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
-    return (
-        {spec.name: int(spec.shape[-1]) for spec in unet.inputs if len(spec.shape) > 1}
-        if unet
-        else {}
-    )
+    specs = unet_inputs(manifest)
+    return {name: int(spec.shape[-1]) for name, spec in specs.items() if len(spec.shape) > 1}
 
 
 def _check_distilled(request: Request) -> None:

@@ -22,6 +22,7 @@ from sd_runtime.request import Request
 
 if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
+    from sd_engines.spec import TensorSpec
 
 Draw: TypeAlias = Literal[
     "image",
@@ -95,7 +96,7 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if reads_image(manifest):
         _check_variation(request)
         return IMAGE_VARIATION
-    if LOW_RES_IMAGE in _unet_inputs(manifest):
+    if LOW_RES_IMAGE in unet_inputs(manifest):
         return UPSCALING
     if upscales(manifest):
         _check_encoder(manifest)
@@ -161,22 +162,22 @@ def task_of(request: Request, manifest: Manifest) -> Task:
 
 def takes_mask(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an inpainting checkpoint's."""
-    return _unet_inputs(manifest).issuperset(MASK_INPUTS)
+    return unet_inputs(manifest).keys() >= set(MASK_INPUTS)
 
 
 def upscales(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is an upscaler's."""
-    return not _unet_inputs(manifest).isdisjoint(UPSCALER_INPUTS)
+    return not unet_inputs(manifest).keys().isdisjoint(UPSCALER_INPUTS)
 
 
 def takes_noise_level(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is told how much noise is on the picture that it makes larger."""
-    return NOISE_LEVEL in _unet_inputs(manifest)
+    return NOISE_LEVEL in unet_inputs(manifest)
 
 
 def takes_depth(manifest: Manifest) -> bool:
     """Whether the bundle's UNet is a depth-to-image checkpoint's."""
-    return DEPTH_MASK in _unet_inputs(manifest)
+    return DEPTH_MASK in unet_inputs(manifest)
 
 
 def gives_depth(manifest: Manifest) -> bool:
@@ -261,6 +262,7 @@ def _check_encoder(manifest: Manifest) -> None:
         )
 
 
-def _unet_inputs(manifest: Manifest) -> set[str]:
-    unet = manifest.components.get("unet")  # a bundle without one is refused when it is opened
-    return set() if unet is None else {spec.name for spec in unet.inputs}
+def unet_inputs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """What the UNet takes, by name; nothing without one, which is refused when it is opened."""
+    unet = manifest.components.get("unet")
+    return {} if unet is None else {spec.name: spec for spec in unet.inputs}
