@@ -65,8 +65,8 @@ def test_files_stay_short(package: str) -> None:
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
-def _imports(path: Path) -> set[str]:
-    """First names of everything ``path`` imports, late, for types only, or by name included."""
+def _imported(path: Path) -> set[str]:
+    """Everything that ``path`` imports, late, for types only, or by name included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -82,7 +82,12 @@ def _imports(path: Path) -> set[str]:
                 target, ast.Constant
             ):
                 found.add(str(target.value))
-    return {name.partition(".")[0] for name in found}
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    """The first names of it."""
+    return {name.partition(".")[0] for name in _imported(path)}
 
 
 @pytest.mark.parametrize("package", ORDER)
@@ -99,7 +104,10 @@ def test_only_sd_serve_needs_its_extra() -> None:
     extra = _declared("serve") - _declared()
     serve = SOURCES["sd_runtime"] / "serve"
     for path in _modules("sd_runtime"):
-        free = not path.is_relative_to(serve) or path.stem in ("__init__", "cli", "engine_room")
+        outside = not path.is_relative_to(serve)
+        of_serve = {name for name in _imported(path) if name.startswith("sd_runtime.serve")}
+        assert not outside or not of_serve, path
+        free = outside or path.stem in ("__init__", "cli")
         assert not free or not _imports(path) & extra, path
     loaded = _loaded_by("import sd_runtime.cli, sd_runtime.job, sd_runtime.serve.cli")
     assert not loaded & extra

@@ -12,12 +12,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import BackendError, ConfigError
+from sd_runtime.batch import join_requests, settings_of
 from sd_runtime.command import raise_received_signal
 from sd_runtime.files import write_files
 from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
 from sd_runtime.recipe import fingerprint, recipe_of, recipes_from_text
-from sd_runtime.serve.batch import join_requests, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,10 +13,10 @@ from PIL import Image
 from ldm3d import ldm3d_expected
 from sd_engines.errors import ConfigError
 from sd_runtime import Request
+from sd_runtime.batch import split_result
 from sd_runtime.cli import main
 from sd_runtime.image import read_recipe_text
 from sd_runtime.recipe import recipes_from_text
-from sd_runtime.serve.batch import split_result
 from sd_runtime.task import tasks_of
 
 if TYPE_CHECKING:

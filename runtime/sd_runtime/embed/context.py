@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
+from sd_runtime.engine_room import EngineRoom
 from sd_runtime.pipeline import Pipeline
-from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.table import SCHEDULERS
 from sd_runtime.task import check_served
 from sd_runtime.work_stream import on_stream
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sd_runtime.request import Request
-    from sd_runtime.serve.ticket import Progress, Ticket
+    from sd_runtime.ticket import Progress, Ticket
     from sd_runtime.timing import Timings
 
 QUEUE_SIZE = 16

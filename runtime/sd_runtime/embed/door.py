@@ -23,8 +23,8 @@ from sd_engines.errors import ConfigError, SdError
 from sd_engines.node import unique_object
 from sd_runtime.embed.context import QUEUE_SIZE, Context
 from sd_runtime.image import format_of
+from sd_runtime.refusal import RefusedError
 from sd_runtime.request import Request
-from sd_runtime.serve.refusal import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sd_engines.engine import Array
     from sd_runtime.result import Result
-    from sd_runtime.serve.ticket import Progress, Ticket
+    from sd_runtime.ticket import Progress, Ticket
 
 _REFUSALS = {
     "queue_full": (

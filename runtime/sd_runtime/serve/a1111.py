@@ -18,11 +18,11 @@ from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
+    from sd_runtime.engine_room import EngineRoom
     from sd_runtime.result import Result
     from sd_runtime.serve.a1111_checkpoint import Checkpoint
-    from sd_runtime.serve.engine_room import EngineRoom
     from sd_runtime.serve.models import Model
-    from sd_runtime.serve.ticket import Ticket
+    from sd_runtime.ticket import Ticket
 
 
 def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from sd_runtime.refusal import RefusedError
 from sd_runtime.serve.error_body import error_response
 from sd_runtime.serve.offer import MAX_BODY_BYTES
 from sd_runtime.serve.operations import OPEN_PATHS
-from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:

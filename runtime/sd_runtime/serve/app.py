@@ -18,7 +18,7 @@ from sd_runtime.serve.operations import operation_routes
 from sd_runtime.serve.page import page_routes
 
 if TYPE_CHECKING:
-    from sd_runtime.serve.engine_room import EngineRoom
+    from sd_runtime.engine_room import EngineRoom
     from sd_runtime.serve.metrics import Metrics
     from sd_runtime.serve.models import Models
 

@@ -6,8 +6,8 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from sd_runtime.serve.refusal import RefusedError
-from sd_runtime.serve.ticket import Progress
+from sd_runtime.refusal import RefusedError
+from sd_runtime.ticket import Progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request as Connection
 
+    from sd_runtime.engine_room import EngineRoom
     from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
     from sd_runtime.result import Result
-    from sd_runtime.serve.engine_room import EngineRoom
 
 
 Answer = TypeVar("Answer")

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sd_engines.errors import ConfigError, SdError
-from sd_runtime.serve.refusal import RefusedError, status_of
+from sd_runtime.refusal import RefusedError, status_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request

@@ -18,8 +18,8 @@ from sd_runtime.serve.offer import model_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sd_runtime.serve.engine_room import EngineRoom
-    from sd_runtime.serve.ticket import Ticket
+    from sd_runtime.engine_room import EngineRoom
+    from sd_runtime.ticket import Ticket
     from sd_runtime.timing import Timings
 
 _STAGE_BUCKETS_S = (0.0005, 0.002, 0.005, 0.02, 0.05, 0.2, 0.5, 2, 5, 20, 60)

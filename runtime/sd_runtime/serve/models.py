@@ -11,8 +11,8 @@ from sd_engines.closing import Closing
 from sd_engines.errors import ConfigError
 from sd_runtime.lora import find_loras
 from sd_runtime.pipeline import Pipeline
+from sd_runtime.refusal import RefusedError
 from sd_runtime.serve.offer import Offer, first_request, model_name
-from sd_runtime.serve.refusal import RefusedError
 from sd_runtime.task import check_served
 
 if TYPE_CHECKING:

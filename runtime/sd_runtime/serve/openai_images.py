@@ -20,16 +20,16 @@ from sd_runtime.serve.error_body import openai_body
 from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
-from sd_runtime.serve.ticket import Progress
+from sd_runtime.ticket import Progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from starlette.types import Receive, Scope, Send
 
+    from sd_runtime.engine_room import EngineRoom
     from sd_runtime.request import Request as DrawRequest
     from sd_runtime.result import Result
-    from sd_runtime.serve.engine_room import EngineRoom
     from sd_runtime.serve.models import Models
 
 _ANSWERS: dict[str, Any] = {

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
-    from sd_runtime.serve.engine_room import EngineRoom
+    from sd_runtime.engine_room import EngineRoom
     from sd_runtime.serve.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready"})

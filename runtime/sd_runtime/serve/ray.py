@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sd_engines.errors import ConfigError
+from sd_runtime.engine_room import EngineRoom
 from sd_runtime.serve.api_key import load_api_key
 from sd_runtime.serve.app import make_app
-from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.models import Models, check_bundles
 

@@ -12,8 +12,8 @@ import click
 import uvicorn
 
 from sd_engines.errors import ConfigError
+from sd_runtime.engine_room import EngineRoom
 from sd_runtime.serve.app import make_app
-from sd_runtime.serve.engine_room import EngineRoom
 from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.models import Models
 

@@ -12,16 +12,16 @@ import pytest
 
 from sd_engines.errors import BackendError, ConfigError
 from sd_runtime import Request
-from sd_runtime.serve.batch import join_requests, settings_of
-from sd_runtime.serve.engine_room import EngineRoom
-from sd_runtime.serve.refusal import RefusedError
+from sd_runtime.batch import join_requests, settings_of
+from sd_runtime.engine_room import EngineRoom
+from sd_runtime.refusal import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import TinyModel
     from sd_runtime.result import Step
-    from sd_runtime.serve.ticket import Progress, Ticket
+    from sd_runtime.ticket import Progress, Ticket
 
 WAIT_S = 60
 REQUEST = Request(

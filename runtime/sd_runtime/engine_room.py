@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from sd_engines.closing import Closing
 from sd_engines.errors import SdError
+from sd_runtime.batch import join_requests, settings_of, split_result
 from sd_runtime.plan import plan
-from sd_runtime.serve.batch import join_requests, settings_of, split_result
-from sd_runtime.serve.refusal import cancelled_error, draining_error, full_error
-from sd_runtime.serve.ticket import Progress, Ticket
+from sd_runtime.refusal import cancelled_error, draining_error, full_error
+from sd_runtime.ticket import Progress, Ticket
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
