@@ -73,13 +73,13 @@ def schedule_command(*, bundle: Path, output: Path | None, **settings: Any) -> N
 
     Example: sd-export schedule bundle --scheduler dpm++_2m_karras --num-inference-steps 20
     """
-    from sd_engines.bundle import open_bundle
     from sd_runtime.files import check_writable, write_files
     from sd_runtime.schedule import schedule_of
+    from sd_runtime.scheduler_check import drawable_bundle
 
     if output is not None:
         check_writable(output)
-    schedule = schedule_of(open_bundle(bundle).manifest, **settings)
+    schedule = schedule_of(drawable_bundle(bundle).manifest, **settings)
     text = json.dumps(schedule, allow_nan=False)
     if output is None:
         click.echo(text)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_engines.bundle import open_bundle
 from sd_runtime.command import progress_bar
 from sd_runtime.files import claimed_folder
 from sd_runtime.picture_job import batches_of, draw_batch, picture_jobs, request_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.prompts import request_options, requests_from_file, seed_requests
+from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
     written by then stays, and ``--resume`` goes on from it.
     """
     start, stdout = clock(), sys.stdout  # which is Ray's to write to while it runs
-    manifest = open_bundle(job.bundle).manifest
+    manifest = drawable_bundle(job.bundle).manifest
     requests = requests_from_file(job.jobs_file, request_options(job.options))
     requests = seed_requests(requests, job.options.get("seed", 0))
     pictures = picture_jobs(requests, manifest, loras=job.loras)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
@@ -21,6 +20,7 @@ from sd_runtime.order import order_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
 from sd_runtime.recipe import fingerprint, recipe_of, text_from_recipes
+from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.task import gives_depth
 from sd_runtime.timing import Timings, clock
 
@@ -43,8 +43,8 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     Every option is checked before an engine is opened. Raises `SdError` and its kin.
     """
     start = clock()
-    manifest = open_bundle(job.bundle).manifest
-    refiner = open_bundle(job.refiner).manifest if job.refiner else None
+    manifest = drawable_bundle(job.bundle).manifest
+    refiner = drawable_bundle(job.refiner).manifest if job.refiner else None
     order = order_of(job, manifest, refiner=refiner)
     seeds = order.seeds
     paths = output_paths(job.output, seeds[:1] if order.columns else seeds)

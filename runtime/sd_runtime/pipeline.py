@@ -6,7 +6,6 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Self
 
-from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import listed_engines
 from sd_runtime.engine_set import EngineSet
@@ -14,6 +13,7 @@ from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
 from sd_runtime.plan import plan
 from sd_runtime.refiner import at_size_of
+from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.tokenizer import Tokenizer
 from sd_runtime.work_stream import work_stream
 
@@ -94,9 +94,9 @@ class Pipeline(Closing):
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
         unknown backend, a LoRA of another model, and as `plan` does.
         """
-        bundle = open_bundle(path)
+        bundle = drawable_bundle(path)
         found = find_loras(loras)
-        second = None if refiner is None else open_bundle(refiner)
+        second = None if refiner is None else drawable_bundle(refiner)
         planned = None
         if request is not None:
             refining = None if second is None else second.manifest

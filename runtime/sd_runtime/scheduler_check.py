@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_engines.node import wrong
 from sd_runtime.plan import pipeline_scheduler_config
@@ -11,7 +12,17 @@ from sd_runtime.table import compile_table
 from sd_runtime.upscaling import low_res_level
 
 if TYPE_CHECKING:
+    import os
+
+    from sd_engines.bundle import Bundle
     from sd_engines.manifest import Manifest
+
+
+def drawable_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle at ``path``, which is all that `open_bundle` checks, and has schedulers to use."""
+    bundle = open_bundle(path)
+    check_schedulers(bundle.manifest)
+    return bundle
 
 
 def check_schedulers(manifest: Manifest) -> None:

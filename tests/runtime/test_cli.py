@@ -436,6 +436,19 @@ def test_a_changed_byte_is_named(
     assert names(folder) == []
 
 
+def test_a_scheduler_that_nothing_can_be_drawn_with_is_the_bundles_fault(
+    tiny_model: TinyModel, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = folder.parent / "bundle"
+    shutil.copytree(tiny_model.bundle, bundle)
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest["model"]["scheduler"]["beta_schedule"] = "x"
+    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main([str(bundle), "a cat", "-o", "a.png", *FAST]) == 3
+    assert "bundle.json: model.scheduler: beta_schedule 'x'" in capsys.readouterr().err
+    assert names(folder) == []
+
+
 def start(bundle: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", MAIN, str(bundle), "a cat", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.backends.openvino_package import core
 from sd_engines.errors import BackendError
+from sd_engines.kernel_file import kernel_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sd_engines.bundle import EngineEntry
     from sd_engines.spec import Precision
 
@@ -62,11 +64,8 @@ def products_are_scarce(engine: EngineEntry) -> bool:
 
 def _processor_flags() -> set[str]:
     """What Linux says that the processor can; nothing elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    flags = (line for line in text.splitlines() if line.startswith("flags"))
+    lines = kernel_text("/proc/cpuinfo").splitlines()
+    flags = (line for line in lines if line.startswith("flags"))
     return set(next(flags, "").split())
 
 

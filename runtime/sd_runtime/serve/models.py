@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_engines.errors import ConfigError
 from sd_runtime.lora import find_loras
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.refusal import RefusedError
+from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.serve.offer import Offer, first_request, model_name
 from sd_runtime.task import check_served
 
@@ -106,7 +106,7 @@ def check_bundles(bundles: Sequence[Path], *, loras: Sequence[str] = ()) -> list
     first_requests: list[Request] = []
     paths: dict[str, Path] = {}
     for path in bundles:
-        manifest = open_bundle(path).manifest
+        manifest = drawable_bundle(path).manifest
         check_served(manifest)
         name = model_name(path)
         if name in paths:
