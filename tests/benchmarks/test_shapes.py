@@ -38,6 +38,18 @@ def test_it_obeys_after_the_export(shapes_bundle: Path, backend: str) -> None:
     assert score.share >= 0.75, fault_kinds(score)
 
 
+def test_the_few_step_lora_draws_at_once(shapes_bundle: Path) -> None:
+    """In one step: without it a third of these captions goes wrong, and it knows most of them."""
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "scheduler": "lcm"}
+    lora = str(CHECKPOINT.parent / "few_step_lora" / "pytorch_lora_weights.safetensors")
+    with Pipeline.load(shapes_bundle, backend="onnxruntime", loras=[lora]) as pipeline:
+        score = measure_quality(pipeline, options, captions=24)
+        pipeline.use_loras([])
+        without = measure_quality(pipeline, options, captions=24)
+    assert score.share >= 0.85, fault_kinds(score)
+    assert score.share > without.share
+
+
 def test_quality_command_reports_and_saves_pictures(shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = [str(shapes_bundle), "--captions", "2", "--num-inference-steps", "3"]
     done = CliRunner().invoke(
