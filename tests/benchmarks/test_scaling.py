@@ -21,7 +21,7 @@ from sd_bench.scaling import FORMAT, scaling_axes, turns
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import BackendError, ConfigError
 from sd_engines.seal import seal
-from tiny_onnx import PROFILE, make_bundle, make_manifest
+from tiny_onnx import PROFILE, UNET_INPUTS, make_bundle, make_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +78,15 @@ def tiny_bundle_of(path: Path, *, height: int) -> Bundle:
     staging = path.with_name(f".{path.name}.staging")
     staging.mkdir()
     manifest = make_manifest(staging)
-    seal(staging, path, replace(manifest, profile=replace(PROFILE, height=height)))
+    (sample, *rest), outputs = UNET_INPUTS, manifest.components["unet"].outputs
+    shape = (*sample.shape[:2], height // PROFILE.vae_scale_factor, sample.shape[3])
+    specs = {
+        "inputs": (replace(sample, shape=shape), *rest),
+        "outputs": tuple(replace(spec, shape=("batch", *shape[1:])) for spec in outputs),
+    }
+    components = {"unet": replace(manifest.components["unet"], **specs)}
+    profile = replace(PROFILE, height=height)
+    seal(staging, path, replace(manifest, profile=profile, components=components))
     return open_bundle(path)
 
 
