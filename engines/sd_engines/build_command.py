@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_engines.spec import CONTROLNET
+from sd_engines.spec import is_halved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision
 
-_HALVED = ("unet", CONTROLNET)
 _USUAL_TARGETS = ("any", "cpu")
 
 
@@ -23,7 +22,7 @@ def build_command(path: Path, engine: EngineEntry) -> str:
     the UNet's, and is made by the same command.
     """
     options = [f"--backend {engine.backend}"]
-    if engine.component.startswith(_HALVED) and engine.precision != "fp16":
+    if is_halved(engine.component) and engine.precision != "fp16":
         options.append(f"--precision {engine.precision}")
     if engine.backend != "tensorrt" and engine.target not in _USUAL_TARGETS:
         options.append(f"--target {engine.target}")

@@ -51,6 +51,11 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 
 
+def is_halved(component: str) -> bool:
+    """Whether the component's graph becomes half precision where that is asked for."""
+    return component in ("unet", "unet_shallow") or component.startswith(CONTROLNET)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, numpy dtype name and shape of a graph's input or output.

@@ -59,9 +59,9 @@ def load_model(checkpoint: Checkpoint, component: str) -> torch.nn.Module:
     try:
         with torch.device("meta"), quiet():
             module = _build(component, config)
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # each library raises its own, and what its arithmetic does
-        if isinstance(error, (MemoryError, ImportError)):
-            raise
         raise _error(
             component, f"its config cannot be used: {error}", "Download the checkpoint again."
         ) from error

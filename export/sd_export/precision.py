@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import CONTROLNET, TIME_IDS, Precision
+from sd_engines.spec import TIME_IDS, Precision, is_halved
 from sd_export.family import REFINER_TIME_IDS
 from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR
 
@@ -27,17 +27,11 @@ if TYPE_CHECKING:
 _COARSENESS = ("fp32", "tf32", "fp16", "bf16", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
-_HALVED = ("unet", "unet_shallow")
 _OF_A_PICTURE = (("encoder_hidden_states", (1,)), (TIME_IDS, (REFINER_TIME_IDS,)))
 """Inputs of a UNet, and the length of their axis 1, that tell it of a picture: in the place of a
 prompt, or how much people liked it."""
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
-
-
-def is_halved(component: str) -> bool:
-    """Whether the component's graph becomes half precision where that is asked for."""
-    return component in _HALVED or component.startswith(CONTROLNET)
 
 
 def check_request(

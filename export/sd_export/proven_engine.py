@@ -107,22 +107,23 @@ def make_engine(
     backend, component, entry, profile = order.backend, order.component, order.entry, order.profile
     precision, calibration = order.precision, order.calibration
     certificate: list[CertificateEntry] = []
-    half = backend not in PORTABLE_BACKENDS and precision not in (None, "tf32", entry.precision)
-    with half_graph(onnx_path, output_dir, component, precision if half else None, log) as graph:
-        if half and (precision == "fp16" or precision == "bf16"):
+    converts = backend not in PORTABLE_BACKENDS and precision not in ("tf32", entry.precision)
+    half = precision if converts else None
+    with half_graph(onnx_path, output_dir, component, half, log) as graph:
+        if half is not None:
             try:
                 certificate.append(
                     verify_graph(
                         graph,
                         component=component,
-                        entry=converted_entry(graph, entry, precision),
+                        entry=converted_entry(graph, entry, half),
                         profile=profile,
                         proof=proof,
                         log=log,
                     )
                 )
             except BackendError as error:
-                if precision == "fp16":
+                if half == "fp16":
                     raise
                 log.skipped(component, "verify onnx", detail=f"cannot run here: {error.message}")
         # int8 ranges hold for a drawing's inputs, so it is compared on those, not on random ones
@@ -147,7 +148,7 @@ def make_engine(
                     graph,
                     output_dir=output_dir,
                     component=component,
-                    entry=replace(entry, precision=precision or entry.precision) if half else entry,
+                    entry=replace(entry, precision=half) if half else entry,
                     profile=profile,
                     precision=precision,
                     target=order.target,

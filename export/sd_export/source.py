@@ -180,7 +180,8 @@ def read_folder(
             raise missing_part(
                 tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt"
             )
-    card = folder / "README.md"
+    readme = folder / "README.md"
+    card = readme if readme.is_file() else None
     return Checkpoint(
         source=source,
         revision=revision,
@@ -190,8 +191,8 @@ def read_folder(
         licenses=tuple(
             sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name) and p.is_file())
         ),
-        card=card if card.is_file() else None,
-        license=card_license(card) if card.is_file() else None,
+        card=card,
+        license=None if card is None else card_license(card),
         defaults=defaults,
         force_zeros_for_empty_prompt=variation
         or (is_xl(configs) and bool(index.get("force_zeros_for_empty_prompt", True))),

@@ -238,16 +238,15 @@ def _end_cancelled(tickets: Sequence[Ticket]) -> None:
 
 def _report(step: Step, tickets: Sequence[Ticket]) -> None:
     """Tell each ticket of ``step``; only one that is drawn alone may run in several batches."""
-    listening = [not ticket.cancelled for ticket in tickets]
     wanted = [
-        listens and ticket.wants_preview(step.index, step.num_steps)
-        for listens, ticket in zip(listening, tickets, strict=True)
+        not ticket.cancelled and ticket.wants_preview(step.index, step.num_steps)
+        for ticket in tickets
     ]
     pictures = step.preview() if any(wanted) else None
     first = 0
-    for ticket, listens, wants in zip(tickets, listening, wanted, strict=True):
+    for ticket, wants in zip(tickets, wanted, strict=True):
         own = slice(first, first + ticket.request.num_images)
         first = own.stop
         preview = pictures[own] if wants and pictures is not None else None
-        if listens:
+        if not ticket.cancelled:
             ticket.report(Progress(step.index, step.num_steps, step.first_image, preview))

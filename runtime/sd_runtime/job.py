@@ -150,6 +150,7 @@ def _recipes(
 ) -> list[Recipe]:
     """As long as those of the pictures will be at most: which engine will draw is open still."""
     unets = [engine for engine in manifest.engines if engine.component == "unet"]
+    own = fingerprint(manifest)
     recipes = [
         recipe_of(
             image,
@@ -158,7 +159,7 @@ def _recipes(
             backend=max((engine.backend for engine in unets), key=len),
             precision=max((engine.precision for engine in unets), key=len),
             loras=job.loras,
-            fingerprint=fingerprint(manifest),
+            fingerprint=own,
         )
         for planned in plans
         for image in planned.request.images()

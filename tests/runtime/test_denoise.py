@@ -183,10 +183,13 @@ def test_the_prediction_of_a_row(prediction_type: str) -> None:
         predicted_original_sample(row, "flow")
 
 
-def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
-    table = compile_table(CONFIG, scheduler="ddim", num_inference_steps=500)
-    noise, timings = [NoiseStream(0)], Timings()
-    rows = denoise(
+def unguided(
+    unet: Engine, embeds: np.ndarray, *, num_inference_steps: int, timings: Timings
+) -> Iterator[Row]:
+    """Our loop for one picture, row by row."""
+    table = compile_table(CONFIG, scheduler="ddim", num_inference_steps=num_inference_steps)
+    noise = [NoiseStream(0)]
+    return denoise(
         unet,
         begin(TEXT_TO_IMAGE, noise, SHAPE, table).latents,
         prompt_embeds=[embeds[0]],
@@ -197,6 +200,11 @@ def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
         noise=noise,
         timings=timings,
     )
+
+
+def test_closing_stops_the_engine(unet: Engine, embeds: np.ndarray) -> None:
+    timings = Timings()
+    rows = unguided(unet, embeds, num_inference_steps=500, timings=timings)
     assert [next(rows).index for _ in range(3)] == [0, 1, 2]
     rows.close()
     assert len(timings.runs_ms("unet")) == 3
@@ -222,19 +230,8 @@ class SlowDevice:
 
 def test_a_device_is_two_rows_behind_at_most(unet: Engine, embeds: np.ndarray) -> None:
     """Else all rows are enqueued at once: progress says nothing, and none can be cancelled."""
-    table = compile_table(CONFIG, scheduler="ddim", num_inference_steps=5)
-    noise, device = [NoiseStream(0)], SlowDevice()
-    rows = denoise(
-        unet,
-        begin(TEXT_TO_IMAGE, noise, SHAPE, table).latents,
-        prompt_embeds=[embeds[0]],
-        negative_prompt_embeds=[],
-        guidance_scale=1.0,
-        guided_rows=range(0),
-        table=table,
-        noise=noise,
-        timings=Timings(device),
-    )
+    device = SlowDevice()
+    rows = unguided(unet, embeds, num_inference_steps=5, timings=Timings(device))
     ends, waits = [], []
     for _ in rows:
         ends.append(device.asked)  # the last moment that the row asked for is its end
