@@ -26,6 +26,7 @@ from sd_engines.entries import (
 )
 from sd_engines.errors import BundleError, EngineMismatchError
 from sd_engines.files import check_file, hash_files, listed_files, read_manifest
+from sd_engines.known_file import file_state, is_known, remember
 from sd_engines.manifest import FORMAT_VERSION, Manifest, SizeEntry
 from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
 
@@ -123,12 +124,27 @@ class Bundle:
                 hashing.result()
 
     def verify(self) -> None:
-        """Check every byte that the manifest lists; `BundleError` names the first file at fault."""
-        self._verify(listed_files(self.manifest))
+        """Check every byte that the manifest lists; `BundleError` names the first file at fault.
+
+        Nothing is taken for known: this finds what a disk has lost by itself, too.
+        """
+        files = listed_files(self.manifest)
+        self._check_sizes(files)
+        self._check_hashes(files)
 
     def _verify(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
+        self._check_sizes(files, hint=hint)
+        states = {name: file_state(self.path / name) for name in files}
+        unknown = {n: entry for n, entry in files.items() if not is_known(states[n], entry.sha256)}
+        self._check_hashes(unknown, hint=hint)
+        for name, entry in unknown.items():
+            remember(states[name], self.path / name, entry.sha256)
+
+    def _check_sizes(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
         for name, entry in files.items():
             check_file(self.path, name, entry.bytes, hint=hint)
+
+    def _check_hashes(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
         for name, found in hash_files(self.path, files).items():
             if found.sha256 != files[name].sha256:
                 raise BundleError(
