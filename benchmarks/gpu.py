@@ -71,7 +71,8 @@ class Plan:
     def steps(self) -> list[Step]:
         """Everything to be run, in order."""
         found = [Step(name="tests", command=_python("-m", "pytest", "-m", "gpu", "-q"))]
-        model, needs = self.checkpoint, ()
+        model = self.checkpoint
+        needs: tuple[str, ...] = ()
         if model is None:
             model = self.folder / "checkpoint"
             script = str(ROOT / "benchmarks/make_checkpoint.py")
@@ -87,7 +88,14 @@ class Plan:
     def _bundle(self, name: str, model: Path, *, needs: tuple[str, ...] = ()) -> Iterator[Step]:
         """Export ``model`` for ONNX Runtime on the CPU, then add each engine by itself."""
         bundle = str(self.folder / f"{name}.bundle")
-        options = ("--output", bundle, "--precision", self.precision, "--backend", "onnxruntime")
+        options: tuple[str, ...] = (
+            "--output",
+            bundle,
+            "--precision",
+            self.precision,
+            "--backend",
+            "onnxruntime",
+        )
         options += ("--batch-size", str(self.batch_size))
         command = _program("sd-export", "--quiet", "--model", str(model), *options)
         yield Step(name=f"{name} export", command=command, needs=needs)
@@ -105,8 +113,9 @@ class Plan:
         backend = engine.partition(":")[0]
         full, shapes = (str(self.folder / f"{name}.bundle") for name in ("full", "shapes"))
         output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
-        options = ("--backend", backend, "--output", str(output), "--trace", str(trace))
-        options = (*options, "--num-inference-steps", str(self.num_inference_steps))
+        options: tuple[str, ...] = ("--backend", backend)
+        options += ("--output", str(output), "--trace", str(trace))
+        options += ("--num-inference-steps", str(self.num_inference_steps))
         yield Step(
             name=f"latency {engine}",
             command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
@@ -133,7 +142,7 @@ class Plan:
         backend = engine.partition(":")[0]
         bundle, output = self.folder / "full.bundle", self.folder / f"scaling-{backend}.json"
         images = [n for n in (1, 2, 4, 8, 16) if n < self.batch_size] + [self.batch_size]
-        options = ("--backend", backend, "--images", ",".join(map(str, images)))
+        options: tuple[str, ...] = ("--backend", backend, "--images", ",".join(map(str, images)))
         options += ("--steps", "1", "--requests", "1", "--runs", "3", "--memory-runs", "1")
         options += ("--num-inference-steps", str(self.num_inference_steps))
         options += ("--output", str(output))

@@ -21,7 +21,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sd_export.load import clip_vocabulary
+from sd_export.clip_vocabulary import clip_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable

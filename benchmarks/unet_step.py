@@ -89,7 +89,7 @@ class Bench:
 
     def compiled(self) -> Step:
         """As diffusers' documentation compiles it; on a GPU that captures CUDA graphs."""
-        unet = torch.compile(
+        unet: Any = torch.compile(
             self.unet,
             mode="max-autotune" if self.device == "cuda" else None,
             fullgraph=True,
@@ -110,7 +110,7 @@ class Bench:
 
     def captured(self, step: Step) -> Step:
         """``step`` as a CUDA graph."""
-        beside = torch.cuda.Stream()
+        beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(WARM_UPS):

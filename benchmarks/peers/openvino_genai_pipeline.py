@@ -31,7 +31,7 @@ class OpenVinoGenAi:
         """Export to OpenVINO's format, weights in fp32, tokenizer too, as GenAI's guide does."""
         program = Path(sys.executable).parent / "optimum-cli"
         options = ["--model", job.model, "--task", "text-to-image", "--weight-format", "fp32"]
-        command = [program, "export", "openvino", *options, folder / "openvino"]
+        command = [str(program), "export", "openvino", *options, str(folder / "openvino")]
         subprocess.run(command, check=True)  # noqa: S603 - the command is ours
 
     def load(self, job: Job) -> dict[str, str]:

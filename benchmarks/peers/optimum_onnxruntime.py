@@ -29,7 +29,7 @@ class Optimum:
         options = ["--model", job.model, "--task", "text-to-image"]
         if self._device == "cuda":
             options += ["--device", "cuda", "--dtype", "fp16"]
-        command = [program, "export", "onnx", *options, folder / "onnx"]
+        command = [str(program), "export", "onnx", *options, str(folder / "onnx")]
         subprocess.run(command, check=True)  # noqa: S603 - the command is ours
 
     def load(self, job: Job) -> dict[str, str]:

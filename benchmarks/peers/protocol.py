@@ -83,8 +83,9 @@ class Drawing:
 class Peer(Protocol):
     """One program that draws. Anything it raises is answered as its error."""
 
-    packages: Sequence[str]
-    """Distributions whose versions say what was measured."""
+    @property
+    def packages(self) -> Sequence[str]:
+        """Distributions whose versions say what was measured."""
 
     def prepare(self, job: Job, folder: Path) -> None:
         """Convert, export or compile into ``folder``, once per checkpoint."""
