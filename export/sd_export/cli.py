@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("-m", "--model", help="Hub id, diffusers folder, or .safetensors or .ckpt file.")
-@click.option("-o", "--output", type=FILE, metavar="BUNDLE", help="Folder to make.")
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    metavar="BUNDLE",
+    help="Folder to make. [default: the model's name, with .bundle]",
+)
 @engine_options
 @click.option("--height", type=int, help="In pixels. [default: the checkpoint's own]")
 @click.option("--width", type=int, help="In pixels. [default: the checkpoint's own]")
@@ -117,7 +123,7 @@ def export_command(
 ) -> None:
     """Turn a Stable Diffusion checkpoint into a bundle that sd-run draws from.
 
-    Example: sd-export --model CompVis/stable-diffusion-v1-4 --output bundle
+    Example: sd-export --model CompVis/stable-diffusion-v1-4
     """
     subcommand = context.invoked_subcommand
     if subcommand is not None:
@@ -127,15 +133,16 @@ def export_command(
                 f"Write options of {subcommand} after it: sd-export {subcommand} --help",
             )
         return
-    if model is None or output is None:
-        missing = "--model" if model is None else "--output"
-        raise ConfigError(f"{missing} is missing", "sd-export --model MODEL --output BUNDLE")
+    if model is None:
+        raise ConfigError("--model is missing", "sd-export --model MODEL")
     from sd_export import export
+    from sd_export.usual import usual_backends, usual_output
 
+    output = output or usual_output(model)
     report = export(
         model,
         output,
-        backends=backends or ("onnxruntime",),
+        backends=backends or usual_backends(precision),
         precision=precision,
         calibration_prompts=prompts_of(calibration_prompts),
         height=height,

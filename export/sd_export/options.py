@@ -34,7 +34,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             "backends",
             multiple=True,
             metavar="NAME",
-            help=f"{_BACKENDS}; repeatable. [default: onnxruntime; build has none]",
+            help=f"{_BACKENDS}; repeatable. [default: what suits this machine; build has none]",
         ),
     ):
         command = option(command)

@@ -70,6 +70,7 @@ def bundle_of_two_vaes(
 
     bundle = tmp_path_factory.mktemp("two_vaes") / "bundle"
     options = ["--vae", str(other / "vae"), "--preview-vae", str(tiny_vae), "--quiet"]
+    options += ["--backend", "onnxruntime"]
     assert main(["--model", str(smallest), "--output", str(bundle), *options]) == 0
     return bundle
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from sd_export import ExportReport
 
 COMMAND = [sys.executable, "-c", "import sys; from sd_export.cli import main; sys.exit(main())"]
+NAMED = ["--backend", "onnxruntime"]
 
 
 def start(checkpoint: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "--model", str(checkpoint), "--output", str(output), *options],
+        [*COMMAND, *NAMED, "--model", str(checkpoint), "--output", str(output), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,7 +58,8 @@ def test_help_imports_nothing_heavy() -> None:
     ("arguments", "code", "words"),
     [
         ([], 2, "--model is missing"),
-        (["--model", "x"], 2, "--output is missing"),
+        (["--model", "./nowhere"], 2, "no such file or folder"),
+        (["--model", ".", "--precision", "fp23"], 2, "unknown precision"),
         (["--model", "./nowhere", "--output", "b"], 2, "no such file or folder"),
         (["--model", ".", "--output", "b"], 5, "model_index.json"),
         (["--model", ".", "--output", "b", "--backend", "onnx"], 2, "Did you mean"),
@@ -149,7 +151,7 @@ def test_interrupted_before_anything_is_done_leaves_nothing(smallest: Path, tmp_
 def test_a_full_disk_is_an_error_and_leaves_nothing(smallest: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: both fail in the middle of a write."""
     process = subprocess.run(
-        [*COMMAND, "--model", str(smallest), "--output", str(tmp_path / "bundle")],
+        [*COMMAND, *NAMED, "--model", str(smallest), "--output", str(tmp_path / "bundle")],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),

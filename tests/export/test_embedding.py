@@ -49,6 +49,7 @@ def test_pictures_are_those_of_diffusers(smallest: Path, tmp_path: Path) -> None
     bundle = tmp_path / "bundle"
     options = [f"--embedding={path}" for path in (one, three, f"{two}=<bad>")]
     model = ["--model", str(smallest), "--output", str(bundle), "--quiet"]
+    model += ["--backend", "onnxruntime"]
     assert main([*model, *options]) == 0
     record = json.loads((bundle / "export.json").read_text())["embeddings"]
     assert [made["tokens"] for made in record] == [

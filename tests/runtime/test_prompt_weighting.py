@@ -70,7 +70,7 @@ def pipeline(checkpoint: Path) -> Iterator[Pipeline]:
     """Of two chunks a prompt."""
     bundle = checkpoint.parent / "bundle"
     options = ["--model", str(checkpoint), "--output", str(bundle), "--max-prompt-chunks", "2"]
-    assert main([*options, "--quiet"]) == 0
+    assert main([*options, "--backend", "onnxruntime", "--quiet"]) == 0
     with Pipeline.load(bundle, threads=1) as pipeline:
         yield pipeline
 
