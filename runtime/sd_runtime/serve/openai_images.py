@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.formparsers import MultiPartParser
 
 from sd_engines.errors import SdError
 from sd_runtime.image import encode_image
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.error_body import openai_body
 from sd_runtime.serve.json_route import JsonRoute
-from sd_runtime.serve.offer import MAX_PROMPT_CHARS, Offer
+from sd_runtime.serve.offer import MAX_BODY_BYTES, MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
 from sd_runtime.ticket import Progress
 
@@ -59,6 +60,8 @@ class DrawingStream(StreamingResponse):
 
 def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     """The routes of this door."""
+    # Pictures stay in memory, as the body does: a root that can only be read has no other place.
+    MultiPartParser.spool_max_size = MAX_BODY_BYTES
     router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
     @router.post("/v1/images/generations", **_ANSWERS)

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -95,13 +96,19 @@ class Server:
 
 
 @contextmanager
-def running(folder: Path, *arguments: object, key: str | None = None) -> Iterator[Server]:
-    """Start ``sd-serve`` with ``arguments`` on a free port; afterwards end it at once."""
+def running(
+    folder: Path, *arguments: object, key: str | None = None, before: str = ""
+) -> Iterator[Server]:
+    """Start ``sd-serve`` with ``arguments`` on a free port; afterwards end it at once.
+
+    ``before`` is Python that its process runs first.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "SD_SERVE_API_KEY"}
     if key is not None:
         environment["SD_SERVE_API_KEY"] = key
     log = folder / "stderr.txt"
-    command = [sys.executable, "-W", "error", "-c", MAIN, *map(str, arguments), "--port", "0"]
+    python = [sys.executable, "-W", "error", "-c", before + MAIN]
+    command = [*python, *map(str, arguments), "--port", "0"]
     with (
         log.open("w") as stderr,
         subprocess.Popen(
@@ -135,4 +142,4 @@ def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Any]:
     """`running` in the test's own folder."""
-    return lambda *arguments, key=None: running(tmp_path, *arguments, key=key)
+    return partial(running, tmp_path)

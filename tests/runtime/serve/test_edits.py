@@ -16,6 +16,8 @@ from pictures import png, text
 from sd_runtime import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conftest import TinyModel
 
     from .conftest import Server
@@ -83,6 +85,20 @@ def test_a_stream_of_an_edit(server: Server) -> None:
             )
         )
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_a_large_picture_needs_no_disk(tiny_model: TinyModel, start: Callable[..., Any]) -> None:
+    """As in a container whose root can only be read."""
+    noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), dtype=np.uint8)
+    picture = png(Image.fromarray(noise))
+    assert len(picture) > 2**20
+    no_disk = "import tempfile; tempfile.tempdir = '/nowhere'; "
+    with (
+        start(tiny_model.bundle, "--threads", 1, before=no_disk) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = client.images.edit(image=("a.png", picture), prompt="a cat", extra_body=EXTRA)
+        assert len(answer.data) == 1
 
 
 @pytest.mark.parametrize("inverted", [False, True])
