@@ -81,7 +81,7 @@ def serve(bundles: Sequence[Path], settings: Settings) -> int:
     Raises `ConfigError` where the address cannot be listened on, and as `Models.load`.
     """
     metrics = Metrics()
-    with _bound_socket(settings.host, settings.port) as listener:
+    with _bound_socket(settings) as listener:
         _warn_of_strangers(listener, settings.api_key)
         with (
             Models.load(
@@ -111,15 +111,16 @@ def serve(bundles: Sequence[Path], settings: Settings) -> int:
                 timeout_graceful_shutdown=SEND_TIMEOUT_S,
             )
             server = DrainingServer(config, room, _url(listener))
+            _listen(listener, settings)
             server.run(sockets=[listener])
     return 0 if len(server.signals) < 2 else 128 + server.signals[1]
 
 
-def _bound_socket(host: str, port: int) -> socket.socket:
+def _bound_socket(settings: Settings) -> socket.socket:
     """Bound now, before anything heavy; it listens once there is somebody to answer."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -129,11 +130,24 @@ def _bound_socket(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that can be none
-        raise ConfigError(
-            f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}",
-            "Choose another --host or --port; 0 takes a free port.",
-        ) from error
+        raise _address_error(settings, error) from error
     return listener
+
+
+def _listen(listener: socket.socket, settings: Settings) -> None:
+    """Listen at last: `ConfigError` where another server, bound meanwhile, was the first to."""
+    try:
+        listener.listen()
+    except OSError as error:
+        raise _address_error(settings, error) from error
+
+
+def _address_error(settings: Settings, error: OSError | UnicodeError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {settings.host}, port {settings.port}: "
+        f"{getattr(error, 'strerror', error)}",
+        "Choose another --host or --port; 0 takes a free port.",
+    )
 
 
 def _warn_of_strangers(listener: socket.socket, api_key: str | None) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -17,6 +19,8 @@ from PIL import Image
 
 from pictures import text
 from sd_runtime.serve.cli import main
+
+from .conftest import MAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +50,25 @@ def test_a_port_in_use_is_refused_before_anything_heavy(
         assert main([str(tmp_path / "none"), "--port", port]) == 2
     err = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1, port {port}" in err
+    assert "Choose another" in err
+
+
+def test_a_port_that_another_server_takes_meanwhile_is_refused(tiny_model: TinyModel) -> None:
+    everywhere = "0.0.0.0"  # noqa: S104 - for the warning
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind((everywhere, 0))
+        port = str(other.getsockname()[1])
+        command = [sys.executable, "-c", MAIN, str(tiny_model.bundle), "--threads", "1"]
+        with subprocess.Popen(
+            [*command, "--host", everywhere, "--port", port], stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert "may draw" in process.stderr.readline()  # it is bound, and opens its engines
+            other.listen()
+            err = process.stderr.read()
+    assert process.returncode == 2
+    assert f"cannot listen on {everywhere}, port {port}" in err
     assert "Choose another" in err
 
 
