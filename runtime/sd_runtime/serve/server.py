@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal; `on_tick` acts on it, for locks cannot be taken here."""
         self.signals.append(sig)
+        if self.should_exit:  # all is drawn, and only clients that are slow are waited for
+            asyncio.get_running_loop().call_soon_threadsafe(self._hang_up)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where on stdout."""
@@ -73,6 +76,16 @@ class DrainingServer(uvicorn.Server):
         if self._room.finished:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for what clients still send or fetch: `SEND_TIMEOUT_S`, or until another signal."""
+        timer = asyncio.get_running_loop().call_later(SEND_TIMEOUT_S, self._hang_up)
+        await super().shutdown(sockets=sockets)
+        timer.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(bundles: Sequence[Path], settings: Settings) -> int:
@@ -108,7 +121,6 @@ def serve(bundles: Sequence[Path], settings: Settings) -> int:
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=SEND_TIMEOUT_S,
             )
             server = DrainingServer(config, room, _url(listener))
             _listen(listener, settings)

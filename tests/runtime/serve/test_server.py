@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
@@ -109,6 +110,27 @@ def test_a_second_signal_cancels(tiny_model: TinyModel, start: Callable[..., Any
                 time.sleep(0.05)  # two of a kind at once are one
             assert b'"code": "cancelled"' in stream.read()
         assert server.process.wait(60) == 143
+
+
+def test_a_second_signal_leaves_a_client_that_is_slow(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    with (
+        start(tiny_model.bundle, "--threads", 1) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection,
+    ):
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n"
+        connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert b" 100 " in connection.recv(4096)  # it waits for the body
+        server.process.send_signal(signal.SIGTERM)
+        with suppress(URLError, ConnectionError):
+            while True:  # until it listens no more
+                server.ask("/health/ready")
+        server.process.send_signal(signal.SIGTERM)
+        with suppress(ConnectionError):
+            assert connection.recv(4096) == b""  # no 408 after half a minute
+        assert server.process.wait(60) == 143
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_a_bundle_for_inpainting_is_served(
