@@ -44,10 +44,11 @@ class TextFormatter(logging.Formatter):
 
 
 def start_logging(form: LogFormat) -> None:
-    """Send every log line of this process to stderr."""
+    """Send every log line of this process to stderr, and Python's warnings as such lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter() if form == "json" else TextFormatter("%(levelname)s: %(message)s")
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

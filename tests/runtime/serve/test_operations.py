@@ -10,7 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 
+from pictures import text
 from sd_engines.errors import ConfigError
 from sd_runtime.serve.api_key import load_api_key
 from sd_runtime.serve.offer import MAX_BODY_BYTES
@@ -138,6 +140,17 @@ def test_every_answer_has_an_id_that_its_log_lines_share(server: Server) -> None
     assert "a cat" not in server.log.read_text()
 
 
+def test_every_line_of_the_log_is_an_object(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    warned = "import warnings; warnings.simplefilter('default'); "
+    with start(tiny_model.bundle, "--log-format", "json", before=warned) as server:
+        image = text(Image.new("1", (9600, 9600)))  # so large that Pillow warns of it
+        assert server.ask("/sdapi/v1/png-info", {"image": image}).status == 400
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert any("DecompressionBombWarning" in line["message"] for line in lines)
+
+
 def test_without_the_key_nobody_draws(tiny_model: TinyModel, start: Callable[..., Any]) -> None:
     def basic(pair: str) -> str:
         return "Basic " + base64.b64encode(pair.encode()).decode()
@@ -176,8 +189,8 @@ def test_the_key_comes_from_a_file_or_the_environment(
     file = tmp_path / "key"
     file.write_text("of a file\n")
     assert load_api_key(file) == "of a file"
-    for text in ("", " \n", "schlüssel"):
-        file.write_text(text)
+    for wrong in ("", " \n", "schlüssel"):
+        file.write_text(wrong)
         with pytest.raises(ConfigError, match="empty or no plain ASCII"):
             load_api_key(file)
     with pytest.raises(ConfigError, match="cannot read the API key"):
