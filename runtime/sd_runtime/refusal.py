@@ -10,6 +10,8 @@ from sd_engines.errors import ConfigError, SdError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+ENGINE_FAILED = "engine_failed"
+"""The code of what is neither refused nor the request's fault."""
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -64,4 +66,4 @@ def status_of(error: SdError) -> tuple[int, str]:
         return error.status, error.code
     if isinstance(error, ConfigError):
         return 400, "invalid_value"
-    return 500, "engine_failed"
+    return 500, ENGINE_FAILED

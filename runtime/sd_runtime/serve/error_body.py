@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
@@ -9,11 +10,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sd_engines.errors import ConfigError, SdError
-from sd_runtime.refusal import RefusedError, status_of
+from sd_runtime.refusal import ENGINE_FAILED, RefusedError, status_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
+logger = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _SCHEMA_HINT = "See /openapi.json for what a request may hold."
 
@@ -46,11 +48,19 @@ def error_response(path: str, error: SdError) -> JSONResponse:
     return JSONResponse(body(error), status_code=status_of(error)[0], headers=headers)
 
 
+def log_failure(error: SdError) -> None:
+    """Say why an engine failed. What a client did wrong is in its answer alone."""
+    if status_of(error)[1] == ENGINE_FAILED:
+        logger.error("%s", error, exc_info=error)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error that a handler of ``app`` raises; bugs keep their traceback in the log."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return error_response(request.url.path, _as_sd_error(error))
+        known = _as_sd_error(error)
+        log_failure(known)
+        return error_response(request.url.path, known)
 
     for kind in (SdError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
 import threading
 import time
@@ -138,6 +139,21 @@ def test_every_answer_has_an_id_that_its_log_lines_share(server: Server) -> None
     assert line["duration_ms"] > 0
     assert server.log_line(forged.headers["x-request-id"])["path"] == "/nowhere%0Aforged"
     assert "a cat" not in server.log.read_text()
+
+
+def test_the_log_says_why_an_engine_failed(
+    tiny_model: TinyModel, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_model.bundle, tmp_path / "tiny.bundle")
+    body = {"prompt": "a cat", "init_images": [text(Image.new("RGB", (64, 64)))], "steps": 2}
+    with start(bundle, "--threads", 1, "--log-format", "json") as server:
+        (bundle / "vae_encoder" / "model.onnx").unlink()  # opened with the first request for it
+        reply = server.ask("/sdapi/v1/img2img", body, headers={"X-Request-Id": "order-66"})
+        assert (reply.status, reply.json["error"]) == (500, "engine_failed")
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line["level"] == "error"]
+    assert line["request_id"] == "order-66"
+    assert "model.onnx: is missing" in line["message"]
 
 
 def test_every_line_of_the_log_is_an_object(
