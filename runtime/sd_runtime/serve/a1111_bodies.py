@@ -7,7 +7,7 @@ refused, not ignored.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import ImageOps
 from pydantic import BaseModel, Field
@@ -18,6 +18,9 @@ from sd_runtime.request import MAX_SEED, Request
 from sd_runtime.serve.a1111_controlnet import AlwaysOnScripts
 from sd_runtime.serve.body import Body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _AS_IN_REQUEST = {"prompt", "negative_prompt", "width", "height", "eta"}
 _PLAIN_SPACINGS = ("uniform", "normal")
@@ -154,12 +157,16 @@ class TextToImage(Body):
 
 
 class ImageToImage(TextToImage):
-    """What to make of a picture, or of what is white in its mask."""
+    """What to make of a picture, or of what its mask shows of it."""
 
     init_images: list[str] = Field(
         min_length=1, max_length=1, description="Base64, a data: URL or bare."
     )
-    mask: str | None = Field(None, description="As init_images.")
+    mask: str | None = Field(
+        None,
+        description="What is white in it is repainted; in one with see-through parts, what is "
+        "drawn.",
+    )
     denoising_strength: float = Field(
         0.75, ge=0, le=1, description="The share of the steps that run."
     )
@@ -196,8 +203,16 @@ class ImageToImage(TextToImage):
                     f"{name} is {given} with a mask, which this server cannot do",
                     f"Send {value}: masks are applied as they are, to the whole picture.",
                 )
-        mask = picture_from_base64(self.mask).convert("RGB")
+        mask = _white_where_drawn(picture_from_base64(self.mask))
         return {**pictures, "mask": ImageOps.invert(mask) if self.inpainting_mask_invert else mask}
+
+
+def _white_where_drawn(mask: Image) -> Image:
+    """``mask`` without see-through parts: where it has some, what is drawn is white, as there."""
+    alpha = mask.convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return mask.convert("RGB")
+    return alpha.point([*[0] * 129, *[255] * 127])
 
 
 class Drawn(BaseModel):

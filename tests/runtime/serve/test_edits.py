@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import openai
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from pictures import png, text
 from sd_runtime import Request
@@ -102,10 +102,14 @@ def test_a_large_picture_needs_no_disk(tiny_model: TinyModel, start: Callable[..
 
 
 @pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("colour", [None, "white", "black"])
 def test_img2img_of_the_web_uis_clients(
-    tiny_model: TinyModel, server: Server, inverted: bool
+    tiny_model: TinyModel, server: Server, inverted: bool, colour: str | None
 ) -> None:
-    mask = MASK.point(lambda value: 255 - value) if inverted else MASK
+    mask = ImageOps.invert(MASK) if inverted else MASK
+    if colour is not None:  # strokes on nothing
+        mask, alpha = Image.new("RGBA", mask.size, colour), mask
+        mask.putalpha(alpha)
     body = {
         "prompt": "a cat",
         "init_images": [text(PICTURE)],
