@@ -10,7 +10,7 @@ from sd_engines.errors import ConfigError, nearest
 
 
 class Body(BaseModel):
-    """A JSON object whose fields are checked before anything else happens.
+    """A JSON object whose fields are checked before anything else happens. Null is left out.
 
     An unknown field is a `ConfigError` that names the nearest, unless it is one of ``neutral``:
     fields of other servers that are let through with the values that change nothing here; or of
@@ -36,4 +36,4 @@ class Body(BaseModel):
                 raise ConfigError(
                     f"{name} is {value!r}, which this server cannot do", "Leave it out."
                 )
-        return values
+        return {name: value for name, value in values.items() if value is not None}

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sd_runtime import Request
-from sd_runtime.serve.a1111_bodies import TextToImage
+from sd_runtime.serve.a1111_bodies import ImageToImage, TextToImage
 from sd_runtime.serve.offer import Offer
 from sd_runtime.table import SCHEDULERS, scheduler_name
 
@@ -166,6 +166,14 @@ def test_schedulers_are_those_of_the_web_ui(
     request = body.request(offer)
     assert request.scheduler == scheduler
     assert scheduler is None or scheduler_name(scheduler) in SCHEDULERS
+
+
+def test_null_means_the_default(offer: Offer) -> None:
+    nulls = dict.fromkeys((*TextToImage.model_fields, *TextToImage.neutral))
+    assert TextToImage.model_validate(nulls) == TextToImage.model_validate({})
+    started = {"init_images": [base64.b64encode(PLAIN).decode()]}
+    nulls = dict.fromkeys((*ImageToImage.model_fields, *ImageToImage.neutral)) | started
+    assert ImageToImage.model_validate(nulls).request(offer).strength == 0.75
 
 
 def test_prompts_are_read_as_the_web_ui_reads_them(offer: Offer) -> None:
