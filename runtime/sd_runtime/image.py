@@ -147,11 +147,14 @@ def read_recipe_text(path: Path) -> str:
 
 
 def bytes_from_base64(text: str) -> bytes:
-    """The bytes behind base64, bare or as a ``data:`` URL. No other URL is ever followed."""
+    """The bytes behind base64, bare or as a ``data:`` URL. No other URL is ever followed.
+
+    It may be in lines, as ``base64`` and MIME write it.
+    """
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
         raise ConfigError(
             f"the picture is no base64: {error}", "Send its bytes in base64; URLs are not read."
@@ -168,7 +171,7 @@ def picture_from_bytes(data: bytes) -> Image:
 
     Raises `ConfigError` for all but PNG, JPEG and WebP of at most `MAX_PIXELS`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     hint = f"Send a PNG, JPEG or WebP of at most {MAX_PIXELS // 10**6} megapixels."
     try:
@@ -178,6 +181,8 @@ def picture_from_bytes(data: bytes) -> Image:
         image.load()
     except ConfigError:
         raise
+    except UnidentifiedImageError as error:
+        raise ConfigError("the picture cannot be read: it is no PNG, JPEG or WebP", hint) from error
     except Exception as error:  # a file that was tampered with raises anything
         raise ConfigError(f"the picture cannot be read: {error}", hint) from error
     return image

@@ -80,7 +80,9 @@ def enlarged(data: bytes, side: int) -> str:
 
 
 def test_png_info_of_a_plain_picture_is_empty(server: Server) -> None:
-    reply = server.ask("/sdapi/v1/png-info", {"image": base64.b64encode(PLAIN).decode()})
+    lines = base64.encodebytes(PLAIN).decode()
+    assert lines.count("\n") > 1
+    reply = server.ask("/sdapi/v1/png-info", {"image": lines})
     assert reply.json == {"info": "", "items": {}}
 
 
@@ -88,7 +90,7 @@ def test_png_info_of_a_plain_picture_is_empty(server: Server) -> None:
     ("image", "words"),
     [
         ("http://127.0.0.1/picture.png", "URLs are not read"),
-        ("aGVsbG8=", "cannot be read"),
+        ("aGVsbG8=", "cannot be read: it is no PNG, JPEG or WebP\nSend"),
         (enlarged(PLAIN, 9000), "9000×9000 pixels"),
         (enlarged(PLAIN, 60_000), "cannot be read"),
         (base64.b64encode(PLAIN[:45]).decode(), "cannot be read"),
