@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -34,6 +35,6 @@ class Body(BaseModel):
                 raise ConfigError(f"unknown field {name!r}", nearest(name, cls.model_fields))
             if value is not None and value not in cls.neutral[name]:
                 raise ConfigError(
-                    f"{name} is {value!r}, which this server cannot do", "Leave it out."
+                    f"{name} is {reprlib.repr(value)}, which this server cannot do", "Leave it out."
                 )
         return {name: value for name, value in values.items() if value is not None}

@@ -118,11 +118,13 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         ({"prompt": f"(a cat:1{'0' * 39})"}, "counts 1e+39 times"),
         ({"prompt": "(" * 3999 + "a"}, "nested brackets multiply"),
         ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength is 0.5"),
+        ({"script_args": ["A" * 10**6]}, "which this server cannot do"),
         ({"infotext": "Steps: 3"}, "infotext is 'Steps: 3', which this server cannot do"),
     ):
         reply = server.ask("/sdapi/v1/txt2img", BODY | wrong)
         assert reply.status == 400
         assert words in reply.json["detail"]
+        assert len(reply.body) < 10_000
     neutral = {"enable_hr": False, "override_settings": {}, "subseed": -1, "styles": None}
     neutral["alwayson_scripts"] = {"ControlNet": {"args": []}}
     neutral |= {"hr_scale": 2, "hr_upscaler": "Latent", "firstphase_width": 0}
