@@ -168,6 +168,8 @@ class Edit(Asked):
             name, value = listed.removesuffix("[]"), values[listed]
             if name in taken:
                 raise ConfigError(f"{name} and {listed}", "Send one of them.")
+            if isinstance(value, list) and name not in _LISTS:
+                raise ConfigError(f"{len(value)} of {listed}", "Send one.")
             several = name in _LISTS and not isinstance(value, list)
             taken[name] = [value] if several else value
         return taken

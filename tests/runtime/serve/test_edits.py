@@ -183,9 +183,15 @@ def test_several_pictures_are_refused(server: Server) -> None:
     file = ("picture.png", png(PICTURE))
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
-        pytest.raises(openai.BadRequestError, match="image"),
+        pytest.raises(openai.BadRequestError, match=r"2 of image\[\]\nSend one\."),
     ):
         client.images.edit(image=[file, file], prompt="a cat", extra_body=EXTRA)
+
+
+def test_an_edit_is_no_json(server: Server) -> None:
+    reply = server.ask("/v1/images/edits", {"prompt": "a cat", "image": text(PICTURE)})
+    assert reply.status == 400
+    assert "Send a form: multipart/form-data." in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize("field", ["image", "prompt", "seed"])

@@ -158,7 +158,12 @@ def test_a_wrong_request_says_what_to_do(server: Server, body: object, words: st
 def test_only_json_is_read(server: Server) -> None:
     """A form of another site's page could send plain text without asking first."""
     body = b'{"prompt": "a cat"}'
-    reply = server.ask("/v1/images/generations", body, headers={"Content-Type": "text/plain"})
-    assert reply.status == 400
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # curl's, unless told
+        reply = server.ask("/v1/images/generations", body, headers={"Content-Type": kind})
+        assert reply.status == 400
+        assert (
+            f"sent as {kind}\nSend JSON, as Content-Type: application/json."
+            in (reply.json["error"]["message"])
+        )
     assert server.ask("/nowhere").status == 404
     assert server.ask("/v1/images/generations").status == 405
