@@ -59,3 +59,15 @@ def test_the_page_sends_and_reads_what_there_is(server: Server) -> None:
     picture = server.ask("/v1/images/generations", {"prompt": "a cat", "num_inference_steps": 1})
     recipe = picture.json["data"][0]["recipe"]
     assert set(re.findall(r"\brecipe\.([a-z_]+)\b", html)) <= set(recipe)
+
+
+def test_a_recipe_fills_in_every_field_that_a_drawing_reads(server: Server) -> None:
+    html = server.ask("/").body.decode()
+
+    def fields(function: str) -> set[str]:
+        found = re.search(rf"^function {function}\(.*?^\}}", html, re.DOTALL | re.MULTILINE)
+        assert found is not None
+        return set(re.findall(r"\([\"`]([a-z]+)", found[0]))
+
+    assert {"prompt", "image", "control"} <= fields("request") <= fields("useRecipe")
+    assert "name" in fields("useRecipe")  # the model
