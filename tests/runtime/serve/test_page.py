@@ -30,6 +30,7 @@ def test_the_page_asks_nothing_of_other_servers(server: Server) -> None:
     assert reply.status == 200
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert not re.search(r"https?://|//\w+\.|@import|url\(", html)
+    assert len(re.findall(r"fetch\(", html)) == len(re.findall(r"fetch\(below\(", html)) == 3
 
 
 def test_every_field_has_a_label(server: Server) -> None:
