@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sd_engines.entries import (
@@ -92,6 +94,18 @@ class Manifest:
             f"Leave the size out, or export another bundle: sd-export --model {self.model.source} "
             f"--size {width}x{height} --output BUNDLE.",
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the pictures: the hashes of all graphs and other files.
+
+        Of the graphs of its own size, where it has more. Engines added later, certificates and
+        dates leave it as it is.
+        """
+        hashes = {name: entry.sha256 for name, entry in self.files.items()}
+        for component in self.components.values():
+            hashes.update({name: entry.sha256 for name, entry in component.files.items()})
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +18,7 @@ from sd_runtime.image import check_room, encode_image, format_of, grid_of
 from sd_runtime.order import order_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
-from sd_runtime.recipe import fingerprint, recipe_of, text_from_recipes
+from sd_runtime.recipe import recipe_of, text_from_recipes
 from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.task import gives_depth
 from sd_runtime.timing import Timings, clock
@@ -150,8 +149,7 @@ def _recipes(
 ) -> list[Recipe]:
     """As long as those of the pictures will be at most: which engine will draw is open still."""
     unets = [engine for engine in manifest.engines if engine.component == "unet"]
-    own = fingerprint(manifest)
-    recipes = [
+    return [
         recipe_of(
             image,
             planned,
@@ -159,15 +157,11 @@ def _recipes(
             backend=max((engine.backend for engine in unets), key=len),
             precision=max((engine.precision for engine in unets), key=len),
             loras=job.loras,
-            fingerprint=own,
+            refiner=refiner,
         )
         for planned in plans
         for image in planned.request.images()
     ]
-    if refiner is None:
-        return recipes
-    name, digest = refiner.model.source, fingerprint(refiner)
-    return [replace(recipe, refiner=name, refiner_fingerprint=digest) for recipe in recipes]
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

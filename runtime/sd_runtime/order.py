@@ -15,7 +15,7 @@ from sd_runtime.prompts import (
     requests_from_jsonl,
     seed_requests,
 )
-from sd_runtime.recipe import INPUTS, fingerprints, recipes_from_text
+from sd_runtime.recipe import INPUTS, recipes_from_text
 from sd_runtime.request import Request
 from sd_runtime.task import reads_image
 
@@ -130,12 +130,12 @@ def _warn_of_differences(
 ) -> None:
     """Say by what ``recipes`` were drawn that is not what ``job`` draws them by."""
     first, differences = recipes[0], []
-    if {recipe.fingerprint for recipe in recipes} - fingerprints(manifest):
+    if {recipe.fingerprint for recipe in recipes} - _fingerprints(manifest):
         differences.append(f"drawn with another bundle ({first.model})")
     if any(recipe.loras != tuple(map(str, job.loras)) for recipe in recipes):
         differences.append(f"drawn with other LoRAs ({', '.join(first.loras) or 'none'})")
     refiners = {recipe.refiner_fingerprint for recipe in recipes} - {None}
-    if refiner is not None and refiners - fingerprints(refiner):
+    if refiner is not None and refiners - _fingerprints(refiner):
         differences.append(f"refined with another bundle ({first.refiner})")
     for name, picture in inputs.items():
         digests = {getattr(recipe, name) for recipe in recipes} - {None}
@@ -143,6 +143,12 @@ def _warn_of_differences(
             differences.append(f"made from another {name} than {_name(picture)}")
     for difference in differences:
         logger.warning("%s was %s: expect another picture", job.from_image, difference)
+
+
+def _fingerprints(manifest: Manifest) -> set[str]:
+    """Those of all the bundle's sizes."""
+    profiles = [size.profile for size in manifest.all_sizes]
+    return {manifest.at(profile.height, profile.width).fingerprint for profile in profiles}
 
 
 def _digest(taken: Taken) -> str | tuple[str, ...]:

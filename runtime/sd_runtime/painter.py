@@ -21,7 +21,7 @@ from sd_runtime.image_encoder import ImageEncoder
 from sd_runtime.input_image import InputImage
 from sd_runtime.picture_reader import PictureReader
 from sd_runtime.plan import max_prompt_chunks
-from sd_runtime.recipe import fingerprint, recipe_of
+from sd_runtime.recipe import recipe_of
 from sd_runtime.result import Result, Step
 from sd_runtime.start import Start, begin
 from sd_runtime.timing import Timings, clock_of
@@ -56,7 +56,6 @@ class Painter:
         refiner: Painter | None = None,
     ) -> None:
         self.bundle = engines.bundle
-        self.fingerprint = fingerprint(self.bundle.manifest)
         self._refiner = refiner
         self._engines = engines
         self._tokenizers = tokenizers
@@ -264,16 +263,12 @@ class Painter:
 
     def _recipe(self, image: ImageRequest, plan: Plan) -> Recipe:
         unet = self._engines["unet"].entry
-        recipe = recipe_of(
+        return recipe_of(
             image,
             plan,
             self.bundle.manifest,
             backend=unet.backend,
             precision=unet.precision,
             loras=self._engines.loras,
-            fingerprint=self.fingerprint,
+            refiner=None if self._refiner is None else self._refiner.bundle.manifest,
         )
-        if self._refiner is None:
-            return recipe
-        model, fingerprint = self._refiner.bundle.manifest.model, self._refiner.fingerprint
-        return replace(recipe, refiner=model.source, refiner_fingerprint=fingerprint)

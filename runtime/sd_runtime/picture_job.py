@@ -7,7 +7,6 @@ do is what is not there yet.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from sd_runtime.command import raise_received_signal
 from sd_runtime.files import write_files
 from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
-from sd_runtime.recipe import fingerprint, recipe_of, recipes_from_text
+from sd_runtime.recipe import recipe_of, recipes_from_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,26 +71,15 @@ def picture_jobs(
     Raises as `plan` for a request that the bundle cannot do, and names its line.
     """
     jobs = []
-
-    @cache
-    def fingerprint_at(height: int, width: int) -> str:
-        return fingerprint(manifest.at(height, width))
-
     for line, request in enumerate(requests, start=1):
         try:
             planned = plan(request, manifest)
         except ConfigError as error:
             raise ConfigError(f"job {line}: {error.message}", error.hint) from error
+        sized = manifest.at(planned.profile.height, planned.profile.width)
         for number, image in enumerate(planned.request.images()):
-            digest = recipe_of(
-                image,
-                planned,
-                manifest,
-                backend="",
-                precision="",
-                loras=loras,
-                fingerprint=fingerprint_at(planned.profile.height, planned.profile.width),
-            ).digest
+            recipe = recipe_of(image, planned, sized, backend="", precision="", loras=loras)
+            digest = recipe.digest
             single = replace(
                 planned.request,
                 prompt=image.prompt,

@@ -218,8 +218,8 @@ class Pipeline(Closing):
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the bundle's model in recipes: `sd_runtime.recipe.fingerprint`."""
-        return self._painter.fingerprint
+        """What identifies the bundle's model in recipes: `Manifest.fingerprint`."""
+        return self.bundle.manifest.fingerprint
 
     @property
     def engines(self) -> dict[str, EngineEntry]:

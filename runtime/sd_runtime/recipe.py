@@ -35,7 +35,7 @@ _PROVENANCE = ("backend", "precision", "model", "revision", "refiner")
 class Recipe:
     """One picture's complete request, and the bundle that drew it.
 
-    ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is `fingerprint`'s.
+    ``backend`` and ``precision`` are those of the UNet. ``fingerprint`` is the manifest's.
     ``image`` and ``mask`` are the SHA-256 of what the picture was made from (`InputImage`), which
     the recipe does not hold; ``depth_map`` is that of a given one, and ``control_image`` those of
     what its ControlNets saw. ``strength`` is None where all began as noise.
@@ -206,9 +206,12 @@ def recipe_of(
     backend: str,
     precision: str,
     loras: Sequence[Lora],
-    fingerprint: str,
+    refiner: Manifest | None = None,
 ) -> Recipe:
-    """The recipe of one picture of a plan."""
+    """The recipe of one picture of a plan, by the bundle of ``manifest`` and perhaps a refiner's.
+
+    ``manifest`` has the size that is drawn as its own.
+    """
     model, request = manifest.model, plan.request
     height, width = plan.size
     return Recipe(
@@ -244,7 +247,9 @@ def recipe_of(
         model=model.source,
         revision=model.revision,
         vae=model.vae,
-        fingerprint=fingerprint,
+        fingerprint=manifest.fingerprint,
+        refiner=None if refiner is None else refiner.model.source,
+        refiner_fingerprint=None if refiner is None else refiner.fingerprint,
     )
 
 
@@ -272,25 +277,6 @@ def recipes_from_text(text: str) -> tuple[list[Recipe], int]:
     if type(columns) is not int or not 1 <= columns <= len(recipes):
         raise _unreadable(f"columns is {columns!r}")
     return [Recipe.from_json(values) for values in recipes], columns
-
-
-def fingerprint(manifest: Manifest) -> str:
-    """SHA-256 over what decides a bundle's pictures: the hashes of all graphs and the tokenizer.
-
-    Of the graphs of its own size, where it has more.
-
-    Engines added later, certificates and dates leave it as it is.
-    """
-    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
-    for component in manifest.components.values():
-        hashes.update({name: entry.sha256 for name, entry in component.files.items()})
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprints(manifest: Manifest) -> set[str]:
-    """That of every size of the bundle."""
-    profiles = [size.profile for size in manifest.all_sizes]
-    return {fingerprint(manifest.at(profile.height, profile.width)) for profile in profiles}
 
 
 def _unreadable(why: str) -> ConfigError:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sd_engines.bundle import portable_entry
 from sd_engines.entries import CertificateEntry
 from sd_engines.errors import BundleError
 from sd_engines.manifest import MAX_MANIFEST_BYTES, Manifest
-from tiny_onnx import int8_engine, make_manifest, stale_plan
+from tiny_onnx import int8_engine, make_bundle, make_manifest, stale_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -267,3 +268,15 @@ def test_not_written_what_would_not_be_read(manifest: Manifest) -> None:
     with pytest.raises(BundleError, match="not JSON compliant"):
         replace(manifest, certificate=(bad,)).to_json()
     assert replace(manifest, certificate=(replace(bad, figure=0.0),)).to_json()
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_engines(tmp_path: Path) -> None:
+    manifest = make_bundle(tmp_path / "a").manifest
+    entry = manifest.components["unet"]
+    engine = portable_entry(
+        "unet", entry, manifest.profile, "openvino", version="1", target="cpu", precision="fp32"
+    )
+    more = replace(manifest, engines=(*manifest.engines, engine), versions={"torch": "9"})
+    assert more.fingerprint == manifest.fingerprint
+    other = make_bundle(tmp_path / "b", seed=1).manifest
+    assert other.fingerprint != manifest.fingerprint

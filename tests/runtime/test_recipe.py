@@ -8,12 +8,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from sd_engines.bundle import portable_entry
 from sd_engines.errors import ConfigError
 from sd_runtime import Recipe
 from sd_runtime.input_image import InputImage
-from sd_runtime.recipe import fingerprint, recipes_from_text, text_from_recipes
-from tiny_onnx import make_bundle
+from sd_runtime.recipe import recipes_from_text, text_from_recipes
 
 RECIPE = Recipe(
     prompt="a red circle 🦊",
@@ -122,15 +120,3 @@ def test_wrong_values_are_refused(change: dict[str, object]) -> None:
 def test_something_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="recipe cannot be read"):
         recipes_from_text(text)
-
-
-def test_fingerprint_is_of_the_weights_not_of_the_engines(tmp_path) -> None:
-    manifest = make_bundle(tmp_path / "a").manifest
-    entry = manifest.components["unet"]
-    engine = portable_entry(
-        "unet", entry, manifest.profile, "openvino", version="1", target="cpu", precision="fp32"
-    )
-    more = replace(manifest, engines=(*manifest.engines, engine), versions={"torch": "9"})
-    assert fingerprint(more) == fingerprint(manifest)
-    other = make_bundle(tmp_path / "b", seed=1).manifest
-    assert fingerprint(other) != fingerprint(manifest)

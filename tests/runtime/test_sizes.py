@@ -12,7 +12,6 @@ from PIL import Image
 
 from sd_engines.errors import ConfigError
 from sd_runtime import Request
-from sd_runtime.recipe import fingerprints
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -46,7 +45,8 @@ def test_a_picture_is_redrawn_in_its_size(sized_model: TinyModel) -> None:
     assert (recipe.height, recipe.width) == (24, 16)
     own = sized_model.pipeline.generate(TEXT).recipes[1]
     manifest = sized_model.pipeline.bundle.manifest
-    assert fingerprints(manifest) == {recipe.fingerprint, own.fingerprint}
+    found = {size: manifest.at(*size).fingerprint for size in ((24, 16), (16, 40))}
+    assert found == {(24, 16): recipe.fingerprint, (16, 40): own.fingerprint}
     again = sized_model.pipeline.generate(recipe.request())
     assert np.array_equal(again.pixels[0], first.pixels[1])
 

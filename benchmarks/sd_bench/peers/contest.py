@@ -26,7 +26,6 @@ from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import pipeline_scheduler_config, plan
-from sd_runtime.recipe import fingerprint
 from sd_runtime.scheduler_config import effective_config
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def measure_peers(
     judge(rows, _pictures(rows, folder), reference=reference)
     return Comparison(
         bundle=str(bundle_path),
-        fingerprint=fingerprint(bundle.manifest),
+        fingerprint=bundle.manifest.fingerprint,
         model=str(source),
         settings=settings,
         threads=threads,
@@ -135,7 +134,7 @@ def measure_peers(
 def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
     """`ConfigError` where the checkpoint or the bundle is no longer what the first turn read."""
     now = open_bundle(bundle.path).manifest
-    if checkpoint_key(checkpoint) != key or fingerprint(now) != fingerprint(bundle.manifest):
+    if checkpoint_key(checkpoint) != key or now.fingerprint != bundle.manifest.fingerprint:
         raise ConfigError(
             "the checkpoint or the bundle changed while it was measured", "Measure again."
         )

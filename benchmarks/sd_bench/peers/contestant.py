@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sd_bench.peers.comparison import Row
 from sd_bench.peers.peer import OURS, interpreter
 from sd_bench.peers.worker import Worker, WorkerError
-from sd_runtime.recipe import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,7 +63,7 @@ def enlist(
 ) -> Contestant:
     """``peer`` with the job that all share and what differs by peer."""
     if peer is OURS:
-        key = fingerprint(bundle.manifest)[:16]
+        key = bundle.manifest.fingerprint[:16]
     elif peer.prepared_by_size:
         key = f"{key}-{job['height']}x{job['width']}"
     own = {
