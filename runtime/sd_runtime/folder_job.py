@@ -7,6 +7,7 @@ import logging
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from sd_engines.bundle import Bundle
     from sd_engines.spec import Precision
     from sd_runtime.lora import Lora
     from sd_runtime.picture_job import Drawn, PictureBatch, PictureJob
@@ -59,7 +61,8 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
     written by then stays, and ``--resume`` goes on from it.
     """
     start, stdout = clock(), sys.stdout  # which is Ray's to write to while it runs
-    manifest = drawable_bundle(job.bundle).manifest
+    bundle = drawable_bundle(job.bundle)
+    manifest = bundle.manifest
     requests = requests_from_file(job.jobs_file, request_options(job.options))
     requests = seed_requests(requests, job.options.get("seed", 0))
     pictures = picture_jobs(requests, manifest, loras=job.loras)
@@ -70,7 +73,7 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
         batches = batches_of(left, manifest.profile.batch_size)
         bar_or_none = nullcontext() if quiet else progress_bar(len(left), "Pictures")
         with bar_or_none as bar:
-            draw = _drawn_by_ray if job.ray else _drawn_here
+            draw = _drawn_by_ray if job.ray else partial(_drawn_here, bundle)
             for one in draw(job, batches) if batches else ():
                 drawn[one.name] = one
                 path = job.folder / one.name
@@ -90,9 +93,9 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(_report(job, pictures, drawn, total_ms)))
 
 
-def _drawn_here(job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Drawn]:
+def _drawn_here(bundle: Bundle, job: FolderJob, batches: Sequence[PictureBatch]) -> Iterator[Drawn]:
     with Pipeline.load(
-        job.bundle,
+        bundle,
         backend=job.backend or "auto",
         precision=job.precision,
         threads=job.threads,

@@ -42,8 +42,9 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     Every option is checked before an engine is opened. Raises `SdError` and its kin.
     """
     start = clock()
-    manifest = drawable_bundle(job.bundle).manifest
-    refiner = drawable_bundle(job.refiner).manifest if job.refiner else None
+    bundle = drawable_bundle(job.bundle)
+    second = drawable_bundle(job.refiner) if job.refiner else None
+    manifest, refiner = bundle.manifest, second.manifest if second else None
     order = order_of(job, manifest, refiner=refiner)
     seeds = order.seeds
     paths = output_paths(job.output, seeds[:1] if order.columns else seeds)
@@ -74,14 +75,14 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     timings, results = Timings(), []
     with timings.measure("load"):
         pipeline = Pipeline.load(
-            job.bundle,
+            bundle,
             backend=order.backend,
             threads=job.threads,
             precision=order.precision,
             request=order.requests[0],
             num_steps=num_steps,
             loras=job.loras,
-            refiner=job.refiner,
+            refiner=second,
         )
     bar_or_none = nullcontext() if quiet else progress_bar(num_steps, "Denoising")
     with pipeline, bar_or_none as bar:

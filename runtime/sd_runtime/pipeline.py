@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Self
 
+from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import listed_engines
 from sd_runtime.engine_set import EngineSet
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Generator, Mapping, Sequence
 
-    from sd_engines.bundle import Bundle
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
     from sd_runtime.painter import Painter
@@ -61,7 +61,7 @@ class Pipeline(Closing):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Bundle,
         *,
         backend: str = "auto",
         threads: int | None = None,
@@ -69,9 +69,11 @@ class Pipeline(Closing):
         request: Request | None = None,
         num_steps: int | None = None,
         loras: Sequence[str | Lora] = (),
-        refiner: str | os.PathLike[str] | None = None,
+        refiner: str | os.PathLike[str] | Bundle | None = None,
     ) -> Self:
         """Open the bundle at ``path`` and every engine that text-to-image needs.
+
+        Or those of a `Bundle` that `drawable_bundle` opened.
 
         It draws the size of ``request`` or, without one, the bundle's own; engines of its other
         sizes are opened for the first request that asks for them, and kept.
@@ -94,9 +96,9 @@ class Pipeline(Closing):
         Raises `BundleError`, `EngineMismatchError`, `BackendError`, or `ConfigError` for an
         unknown backend, a LoRA of another model, and as `plan` does.
         """
-        bundle = drawable_bundle(path)
+        bundle = path if isinstance(path, Bundle) else drawable_bundle(path)
         found = find_loras(loras)
-        second = None if refiner is None else drawable_bundle(refiner)
+        second = refiner if isinstance(refiner, Bundle | None) else drawable_bundle(refiner)
         planned = None
         if request is not None:
             refining = None if second is None else second.manifest

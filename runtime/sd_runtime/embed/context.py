@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.bundle import open_bundle
 from sd_engines.closing import Closing
 from sd_runtime.engine_room import EngineRoom
 from sd_runtime.pipeline import Pipeline
+from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.table import SCHEDULERS
 from sd_runtime.task import check_served
 from sd_runtime.work_stream import on_stream
@@ -38,9 +38,10 @@ class Context(Closing):
         loras: Sequence[str] = (),
         cuda_stream: int = 0,
     ) -> None:
-        check_served(open_bundle(bundle).manifest)
+        opened = drawable_bundle(bundle)
+        check_served(opened.manifest)
         with on_stream(cuda_stream):
-            self._pipeline = Pipeline.load(bundle, backend=backend, threads=threads, loras=loras)
+            self._pipeline = Pipeline.load(opened, backend=backend, threads=threads, loras=loras)
         self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from sd_engines.bundle import Bundle
     from sd_runtime.request import Request
 
 
@@ -55,10 +56,10 @@ class Models(Closing):
 
         Raises as `check_bundles`, before an engine is opened, and as `Pipeline.load`.
         """
-        first_requests = check_bundles(bundles, loras=loras)
+        checked = check_bundles(bundles, loras=loras)
         with ExitStack() as opened:
             models = []
-            for bundle, request in zip(bundles, first_requests, strict=True):
+            for bundle, request in checked:
                 pipeline = opened.enter_context(
                     Pipeline.load(
                         bundle, backend=backend, threads=threads, request=request, loras=loras
@@ -97,17 +98,19 @@ class Models(Closing):
             model.pipeline.close()
 
 
-def check_bundles(bundles: Sequence[Path], *, loras: Sequence[str] = ()) -> list[Request]:
-    """What to make the engines of each ready for, from the manifests alone.
+def check_bundles(
+    bundles: Sequence[Path], *, loras: Sequence[str] = ()
+) -> list[tuple[Bundle, Request]]:
+    """Each with what to make its engines ready for, from the manifests alone.
 
     Raises `BundleError` where one cannot be opened, `ConfigError` for one that services have no
     door for, two of one name, and a LoRA that is no file.
     """
-    first_requests: list[Request] = []
+    checked: list[tuple[Bundle, Request]] = []
     paths: dict[str, Path] = {}
     for path in bundles:
-        manifest = drawable_bundle(path).manifest
-        check_served(manifest)
+        bundle = drawable_bundle(path)
+        check_served(bundle.manifest)
         name = model_name(path)
         if name in paths:
             raise ConfigError(
@@ -115,6 +118,6 @@ def check_bundles(bundles: Sequence[Path], *, loras: Sequence[str] = ()) -> list
                 "Rename one of the folders: requests choose a bundle by its name.",
             )
         paths[name] = path
-        first_requests.append(first_request(manifest))
+        checked.append((bundle, first_request(bundle.manifest)))
     find_loras(loras)
-    return first_requests
+    return checked
