@@ -9,7 +9,6 @@ from sd_engines.errors import ConfigError
 from sd_runtime.option_values import check_flag, check_real
 
 if TYPE_CHECKING:
-    from sd_runtime.input_image import InputImage
     from sd_runtime.recipe import Recipe
     from sd_runtime.request import Request
 
@@ -26,25 +25,6 @@ NO_CONTROL: dict[str, Any] = {
     "guess_mode": False,
 }
 """What a `Request` says that leads by nothing."""
-
-
-def control_pictures(source: object) -> tuple[InputImage, ...] | None:
-    """From one picture as `InputImage.of` takes it, or a list of them; None where there is none.
-
-    Raises `ConfigError` as `InputImage.of` does.
-    """
-    from sd_runtime.input_image import InputImage  # and so numpy: not for --help
-
-    if source is None:
-        return None
-    pictures = list(source) if isinstance(source, list | tuple) else [source]
-    if not pictures:
-        raise ConfigError("control_image is an empty list", "Give a picture, or leave it out.")
-    named = len(pictures) > 1
-    return tuple(
-        InputImage.of(picture, name=f"control_image {index}" if named else "control_image")
-        for index, picture in enumerate(pictures)
-    )
 
 
 def numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:

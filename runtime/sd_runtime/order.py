@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
 from sd_runtime.image import read_recipe_text
@@ -15,8 +15,9 @@ from sd_runtime.prompts import (
     requests_from_jsonl,
     seed_requests,
 )
-from sd_runtime.recipe import INPUTS, recipes_from_text
+from sd_runtime.recipe import recipes_from_text
 from sd_runtime.request import Request
+from sd_runtime.request_pictures import PICTURES, digest_of
 from sd_runtime.task import reads_image
 
 if TYPE_CHECKING:
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
-    from sd_runtime.depth_map import DepthMap
-    from sd_runtime.input_image import InputImage
     from sd_runtime.lora import Lora
     from sd_runtime.recipe import Recipe
+    from sd_runtime.request_pictures import Taken
 
 logger = logging.getLogger(__name__)
-Taken: TypeAlias = "InputImage | DepthMap | tuple[InputImage, ...]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def order_of(job: Job, manifest: Manifest, *, refiner: Manifest | None = None) -
         )
     if job.from_image is not None:
         recipes, columns = recipes_from_text(read_recipe_text(job.from_image))
-        inputs = {name: options.pop(name, None) for name in INPUTS}
+        inputs = {name: options.pop(name, None) for name in PICTURES}
         requests = [
             replace(recipe.request(**_inputs_of(recipe, recipes, inputs)), **options)
             for recipe in recipes
@@ -139,7 +138,7 @@ def _warn_of_differences(
         differences.append(f"refined with another bundle ({first.refiner})")
     for name, picture in inputs.items():
         digests = {getattr(recipe, name) for recipe in recipes} - {None}
-        if picture is not None and digests - {_digest(picture)}:
+        if picture is not None and digests - {digest_of(picture)}:
             differences.append(f"made from another {name} than {_name(picture)}")
     for difference in differences:
         logger.warning("%s was %s: expect another picture", job.from_image, difference)
@@ -149,13 +148,6 @@ def _fingerprints(manifest: Manifest) -> set[str]:
     """Those of all the bundle's sizes."""
     profiles = [size.profile for size in manifest.all_sizes]
     return {manifest.at(profile.height, profile.width).fingerprint for profile in profiles}
-
-
-def _digest(taken: Taken) -> str | tuple[str, ...]:
-    """As a recipe has it."""
-    if isinstance(taken, tuple):
-        return tuple(picture.sha256 for picture in taken)
-    return taken.sha256
 
 
 def _name(taken: Taken) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError
 from sd_engines.node import unique_object
-from sd_runtime.control_options import control_pictures
 from sd_runtime.request import Request
+from sd_runtime.request_pictures import PICTURES, read_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,18 +54,8 @@ def requests_from_file(path: Path, options: Mapping[str, Any]) -> list[Request]:
 def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was ``given`` for all requests but the seed, its pictures read once for all."""
     options = {name: value for name, value in given.items() if name != "seed"}
-    for name in ("image", "mask"):
-        if name in options:
-            from sd_runtime.input_image import InputImage
-
-            options[name] = InputImage.of(options[name], name=name)
-    if "depth_map" in options:
-        from sd_runtime.depth_map import DepthMap
-
-        options["depth_map"] = DepthMap.of(options["depth_map"], name="depth_map")
-    if "control_image" in options:
-        options["control_image"] = control_pictures(options["control_image"])
-    return options
+    pictures = [name for name in PICTURES if name in options]
+    return options | {name: read_pictures(name, options[name]) for name in pictures}
 
 
 def seed_requests(requests: Sequence[Request], first_seed: int | None) -> list[Request]:

@@ -12,9 +12,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from sd_engines.errors import ConfigError
-from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options
+from sd_runtime.control_options import CONTROL_NUMBERS, NO_CONTROL, check_control_options
 from sd_runtime.infotext import infotext
 from sd_runtime.request import Request
+from sd_runtime.request_pictures import PICTURES, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from sd_runtime.request import ImageRequest
 
 FORMAT_VERSION = 1
-INPUTS = ("image", "mask", "depth_map", "control_image")
-"""Pictures that a recipe names by their digests and does not hold; options of `Request`."""
 _PROVENANCE = ("backend", "precision", "model", "revision", "refiner")
 """What a recipe says of its bundles beside their fingerprints."""
 
@@ -96,8 +95,8 @@ class Recipe:
         made from; `ConfigError` where one is missing.
         """
         pictures = (image, mask, depth_map, control_image)
-        given = dict(zip(INPUTS, pictures, strict=True))
-        for name in INPUTS:
+        given = dict(zip(PICTURES, pictures, strict=True))
+        for name in PICTURES:
             digest = getattr(self, name)
             if digest is not None and given[name] is None:
                 digests = digest if isinstance(digest, tuple) else (digest,)
@@ -110,33 +109,12 @@ class Recipe:
         return self._request_from(given)
 
     def _request_from(self, given: Mapping[str, object]) -> Request:
-        image, control_image = given.get("image"), given.get("control_image")
-        controls = {name: getattr(self, name) for name in (*CONTROL_NUMBERS, "guess_mode")}
-        return Request(
-            self.prompt,
-            negative_prompt=self.negative_prompt,
-            seed=self.seed,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            guidance_start=self.guidance_start,
-            guidance_stop=self.guidance_stop,
-            cache_interval=self.cache_interval,
-            prompt_weighting=self.prompt_weighting,
-            safety_guidance=self.safety_guidance,
-            safety_concept=self.safety_concept,
-            scheduler=self.scheduler,
-            eta=self.eta,
-            height=self.height,
-            width=self.width,
-            image=image,
-            mask=given.get("mask"),
-            strength=None if image is None else self.strength,
-            noise_level=None if image is None else self.noise_level,
-            depth_map=given.get("depth_map"),
-            control_image=control_image,
-            high_noise_frac=self.high_noise_frac,
-            **(controls if control_image is not None else {}),
-        )
+        own = {name: getattr(self, name) for name in _OPTIONS}
+        if given.get("image") is None:
+            own |= {"strength": None, "noise_level": None}
+        if given.get("control_image") is None:
+            own |= NO_CONTROL
+        return Request(**{**own, **given})
 
     @property
     def digest(self) -> str:
@@ -198,6 +176,13 @@ class Recipe:
         return recipe
 
 
+_OPTIONS = {field.name for field in fields(Request)} & {field.name for field in fields(Recipe)}
+_OPTIONS -= {*PICTURES}
+"""What both say in the same words."""
+_REALS = ("guidance_scale", "guidance_start", "guidance_stop", "eta")
+"""Those of them that are written with a point, however they were asked."""
+
+
 def recipe_of(
     image: ImageRequest,
     plan: Plan,
@@ -214,33 +199,13 @@ def recipe_of(
     """
     model, request = manifest.model, plan.request
     height, width = plan.size
+    options: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONS}
+    options |= {name: float(options[name]) for name in _REALS}
+    options |= {name: digest_of(getattr(request, name)) for name in PICTURES}
+    options |= {"prompt": image.prompt, "negative_prompt": image.negative_prompt}
+    options |= {"seed": image.seed, "scheduler": plan.scheduler, "height": height, "width": width}
     return Recipe(
-        prompt=image.prompt,
-        negative_prompt=image.negative_prompt,
-        seed=image.seed,
-        num_inference_steps=plan.num_inference_steps,
-        guidance_scale=plan.guidance_scale,
-        guidance_start=float(request.guidance_start),
-        guidance_stop=float(request.guidance_stop),
-        cache_interval=request.cache_interval,
-        prompt_weighting=request.prompt_weighting,
-        safety_guidance=request.safety_guidance,
-        safety_concept=request.safety_concept,
-        scheduler=plan.scheduler,
-        eta=float(request.eta),
-        image=None if request.image is None else request.image.sha256,
-        mask=None if request.mask is None else request.mask.sha256,
-        strength=request.strength,
-        depth_map=None if request.depth_map is None else request.depth_map.sha256,
-        control_image=request.control_digests,
-        controlnet_conditioning_scale=request.controlnet_conditioning_scale,
-        control_guidance_start=request.control_guidance_start,
-        control_guidance_end=request.control_guidance_end,
-        guess_mode=request.guess_mode,
-        high_noise_frac=request.high_noise_frac,
-        noise_level=request.noise_level,
-        height=height,
-        width=width,
+        **options,
         backend=backend,
         precision=precision,
         loras=tuple(map(str, loras)),

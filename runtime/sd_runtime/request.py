@@ -7,11 +7,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from sd_engines.errors import ConfigError
-from sd_runtime.control_options import (
-    CONTROL_NUMBERS,
-    check_control_options,
-    control_pictures,
-)
+from sd_runtime.control_options import CONTROL_NUMBERS, check_control_options
 from sd_runtime.option_names import check_names
 from sd_runtime.option_values import (
     check_flag,
@@ -23,6 +19,7 @@ from sd_runtime.option_values import (
 )
 from sd_runtime.picture_options import check_picture_options
 from sd_runtime.prompt_weighting import weighted_parts
+from sd_runtime.request_pictures import PICTURES, read_pictures
 from sd_runtime.safety_options import check_safety_options
 
 if TYPE_CHECKING:
@@ -161,7 +158,7 @@ class Request:
         check_texts("safety_concept", self.safety_concept or "")
         self._check_refining()
         self._take_pictures()
-        self._take_control()
+        self._take_control_numbers()
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"scheduler is {shown(self.scheduler)}, not a name",
@@ -184,32 +181,16 @@ class Request:
                 )
 
     def _take_pictures(self) -> None:
-        from sd_runtime.input_image import InputImage  # and so numpy: not for --help
-
-        for name in ("image", "mask"):
-            if getattr(self, name) is not None:
-                picture = InputImage.of(getattr(self, name), name=name)
-                object.__setattr__(self, name, picture)
-        if self.depth_map is not None:
-            from sd_runtime.depth_map import DepthMap
-
-            object.__setattr__(self, "depth_map", DepthMap.of(self.depth_map, name="depth_map"))
+        for name in PICTURES:
+            object.__setattr__(self, name, read_pictures(name, getattr(self, name)))
         check_picture_options(self)
 
-    def _take_control(self) -> None:
+    def _take_control_numbers(self) -> None:
         for name in CONTROL_NUMBERS:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) == 1:
                 object.__setattr__(self, name, value[0])
-        object.__setattr__(self, "control_image", control_pictures(self.control_image))
         check_control_options(self)
-
-    @property
-    def control_digests(self) -> tuple[str, ...] | None:
-        """The SHA-256 of each control picture."""
-        if self.control_image is None:
-            return None
-        return tuple(picture.sha256 for picture in self.control_image)
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> Self:
