@@ -6,9 +6,10 @@ Checks happen here, at the border; `Binding.run` has none.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sd_engines.errors import BackendError, BundleError, ConfigError, nearest
+from sd_engines.node import REMAKE_HINT
 from sd_engines.spec import BATCH, PICTURES
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from sd_engines.spec import Precision, TensorSpec
 
+MEMORY_HINT: Final = "Check the memory that is free, or name another backend."
 Rows: TypeAlias = tuple[int, int]
 """How many rows, and of how many pictures."""
 
@@ -107,7 +109,7 @@ def check_graph(
     if expected != actual:
         raise BundleError(
             f"the graph's {kind} are {sorted(actual)}, the manifest's {sorted(expected)}",
-            "Make the bundle again: sd-export --model MODEL --output BUNDLE",
+            REMAKE_HINT,
         )
 
 

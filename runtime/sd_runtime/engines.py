@@ -9,6 +9,7 @@ from sd_engines.choice import fastest_engine
 from sd_engines.cores import usable_cores
 from sd_engines.engine import listed_engines, open_engine
 from sd_engines.errors import BundleError
+from sd_engines.node import REMAKE_HINT
 from sd_engines.spec import (
     CONTROL_EMBEDDING,
     CONTROLNET,
@@ -64,10 +65,7 @@ def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[Rows]]) 
     present, needed = bundle.manifest.components, drawing_components(bundle.manifest)
     for component in needed:
         if component not in present:
-            raise BundleError(
-                f"the bundle {bundle.path} has no {component}",
-                "Make it again: sd-export --model MODEL --output BUNDLE.",
-            )
+            raise BundleError(f"the bundle {bundle.path} has no {component}", REMAKE_HINT)
     names = [*needed]
     if "safety_checker" in present:
         names.append("safety_checker")

@@ -60,6 +60,11 @@ def cancelled_error() -> RefusedError:
     )
 
 
+def client_left_error() -> RefusedError:
+    """Nobody waits for the answer any more, and nobody reads this one."""
+    return RefusedError("the client left", "Stay.", status=499, code="client_left")
+
+
 def status_of(error: SdError) -> tuple[int, str]:
     """The HTTP status and the short code of ``error``."""
     if isinstance(error, RefusedError):

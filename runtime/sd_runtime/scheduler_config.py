@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd_engines.errors import ConfigError, nearest
 from sd_engines.spec import MAX_TRAIN_TIMESTEPS
+from sd_runtime.option_values import shown
 from sd_runtime.scheduler_defaults import DEFAULTS, SIGMAS
 
 if TYPE_CHECKING:
@@ -212,10 +213,8 @@ def _is_number(value: object) -> bool:
 
 
 def _wrong(key: str, value: object, problem: str) -> ConfigError:
-    text = repr(value)
-    text = text if len(text) <= 80 else f"{text[:80]}…"
     hint = f"Correct scheduler_config.json: {key} {problem}."
-    return ConfigError(f"the scheduler config's {key} is {text}", hint)
+    return ConfigError(f"the scheduler config's {key} is {shown(value)}", hint)
 
 
 def _folded(name: str) -> str:

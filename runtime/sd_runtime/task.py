@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sd_engines.errors import BundleError, ConfigError
+from sd_engines.node import REMAKE_HINT
 from sd_engines.spec import (
     DEPTH,
     IMAGE_LATENTS,
@@ -257,8 +258,7 @@ def _check_variation(request: Request) -> None:
 def _check_encoder(manifest: Manifest) -> None:
     if ENCODER not in manifest.components:
         raise BundleError(
-            "the bundle has no vae_encoder, so it cannot start from a picture",
-            "Make it again: sd-export --model MODEL --output BUNDLE.",
+            "the bundle has no vae_encoder, so it cannot start from a picture", REMAKE_HINT
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 
 from sd_engines.errors import BundleError
+from sd_engines.node import REMAKE_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
-_HINT = "Make the bundle again: sd-export --model MODEL --output BUNDLE."
 
 
 class Chunks(NamedTuple):
@@ -59,15 +59,19 @@ class Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the Rust side raises bare Exception
-            raise BundleError(f"{path} cannot be read as a tokenizer: {error}", _HINT) from error
+            raise BundleError(
+                f"{path} cannot be read as a tokenizer: {error}", REMAKE_HINT
+            ) from error
         pad_token = (tokenizer.padding or {}).get("pad_token", END_OF_TEXT)
         pad_id = tokenizer.token_to_id(pad_token)
         if pad_id is None:
-            raise BundleError(f"{path} pads with {pad_token!r}, which it does not know", _HINT)
+            raise BundleError(
+                f"{path} pads with {pad_token!r}, which it does not know", REMAKE_HINT
+            )
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if len(tokenizer.encode("").ids) != 2:
-            raise BundleError(f"{path} does not begin and end a prompt as CLIP's does", _HINT)
+            raise BundleError(f"{path} does not begin and end a prompt as CLIP's does", REMAKE_HINT)
         return cls(tokenizer, max_tokens=max_tokens, pad_id=pad_id)
 
     def chunks(self, parts: Sequence[tuple[str, float]], *, max_chunks: int = 1) -> Chunks:

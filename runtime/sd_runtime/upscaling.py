@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.errors import BundleError, ConfigError
+from sd_engines.node import REMAKE_HINT
 from sd_engines.spec import LOW_RES_IMAGE, LOW_RES_LATENTS
 from sd_runtime.image_encoder import Posterior, Source
 from sd_runtime.noise_schedule import Level, noise_schedule
@@ -183,6 +184,5 @@ def low_res_level(scheduler_config: Mapping[str, Any], noise_level: int) -> Leve
 
 def _silent() -> BundleError:
     return BundleError(
-        "the bundle is an upscaler's and does not say what noise its UNet is shown",
-        "Make it again: sd-export --model MODEL --output BUNDLE.",
+        "the bundle is an upscaler's and does not say what noise its UNet is shown", REMAKE_HINT
     )

@@ -13,9 +13,9 @@ import numpy as np
 
 from sd_engines.backends.bound import BoundEngine
 from sd_engines.backends.cuda import compute_capability, named_stream, release
-from sd_engines.backends.onnxruntime_binding import MEMORY_HINT, CudaBinding, OnnxRuntimeBinding
+from sd_engines.backends.onnxruntime_binding import CudaBinding, OnnxRuntimeBinding
 from sd_engines.backends.onnxruntime_package import PROVIDERS, package
-from sd_engines.border import computed_in, import_package
+from sd_engines.border import MEMORY_HINT, computed_in, import_package
 from sd_engines.bundle import portable_entry
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError

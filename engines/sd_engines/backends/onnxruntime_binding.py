@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from sd_engines.backends.cuda import named_stream
-from sd_engines.border import closed_error, import_package
+from sd_engines.border import MEMORY_HINT, closed_error, import_package
 from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEMORY_HINT: Final = "Check the memory that is free, or name another backend."
 _NOT_CAPTURED: Final = -1
 
 

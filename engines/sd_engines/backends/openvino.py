@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.backends.bound import BoundEngine
-from sd_engines.backends.openvino_compiled import HINT, compiled
+from sd_engines.backends.openvino_compiled import compiled
 from sd_engines.backends.openvino_ir import read_ir
 from sd_engines.backends.openvino_package import core, package
 from sd_engines.backends.openvino_precision import check_precision, products_are_scarce
 from sd_engines.backends.openvino_steady import STEADY_INPUT
 from sd_engines.backends.openvino_winograd import halve_products
-from sd_engines.border import closed_error, shape_at
+from sd_engines.border import MEMORY_HINT, closed_error, shape_at
 from sd_engines.bundle import portable_entry
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError, ConfigError
@@ -125,7 +125,7 @@ def load(
         try:
             model = core().read_model(os.fspath(path))
         except Exception as error:
-            raise BackendError(f"OpenVINO cannot read {path}: {error}", HINT) from error
+            raise BackendError(f"OpenVINO cannot read {path}: {error}", MEMORY_HINT) from error
     if weights:
         _replace_constants(model, weights)
     if products_are_scarce(engine):
@@ -222,7 +222,7 @@ class OpenVinoBinding:
                     self._prompt[...] = prompt
             self._request.infer(share_outputs=True)  # else it copies every output once more
         except Exception as error:
-            raise BackendError(f"OpenVINO failed: {error}", HINT) from error
+            raise BackendError(f"OpenVINO failed: {error}", MEMORY_HINT) from error
 
     def close(self) -> None:
         """Let go of the requests; the buffers stay the caller's."""

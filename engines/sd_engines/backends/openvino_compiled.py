@@ -11,6 +11,7 @@ from sd_engines.backends.openvino_norms import keep_channels_last
 from sd_engines.backends.openvino_package import core
 from sd_engines.backends.openvino_precision import DEVICE, computes_in_8_bits, precision_hint
 from sd_engines.backends.openvino_steady import part_steady
+from sd_engines.border import MEMORY_HINT
 from sd_engines.errors import BackendError
 from sd_engines.spec import LOW_RES_LATENTS
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from sd_engines.entries import EngineEntry
 
-HINT = "Check the memory that is free, or name another backend."
 _IMAGES = "images"
 """Border of graphs that look at pictures or paint them, whose tensors are wide and of few channels;
 a UNet gains nothing by `keep_channels_last`."""
@@ -67,7 +67,7 @@ def compiled(
         made = core().compile_model(moving, DEVICE, options)
         beside = None if steady is None else core().compile_model(steady, DEVICE, options)
     except Exception as error:
-        raise BackendError(f"OpenVINO cannot compile the graph: {error}", HINT) from error
+        raise BackendError(f"OpenVINO cannot compile the graph: {error}", MEMORY_HINT) from error
     found = made.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if found != hint:
         raise BackendError(

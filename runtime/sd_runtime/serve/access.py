@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from sd_runtime.refusal import RefusedError
+from sd_runtime.refusal import RefusedError, client_left_error
 from sd_runtime.serve.error_body import error_response
 from sd_runtime.serve.offer import MAX_BODY_BYTES
 from sd_runtime.serve.operations import OPEN_PATHS
@@ -109,7 +109,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                 if not message.get("more_body", False):
                     break
             else:
-                raise RefusedError("the client left", "Stay.", status=499, code="client_left")
+                raise client_left_error()
     except TimeoutError:
         raise RefusedError(
             f"the body took longer than {BODY_TIMEOUT_S:g} s",

@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from sd_runtime.refusal import RefusedError
+from sd_runtime.refusal import client_left_error
 from sd_runtime.ticket import Progress
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Drawing(Generic[Answer]):
         try:
             await asyncio.wait((left, ended), return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                raise RefusedError("the client left", "Stay.", status=499, code="client_left")
+                raise client_left_error()
             return ended.result()
         finally:
             left.cancel()
