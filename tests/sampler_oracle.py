@@ -44,7 +44,7 @@ def model(sample: NDArray[Any], timestep: float) -> NDArray[Any]:
 
 
 def run_table(table: SchedulerTable, image: NDArray[Any] | None = None) -> NDArray[Any]:
-    """The loop of DESIGN §5, in float64, on the noise of ``SEED``."""
+    """The loop of `sd_runtime.table`, in float64, on the noise of ``SEED``."""
     stream = NoiseStream(SEED)
     noise = stream.normal(SHAPE).astype(np.float64)
     sample = table.init_noise_scale * noise

@@ -1,4 +1,4 @@
-"""The house of DESIGN: imports run one way, and heavy ones run late."""
+"""The house of CONTRIBUTING.md: imports run one way, and heavy ones run late."""
 
 from __future__ import annotations
 

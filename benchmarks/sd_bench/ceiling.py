@@ -43,9 +43,7 @@ _BUDGET_S: Final = 1.5
 _FEWEST_RUNS: Final = 3
 
 
-def measure_ceilings(
-    engines: Iterable[EngineEntry], *, threads: int | None = None
-) -> dict[str, float]:
+def measure_ceilings(engines: Iterable[EngineEntry], *, threads: int | None) -> dict[str, float]:
     """The ceilings of a pipeline on ``engines``, as `Measurement.ceilings` names them.
 
     One product for each precision among them. ``threads`` None: every core this process may use.
@@ -70,7 +68,7 @@ def measure_ceilings(
     return ceilings
 
 
-def copy_bytes_per_s(*, num_bytes: int = COPY_BYTES, threads: int | None = None) -> float:
+def copy_bytes_per_s(*, num_bytes: int, threads: int | None) -> float:
     """Bytes read plus bytes written a second by plain copies, one slice a thread, as in STREAM."""
     threads = threads or usable_cores()
     source = np.ones(num_bytes, np.uint8)
@@ -80,20 +78,20 @@ def copy_bytes_per_s(*, num_bytes: int = COPY_BYTES, threads: int | None = None)
         return 2 * num_bytes / _best_s(lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))
 
 
-def gpu_copy_bytes_per_s(*, num_bytes: int = COPY_BYTES_GPU) -> float:
+def gpu_copy_bytes_per_s() -> float:
     """Bytes read plus bytes written a second by a copy on the GPU."""
     cupy = import_package("cupy", extra="cuda")
-    source = cupy.ones(num_bytes, cupy.uint8)
+    source = cupy.ones(COPY_BYTES_GPU, cupy.uint8)
     target = cupy.empty_like(source)
 
     def run() -> None:
         cupy.copyto(target, source)
         cupy.cuda.get_current_stream().synchronize()
 
-    return 2 * num_bytes / _best_s(run)
+    return 2 * COPY_BYTES_GPU / _best_s(run)
 
 
-def numpy_product_flops(*, size: int = PRODUCT_SIZE) -> float:
+def numpy_product_flops(*, size: int) -> float:
     """FLOP/s of numpy's float32 matrix product on every core this process may use."""
     a, b = _random(size, size), _random(size, size)
     out = np.empty_like(a)
@@ -109,9 +107,7 @@ def numpy_product_flops(*, size: int = PRODUCT_SIZE) -> float:
         )
 
 
-def backend_product_flops(
-    engine: EngineEntry, *, size: int = PRODUCT_SIZE, threads: int | None = None
-) -> float:
+def backend_product_flops(engine: EngineEntry, *, size: int, threads: int | None) -> float:
     """FLOP/s of a product with a constant matrix in the backend and precision of ``engine``."""
     with TemporaryDirectory() as folder, _product(engine, size, threads, Path(folder)) as product:
         binding = product.bind(1)

@@ -1,4 +1,4 @@
-"""What goes into the graph of a component and what comes out of it, as data: DESIGN's border."""
+"""What goes into the graph of a component and what comes out of it, as data."""
 
 from __future__ import annotations
 

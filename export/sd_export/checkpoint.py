@@ -64,7 +64,6 @@ class Checkpoint:
     vae: Vae | None = None
     preview_vae: Vae | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = field(default=None)
     assumed: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
     force_zeros_for_empty_prompt: bool = False

@@ -28,7 +28,6 @@ from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     import tokenizers
 
@@ -234,7 +233,7 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
                     pad_token=PAD_TOKEN if open_clip else "<|endoftext|>",
                 )
             return CLIPTokenizer.from_pretrained(
-                _real(checkpoint.tokenizers[text_encoder]), model_max_length=length
+                str(checkpoint.tokenizers[text_encoder].absolute()), model_max_length=length
             )
     except Exception as error:  # `tokenizers` raises bare Exception
         if isinstance(error, (MemoryError, ImportError)):
@@ -244,10 +243,6 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
             f"cannot be read: {error}",
             "Download the checkpoint again.",
         ) from error
-
-
-def _real(folder: Path) -> str:
-    return str(folder.absolute())
 
 
 @contextmanager

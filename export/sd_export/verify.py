@@ -20,6 +20,7 @@ from sd_engines.errors import ExportError
 from sd_engines.spec import BATCH, DEPTH, LOW_RES_LATENTS, NOISE_LEVEL, PICTURES, TIME_IDS
 from sd_export.memory import release
 from sd_export.precision import coarser
+from sd_runtime.arrays import to_host
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def run_engine(
     batch = profile.max_batch(engine.component, component.inputs)
     with load_engine(path, component=component, engine=engine, max_batch=batch) as opened:
         parts = [
-            {name: _on_host(array) for name, array in opened(**call).items()}
+            {name: to_host(array) for name, array in opened(**call).items()}
             for call in _calls(inputs, batch)
         ]
     release()
@@ -283,7 +284,3 @@ def _pictures(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     grain = rng.random((rows, height, width, channels), dtype=np.float32)
     pictures: np.ndarray = 0.9 * coarse[:, y, x, np.arange(channels)] + 0.1 * grain
     return pictures
-
-
-def _on_host(array: Any) -> np.ndarray:
-    return np.asarray(array.get() if hasattr(array, "get") else array)

@@ -1,4 +1,4 @@
-"""The torch modules that are traced: each gives its graph the border of DESIGN §4.
+"""The torch modules that are traced: each gives its graph what `borders` lists.
 
 Whatever belongs to a component and is the same in every program goes into its graph: the VAE's
 scaling, pictures as [batch, H, W, 3] in [0, 1], the safety checker's own resizing.

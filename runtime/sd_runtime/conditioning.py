@@ -47,9 +47,9 @@ class PromptEncoder:
     """Encodes each chunk of a text on its own row, so that it never depends on its neighbours.
 
     ``encoders`` are one or two text encoders by name, each with its tokenizer; what they make of a
-    text lies side by side, and the last one pools it, from its first chunk. The last ``capacity``
-    chunks' embeddings are kept (77 × 768 float32 is 231 KiB): the negative prompt of a service is
-    encoded once, not once a request. ``max_chunks`` is how many of them the UNet takes at once.
+    text lies side by side, and the last one pools it, from its first chunk. The last 64 chunks'
+    embeddings are kept (77 × 768 float32 is 231 KiB): the negative prompt of a service is encoded
+    once, not once a request. ``max_chunks`` is how many of them the UNet takes at once.
     Where parts of a text weigh more than others, each encoder's embeddings keep their mean: that
     of the whole text, or with ``chunk_means`` each chunk's own (`sd_runtime.prompt_weighting`).
     """
@@ -60,12 +60,11 @@ class PromptEncoder:
         *,
         max_chunks: int = 1,
         chunk_means: bool = False,
-        capacity: int = 64,
     ) -> None:
         self._encoders = dict(encoders)
         self._max_chunks = max_chunks
         self._chunk_means = chunk_means
-        self._known: Recent[tuple[str, bytes], PromptEmbeds] = Recent(capacity)
+        self._known: Recent[tuple[str, bytes], PromptEmbeds] = Recent(64)
 
     def encode(
         self,

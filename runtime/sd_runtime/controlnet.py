@@ -76,14 +76,14 @@ class ControlNet:
 
 
 class ControlEncoder:
-    """Looks at control pictures; remembers the last ``capacity`` (of 64×64 latents 5 MiB each).
+    """Looks at control pictures; remembers the last four (of 64×64 latents 5 MiB each).
 
     ``engine`` opens a component's engine, or gives the one that is open.
     """
 
-    def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 4) -> None:
+    def __init__(self, engine: Callable[[str], Engine]) -> None:
         self._engine = engine
-        self._known: Recent[tuple[str, str], NDArray[np.float32]] = Recent(capacity)
+        self._known: Recent[tuple[str, str], NDArray[np.float32]] = Recent(4)
 
     def encode(self, controls: Sequence[Control], *, timings: Timings) -> list[ControlNet]:
         """Make ``controls`` ready to run; raises what opening an engine raises."""

@@ -64,16 +64,14 @@ class ImageEncoder:
 
     ``engine`` opens a component's engine, or gives the one that is open; pictures take the size of
     ``profile``, but for those that latents are made larger of; and where the encoder is made for
-    less it sees them by tiles. The last ``capacity`` sources are kept (of 64×64 latents, 260 KiB at
-    most): a picture that many prompts start from is encoded once.
+    less it sees them by tiles. The last 16 sources are kept (of 64×64 latents, 260 KiB at most): a
+    picture that many prompts start from is encoded once.
     """
 
-    def __init__(
-        self, engine: Callable[[str], Engine], profile: Profile, *, capacity: int = 16
-    ) -> None:
+    def __init__(self, engine: Callable[[str], Engine], profile: Profile) -> None:
         self._engine = engine
         self._profile = profile
-        self._known: Recent[tuple[Task, tuple[object, ...]], Source] = Recent(capacity)
+        self._known: Recent[tuple[Task, tuple[object, ...]], Source] = Recent(16)
 
     def encode(
         self,

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class PictureReader:
-    """Reads pictures one by one; remembers the last ``capacity`` (768 float32 are 3 KiB).
+    """Reads pictures one by one; remembers the last 64 (768 float32 are 3 KiB).
 
     ``engine`` opens a component's engine, or gives the one that is open.
     """
 
-    def __init__(self, engine: Callable[[str], Engine], *, capacity: int = 64) -> None:
+    def __init__(self, engine: Callable[[str], Engine]) -> None:
         self._engine = engine
-        self._known: Recent[str, PromptEmbeds] = Recent(capacity)
+        self._known: Recent[str, PromptEmbeds] = Recent(64)
 
     def encode(
         self, image: InputImage, groups: Sequence[tuple[str | None, ...]], *, timings: Timings

@@ -79,7 +79,7 @@ class ControlUnit(Body):
             )
         return False
 
-    def picture(self, offer: Offer, *, image: str | None, size: tuple[int, int]) -> Image:
+    def picture(self, *, image: str | None, size: tuple[int, int]) -> Image:
         """What the ControlNet is to see, for pictures of ``size`` (width, height).
 
         ``image`` is what an img2img starts from: it takes the place of a picture that is left out.
@@ -157,7 +157,7 @@ class AlwaysOnScripts(Body):
                 "units of different control_mode", "Send one control_mode for all of them."
             )
         return {
-            "control_image": [unit.picture(offer, image=image, size=size) for unit in units],
+            "control_image": [unit.picture(image=image, size=size) for unit in units],
             "controlnet_conditioning_scale": [_or(unit.weight, 1.0) for unit in units],
             "control_guidance_start": [_or(unit.guidance_start, 0.0) for unit in units],
             "control_guidance_end": [
