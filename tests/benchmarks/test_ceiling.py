@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sd_bench import ceiling
-from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError
 
@@ -81,10 +80,10 @@ def test_rates_count_every_operation_and_byte(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.usefixtures("one_second_a_run")
-def test_one_product_a_precision(shapes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_a_precision(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "PRODUCT_SIZE", SIZE)
     monkeypatch.setattr(ceiling, "COPY_BYTES", 4096)
-    unet = unet_of(open_bundle(shapes_bundle), "onnxruntime")
+    unet = unet_of(tiny_bundle, "onnxruntime")
     half = replace(unet, precision="fp16", component="vae_decoder")
     found = ceiling.measure_ceilings([unet, half, unet], threads=usable_cores())
     assert list(found) == ["matmul_fp32_flops", "copy_bytes_per_s", "matmul_fp16_flops"]
