@@ -9,7 +9,7 @@ import numpy as np
 
 from sd_export.oracle import load_pipeline, use_scheduler
 from sd_export.source import find_checkpoint
-from sd_export.verify import relative_l2
+from sd_export.verify import pixels_within_1, relative_l2
 from sd_runtime import Request
 from sd_runtime.scheduler_config import SCHEDULERS
 
@@ -80,9 +80,9 @@ def measure_parity(
         with torch.no_grad():
             decoded = oracle.vae.decode(latents / oracle.vae.config.scaling_factor).sample
         images = oracle.image_processor.postprocess(decoded, output_type="np")
-        pixels = np.round(images * 255).astype(np.int16)
+        pixels = np.round(images * 255).astype(np.uint8)
         yield Parity(
             scheduler=name,
             latents_error=relative_l2(ours.latents, latents.numpy()),
-            pixels_within_1=float((np.abs(pixels - ours.pixels) <= 1).mean()),
+            pixels_within_1=pixels_within_1(ours.pixels, pixels),
         )

@@ -218,16 +218,13 @@ def _verify(
 
     ``staging`` holds a complete bundle. ``precision`` is that of its UNet.
     """
-    import numpy as np
-
-    from sd_export.verify import certified, relative_l2
+    from sd_export.verify import certified, pixels_within_1, relative_l2
     from sd_runtime import Pipeline
 
     with Pipeline.load(staging, backend=backend) as pipeline:
         result = pipeline.generate(request)
     if precision == "fp32":
-        difference = np.abs(result.pixels.astype(np.int16) - reference["pixels"].astype(np.int16))
-        figure = float((difference <= 1).mean())
+        figure = pixels_within_1(result.pixels, reference["pixels"])
         metric, tolerance = "pixels_within_1", PIXELS_WITHIN_1
         passed = figure >= tolerance
     else:

@@ -273,6 +273,11 @@ def relative_l2(found: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
 
 
+def pixels_within_1(found: np.ndarray, reference: np.ndarray) -> float:
+    """Share of the uint8 values that differ by at most 1 of 255."""
+    return float((np.abs(found.astype(np.int16) - reference) <= 1).mean())
+
+
 def _pictures(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     """Smooth random pictures with a little grain, float32 in [0, 1]."""
     rows, height, width, channels = shape

@@ -128,7 +128,7 @@ def likeness(
     wanted: tuple[NDArray[np.uint8], NDArray[np.float32] | None],
 ) -> Likeness:
     """Pixels and latents of one drawing beside another's; 0 for pictures of different sizes."""
-    from sd_export.verify import relative_l2
+    from sd_export.verify import pixels_within_1, relative_l2
 
     error = None
     if found[1] is not None and wanted[1] is not None and found[1].shape == wanted[1].shape:
@@ -136,8 +136,7 @@ def likeness(
         error = error if np.isfinite(error) else None
     if found[0].shape != wanted[0].shape:
         return Likeness(0.0, error)
-    difference = np.abs(found[0].astype(np.int16) - wanted[0])
-    return Likeness(float((difference <= 1).mean()), error)
+    return Likeness(pixels_within_1(found[0], wanted[0]), error)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
