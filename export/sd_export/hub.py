@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ExportError
-from sd_export.model_files import CONTROLNET_STEM, WEIGHT_STEMS
+from sd_export.model_files import CONTROLNET_STEM, WEIGHT_STEMS, weight_kinds
 from sd_export.source import read_index
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def _patterns_of(
 ) -> list[str]:
     """The same for one model, whose files lie in ``folder``: empty, or with a slash at its end."""
     middle = f".{variant}" if variant else ""
-    pickle_stem = "pytorch_model" if stem == "model" else stem
-    for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+    for start, suffix in weight_kinds(stem):
         name = f"{folder}{start}{middle}.{suffix}"
         sharded = f"{folder}{start}{middle}-"
         if name in files:

@@ -24,12 +24,15 @@ WEIGHT_STEMS = {
 CONTROLNET_STEM = "diffusion_pytorch_model"
 
 
+def weight_kinds(stem: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """How names of weight files start and end: safetensors of the ``stem``, before pickles."""
+    return (stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")
+
+
 def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
     """The weight files of one model: safetensors before pickles, all shards of a sharded one."""
-    stem = WEIGHT_STEMS.get(component, CONTROLNET_STEM)
     middle = f".{variant}" if variant else ""
-    pickle_stem = "pytorch_model" if stem == "model" else stem
-    for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+    for start, suffix in weight_kinds(WEIGHT_STEMS.get(component, CONTROLNET_STEM)):
         whole = folder / f"{start}{middle}.{suffix}"
         if whole.is_file():
             return (whole,)
