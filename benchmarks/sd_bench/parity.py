@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from sd_runtime import Pipeline
 
-
 _SEED: Final = 0
 
 

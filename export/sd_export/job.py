@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 RECORD_FILE = "export.json"
 """What a bundle was made from and how long each stage took; its key tells a rerun that a bundle
 is already what is asked for."""
-
-
 _VAE_SIDE = 512  # of a VAE whose config is silent: v1's
 
 

@@ -24,8 +24,6 @@ _NAMES = {
         "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
     ),
 }
-
-
 _OF_FAMILY = {
     "stable-diffusion-v1": ("Stable Diffusion v1", "creativeml-openrail-m"),
     "stable-diffusion-v2": ("Stable Diffusion v2", "openrail++"),

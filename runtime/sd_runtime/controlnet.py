@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sd_runtime.request import Request
     from sd_runtime.timing import Timings
 
-
 _REVISION = re.compile(r"@[0-9a-f]{40}$")
 """What follows the id of a ControlNet of the Hub."""
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from sd_runtime.timing import Timings
     from sd_runtime.update import Known
 
-
 _ROWS_AHEAD: Final = 2
 """Rows that a GPU has still to run when the host gives it one more: it never waits, and yet what is
 said of progress is true and cancelling stops it soon."""

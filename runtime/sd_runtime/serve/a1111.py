@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -137,10 +137,7 @@ def _info(result: Result) -> str:
     )
 
 
-_Json: TypeAlias = dict[str, Any]
-
-
-def _sd_model(model: Model) -> _Json:
+def _sd_model(model: Model) -> dict[str, Any]:
     offer = model.offer
     return {
         "title": offer.model,
@@ -152,7 +149,7 @@ def _sd_model(model: Model) -> _Json:
     }
 
 
-def _progress(ticket: Ticket | None, *, job_count: int) -> _Json:
+def _progress(ticket: Ticket | None, *, job_count: int) -> dict[str, Any]:
     done, num_steps, eta_s = 0, 0, 0.0
     if ticket is not None and ticket.progress is not None and ticket.started_s is not None:
         done, num_steps = ticket.progress.index + 1, ticket.progress.num_steps

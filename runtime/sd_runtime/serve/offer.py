@@ -24,8 +24,6 @@ MAX_BODY_BYTES = 16 * 2**20
 """A picture of 12 MB in base64."""
 MAX_GUIDANCE_SCALE = 100.0
 """Beyond it pictures are noise, or no numbers at all."""
-
-
 MAX_CONDITIONING_SCALE = 10.0
 """The same of a ControlNet's; clients' own sliders end at 2."""
 
