@@ -25,7 +25,7 @@ from sd_bench.peers.ratio import paired_ratio
 from sd_bench.peers.worker import Worker, WorkerError
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
-from tiny import WORDS, make_checkpoint, make_smallest_checkpoint
+from tiny import WORDS, make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,21 +243,26 @@ def test_single_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def comparison(
+    smallest: Path, sizes_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Comparison, Path]:
     """Ours and diffusers on one tiny checkpoint, a peer that fails, and one that is not here."""
-    from sd_export import export
-
     folder = tmp_path_factory.mktemp("peers")
-    checkpoint = make_smallest_checkpoint(folder / "checkpoint")
-    export(checkpoint, folder / "bundle", backends=("onnxruntime",))
     diffusers = replace(find_peers([REFERENCE])[0], environment=None, modules=("diffusers",))
     failing = Peer(name="failing", worker=talker(folder), modules=("numpy",), prepared="failing")
     absent = replace(find_peers(["optimum-onnxruntime"])[0], environment="not-made")
     found = measure_peers(
-        folder / "bundle",
-        Settings(prompt="raise", seed=5, num_inference_steps=3, scheduler="euler", threads=1),
+        sizes_bundle,
+        Settings(
+            prompt="raise",
+            seed=5,
+            num_inference_steps=3,
+            scheduler="euler",
+            backend="onnxruntime",
+            threads=1,
+        ),
         peers=[diffusers, failing, absent],
-        model=str(checkpoint),
+        model=str(smallest),
         turns=Turns(cold_starts=1, rounds=2, captions=2),
         cache=folder / "cache",
         folder=folder / "pictures",
