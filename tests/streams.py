@@ -1,4 +1,4 @@
-"""CUDA's streams without a GPU: what of ``cupy.cuda`` chooses where a thread's work is enqueued."""
+"""CuPy without a GPU: arrays, and what chooses where the work of a thread is enqueued."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 if TYPE_CHECKING:
     import pytest
+
+
+class Array(np.ndarray):  # type: ignore[type-arg]
+    """numpy's, with an address where CuPy has it."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
 
 
 class Stream:

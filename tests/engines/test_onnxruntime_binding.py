@@ -12,14 +12,7 @@ import pytest
 from sd_engines.backends import onnxruntime_binding
 from sd_engines.backends.onnxruntime_binding import CudaBinding
 from sd_engines.errors import BackendError
-
-
-class Array(np.ndarray):  # type: ignore[type-arg]
-    """numpy's, with an address where CuPy has it."""
-
-    @property
-    def data(self) -> Any:
-        return SimpleNamespace(ptr=self.ctypes.data)
+from streams import Array
 
 
 class Gpu:

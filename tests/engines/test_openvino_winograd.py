@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from openvino_models import compiled, kinds, laid_out_anew
 from sd_engines.backends import openvino_precision
-from sd_engines.backends.openvino_package import core, package
+from sd_engines.backends.openvino_package import package
 from sd_engines.backends.openvino_precision import products_are_scarce
 from sd_engines.backends.openvino_winograd import halve_products
 from sd_engines.entries import EngineEntry
@@ -53,15 +54,6 @@ def convolving(
     values = ops.add(values, ops.constant(BIAS[:, : len(weight)]))
     values = ops.add(embedding, values)
     return package().Model([ops.relu(values)], [pixels, embedding])
-
-
-def compiled(model: Any) -> Any:
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return core().compile_model(model, "CPU", options)
-
-
-def kinds(model: Any) -> list[str]:
-    return [node.get_type_name() for node in model.get_ordered_ops()]
 
 
 def exact(pixels: NDArray[np.float32], embedding: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -112,9 +104,7 @@ def test_nothing_is_laid_out_anew_between_convolutions() -> None:
         values = ops.convolution(values, ops.constant(weight), [1, 1], [pad] * 2, [pad] * 2, [1, 1])
     model = package().Model([values], [pixels])
     halve_products(model)
-    executed = compiled(model).get_runtime_model().get_ops()
-    reorders = [n for n in executed if n.get_rt_info()["layerType"].astype(str) == "Reorder"]
-    large = [n for n in reorders if np.prod(n.get_output_shape(0)) >= CHANNELS * SIDE * SIDE // 4]
+    large = [s for s in laid_out_anew(model) if np.prod(s) >= CHANNELS * SIDE * SIDE // 4]
     assert len(large) == 2  # to channels last, and back
 
 

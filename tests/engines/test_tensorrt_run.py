@@ -13,6 +13,7 @@ from sd_engines.backends.tensorrt import TensorRtEngine
 from sd_engines.bundle import ComponentEntry
 from sd_engines.errors import BackendError
 from sd_engines.spec import TensorSpec
+from streams import Array
 from tiny_onnx import stale_plan
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -91,14 +92,6 @@ class Stream:
 
     def end_capture(self) -> Any:
         return SimpleNamespace(launch=lambda stream: LAUNCHED.append(stream.ptr))
-
-
-class Array(np.ndarray):  # type: ignore[type-arg]
-    """numpy's, with an address where CuPy has it."""
-
-    @property
-    def data(self) -> Any:
-        return SimpleNamespace(ptr=self.ctypes.data)
 
 
 LAUNCHED: list[int] = []
