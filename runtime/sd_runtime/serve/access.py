@@ -60,6 +60,7 @@ class Access:
 
         try:
             try:
+                _check_site(scope["method"], headers)
                 self._check_key(scope["path"], headers)
                 body = await _read_body(headers, receive)
             except RefusedError as error:
@@ -91,6 +92,20 @@ class Access:
         fields = {"method": method, "path": path, "status": status, "duration_ms": duration_ms}
         logger.log(
             level, "%s %s %d %.1f ms", method, path, status, duration_ms, extra={"fields": fields}
+        )
+
+
+def _check_site(method: str, headers: Headers) -> None:
+    """Refuse what a page of another site has its reader's browser send, with the reader's key.
+
+    Browsers say so (Fetch Metadata); forms and empty bodies they would send without asking first.
+    """
+    if method == "POST" and headers.get("sec-fetch-site") == "cross-site":
+        raise RefusedError(
+            "a page of another site sent this",
+            "Send it from the server's own page, or from a program.",
+            status=403,
+            code="cross_site",
         )
 
 

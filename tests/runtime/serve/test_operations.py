@@ -115,6 +115,14 @@ def test_requests_that_wait_together_share_a_batch(server: Server) -> None:
     assert server.metric("sd_serve_joined_requests_total") == joined + 2
 
 
+@pytest.mark.parametrize(("site", "status"), [("cross-site", 403), ("same-origin", 200)])
+def test_pages_of_other_sites_interrupt_nobody(server: Server, site: str, status: int) -> None:
+    """A browser would send it for them, with the key that it knows."""
+    reply = server.ask("/sdapi/v1/interrupt", b"", headers={"Sec-Fetch-Site": site})
+    assert reply.status == status
+    assert server.ask("/v1/models", headers={"Sec-Fetch-Site": site}).status == 200
+
+
 def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = f"POST {DRAW} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
