@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, Self
+from threading import RLock
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import listed_engines
+from sd_engines.errors import ConfigError
 from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
@@ -20,7 +24,7 @@ from sd_runtime.work_stream import work_stream
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from sd_runtime.result import Result, Step
     from sd_runtime.work_stream import WorkStream
 
+_Made = TypeVar("_Made")
 TOKENIZER_OF = {
     "text_encoder": "tokenizer/tokenizer.json",
     "text_encoder_2": "tokenizer_2/tokenizer.json",
@@ -39,7 +44,11 @@ _TO_DRAW: Final = ("sd_runtime.painter", "numpy.random", "PIL.PngImagePlugin")
 
 
 class Pipeline(Closing):
-    """A bundle ready to draw. One request at a time; a context manager that frees its engines."""
+    """A bundle ready to draw; a context manager that frees its engines.
+
+    One request at a time, from any thread: `generate` and `use_loras` wait for what another thread
+    generates.
+    """
 
     def __init__(
         self,
@@ -57,6 +66,8 @@ class Pipeline(Closing):
         self._tokenizers = dict(tokenizers)
         second = None if refiner is None else refiner._painter
         self._painter: Painter = Painter(engines, self._tokenizers, refiner=second)
+        self._drawing = RLock()
+        self._turn: object = None  # of the newest stream
 
     @classmethod
     def load(
@@ -182,9 +193,11 @@ class Pipeline(Closing):
         Where one is refused, everything stays as it is. Raises as `load`.
         """
         found = find_loras(loras)
-        self._close_others()
-        self._engines.use_loras(found)
-        self._painter.renew()
+        with self._drawing:
+            self._close_others()
+            self._engines.use_loras(found)
+            self._painter.renew()
+            self._turn = None
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -192,17 +205,42 @@ class Pipeline(Closing):
         Raises `ConfigError` for what the bundle cannot do, `BackendError` where an engine fails
         or its output is no picture.
         """
-        for step in self.stream(request):
-            if step.result is not None:
-                return step.result
+        steps = self.stream(request)
+        with self._drawing:
+            for step in steps:
+                if step.result is not None:
+                    return step.result
         raise AssertionError("the last step holds the result")
 
     def stream(self, request: Request) -> Generator[Step]:
-        """The same, step by step: for progress, previews, and cancelling by ``close()``."""
+        """The same, step by step: for progress, previews, and cancelling by ``close()``.
+
+        Once another request is begun, or other LoRAs are put on, its next step or preview is a
+        `ConfigError`.
+        """
         refiner = None if self.refiner is None else self.refiner.bundle.manifest
         planned = plan(request, self.bundle.manifest, refiner=refiner)
-        sized = self._at(planned.profile.height, planned.profile.width)
-        return sized._painter.stream(replace(planned, request=planned.request.seeded()))
+        return self._steps(replace(planned, request=planned.request.seeded()))
+
+    def _steps(self, planned: Plan) -> Generator[Step]:
+        turn = object()
+        with self._drawing:
+            self._turn = turn
+            painter = self._at(planned.profile.height, planned.profile.width)._painter
+        with closing(painter.stream(planned)) as steps:
+            while step := self._in_turn(turn, partial(next, steps, None)):
+                preview = partial(self._in_turn, turn, step.decode_preview)
+                yield replace(step, decode_preview=preview)
+
+    def _in_turn(self, turn: object, run: Callable[[], _Made]) -> _Made:
+        """What ``run`` makes, if no other's turn has come: all requests share the same buffers."""
+        with self._drawing:
+            if self._turn is not turn:
+                raise ConfigError(
+                    "another request, or other LoRAs, came before this one had ended",
+                    "Draw one after the other, or load a pipeline for each.",
+                )
+            return run()
 
     def _at(self, height: int, width: int) -> Pipeline:
         """The pipeline that draws this size: this one, or one beside it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,30 @@ def test_closing_the_stream_cancels(tiny_model: TinyModel) -> None:
     steps.close()
     assert next(steps, None) is None
     tiny_model.assert_same(Request("a cat", seed=2, num_inference_steps=2))
+
+
+def test_threads_get_their_own_pictures(tiny_model: TinyModel) -> None:
+    requests = [Request(text, seed=2, num_inference_steps=20) for text in ("a cat", "a dog")] * 4
+    alone = [tiny_model.pipeline.generate(request).pixels for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        at_once = [drawn.pixels for drawn in pool.map(tiny_model.pipeline.generate, requests)]
+    np.testing.assert_array_equal(at_once, alone)
+
+
+def test_a_stream_ends_where_another_request_begins(tiny_model: TinyModel) -> None:
+    request = Request("a cat", seed=2, num_inference_steps=3)
+    first, second = (tiny_model.pipeline.stream(request) for _ in range(2))
+    step = next(first)
+    tiny_model.assert_same(replace(request, prompt="a dog"))
+    with pytest.raises(ConfigError, match="another request"):
+        step.preview()
+    with pytest.raises(ConfigError, match="another request"):
+        next(first)
+    assert next(second).index == 0
+    tiny_model.pipeline.use_loras(())
+    with pytest.raises(ConfigError, match="other LoRAs"):
+        next(second)
+    tiny_model.assert_same(request)
 
 
 def test_timings(tiny_model: TinyModel) -> None:
