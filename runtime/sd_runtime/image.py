@@ -50,6 +50,15 @@ def format_of(path: Path) -> str:
         ) from None
 
 
+def format_named(name: str) -> str:
+    """Pillow's name of "png", "jpg", "jpeg" or "webp", in any case; `ConfigError` for any other."""
+    try:
+        return FORMATS[f".{name.lower()}"]
+    except KeyError:
+        names = ", ".join(suffix[1:] for suffix in FORMATS)
+        raise ConfigError(f"{name!r} is no known picture format", f"Use one of {names}.") from None
+
+
 def check_room(
     path: Path, height: int, width: int, *, parameters: str = "", recipe: str = ""
 ) -> None:

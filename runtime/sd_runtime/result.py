@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_runtime.files import depth_path, numbered_paths, write_files
-from sd_runtime.image import encode_image, format_of
+from sd_runtime.image import encode_image, format_named, format_of
 from sd_runtime.recipe import text_from_recipes
 
 if TYPE_CHECKING:
@@ -52,8 +52,11 @@ class Result:
         return [Image.fromarray(pixels) for pixels in self.pixels]
 
     def encode(self, index: int, format_: str) -> bytes:
-        """Picture ``index`` as the bytes of a PNG, JPEG or WEBP file with its recipe."""
-        recipe = self.recipes[index]
+        """Picture ``index`` as the bytes of a PNG, JPEG or WebP file with its recipe.
+
+        ``format_`` as `format_named` takes it.
+        """
+        recipe, format_ = self.recipes[index], format_named(format_)
         with self.timings.measure(format_.lower()):
             return encode_image(
                 self.pixels[index],

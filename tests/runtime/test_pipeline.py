@@ -157,6 +157,14 @@ def test_several_pictures_are_saved_with_their_own_recipes(
     assert seeds == [9, 10]
 
 
+def test_a_format_in_any_case_is_the_same_file(tiny_model: TinyModel) -> None:
+    result = tiny_model.pipeline.generate(Request("a cat", seed=9, num_inference_steps=1))
+    for names in (("PNG", "png"), ("JPEG", "jpeg", "jpg"), ("WEBP", "webp")):
+        assert len({result.encode(0, name) for name in names}) == 1, names
+    with pytest.raises(ConfigError, match="'bmp' is no known picture format"):
+        result.encode(0, "bmp")
+
+
 def test_without_a_seed_one_is_drawn(tiny_model: TinyModel) -> None:
     request = Request("a cat", num_inference_steps=1)
     first, second = (tiny_model.pipeline.generate(request) for _ in range(2))

@@ -16,13 +16,12 @@ import sys
 import threading
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, SdError
 from sd_engines.node import unique_object
 from sd_runtime.embed.context import QUEUE_SIZE, Context
-from sd_runtime.image import format_of
+from sd_runtime.image import format_named
 from sd_runtime.refusal import RefusedError
 from sd_runtime.request import Request
 
@@ -151,7 +150,7 @@ class Door:
         opened = self._contexts[self._address(context)]
         asked = self._request(request)
         format_ = self._text(request.format, "format")
-        encoding = None if format_ is None else format_of(Path(f"picture.{format_}"))
+        encoding = None if format_ is None else format_named(format_)
         if request.pixels != self.ffi.NULL:
             needed = opened.pixels_bytes(asked)
             if request.pixels_bytes < needed:
