@@ -82,8 +82,9 @@ class Ticket:
 
     def _is_due(self, index: int, num_steps: int) -> bool:
         """Whether one of the previews that are evenly spread is."""
-        due = range(1, self._previews + 1)
-        return any(num_steps * i // (self._previews + 1) == index + 1 for i in due)
+        parts = self._previews + 1
+        first = -(-(index + 1) * parts // num_steps)  # that is not due before this step
+        return first < parts and num_steps * first // parts == index + 1
 
     def report(self, progress: Progress) -> None:
         """Note a step and tell the owner of it; a preview that was only wanted is noted alone."""

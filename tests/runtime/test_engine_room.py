@@ -267,6 +267,11 @@ def test_previews_come_evenly_and_on_demand(room: EngineRoom) -> None:
     assert [step.index for step in shown] == [1, 3, 5]
     assert all(step.preview.shape == (2, 64, 64, 3) for step in shown)
 
+    steps.clear()  # as many as C can ask for: there are no more than steps
+    request = replace(REQUEST, num_inference_steps=4)
+    room.submit(request, previews=2**32 - 1, on_progress=steps.append).result.result(WAIT_S)
+    assert [step.preview is not None for step in steps] == [True, True, True, False]
+
     ticket, go_on = blocked(room)
     ticket.want_preview()
     go_on.set()
