@@ -170,7 +170,9 @@ def _checked_array(source: object, name: str) -> NDArray[np.uint8]:
         )
     if array.dtype != np.uint8:
         raise ConfigError(
-            f"{name} is an array of {array.dtype}", "Give uint8: (255 * array).astype('uint8')."
+            f"{name} is an array of {array.dtype}",
+            "Give uint8, 0 to 255: array.astype('uint8') of such numbers, "
+            "(255 * array).astype('uint8') of those from 0 to 1.",
         )
     checked: NDArray[np.uint8] = array
     return checked

@@ -155,6 +155,13 @@ def test_what_is_no_picture_is_refused(
     assert caught.value.hint
 
 
+def test_how_to_give_an_array_depends_on_its_numbers() -> None:
+    with pytest.raises(ConfigError, match="an array of int64") as caught:
+        of(PIXELS.astype(np.int64))
+    assert "array.astype('uint8') of such numbers" in caught.value.hint
+    assert "(255 * array).astype('uint8') of those from 0 to 1" in caught.value.hint
+
+
 def test_a_picture_as_large_as_a_field_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
