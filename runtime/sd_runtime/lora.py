@@ -78,6 +78,8 @@ def find_lora(text: str, suffixes: Collection[str] = (".safetensors",)) -> Lora:
 
 def find_loras(loras: Sequence[str | Lora]) -> tuple[Lora, ...]:
     """The same for several, some of which may be found already."""
+    if isinstance(loras, str):
+        raise ConfigError(f"loras is {loras!r}, no list", "Give a list of one: [FILE].")
     return tuple(lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras)
 
 

@@ -164,6 +164,11 @@ def test_files_that_are_no_lora_of_the_model(
         Pipeline.load(folder / "bundle", threads=1, loras=[str(tmp_path / "a.safetensors")])
 
 
+def test_one_lora_without_a_list(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"one\.safetensors', no list"):
+        Pipeline.load(folder / "bundle", loras=str(folder / "one.safetensors"))
+
+
 CONV_IN = "unet.conv_in.lora_"
 ADAPTER = {f"{CONV_IN}A.weight": (3, 4, 3, 3), f"{CONV_IN}B.weight": (8, 3, 1, 1)}
 
