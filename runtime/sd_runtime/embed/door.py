@@ -127,27 +127,27 @@ class Door:
 
     def close(self, context: Any) -> None:
         """Cancel a context's jobs and free its engines."""
-        address = self._address(context)
-        if self._contexts[address].draws_in_this_thread:
+        closing = self._opened(context)
+        if closing.draws_in_this_thread:
             raise ConfigError(
                 "a callback must not close its context", "Close it in another thread."
             )
-        self._contexts[address].close()
-        del self._contexts[address]
+        closing.close()
+        del self._contexts[self._address(context)]
         gc.collect()  # a pipeline is part of a cycle; its memory is to go now, not at some time
 
     def info(self, context: Any, json_out: Any) -> None:
         """Say what a context is."""
-        info = self._contexts[self._address(context)].info()
+        info = self._opened(context).info()
         self._give(json_out, {"abi_version": self.lib.sd_abi_version(), **info})
 
     def statistics(self, context: Any, json_out: Any) -> None:
         """Say what a context has done."""
-        self._give(json_out, self._contexts[self._address(context)].statistics())
+        self._give(json_out, self._opened(context).statistics())
 
     def submit(self, context: Any, request: Any, job: Any) -> None:
         """Queue a request; raises `ConfigError` for what cannot be drawn, or as `EngineRoom`."""
-        opened = self._contexts[self._address(context)]
+        opened = self._opened(context)
         asked = self._request(request)
         format_ = self._text(request.format, "format")
         encoding = None if format_ is None else format_named(format_)
@@ -252,6 +252,12 @@ class Door:
         sizes = (n, height, width, *result.latents.shape[1:])
         packed = ffi.new("sd_result *", (ffi.sizeof("sd_result"), *sizes, *pointers))
         return packed, (pointers, buffers)
+
+    def _opened(self, context: Any) -> Context:
+        try:
+            return self._contexts[self._address(context)]
+        except KeyError:
+            raise ConfigError("the context is closed", "Open another one.") from None
 
     def _address(self, pointer: Any) -> int:
         return int(self.ffi.cast("uintptr_t", pointer))

@@ -185,6 +185,7 @@ int main(int argc, char **argv) {
   FAILS(sd_job_device_pixels(NULL, &tensor), SD_ERROR_CONFIG, "job is NULL");
   FAILS(sd_job_device_pixels(unfinished, NULL), SD_ERROR_CONFIG, "tensor is NULL");
   CHECK(sd_context_close(context) == NULL);
+  FAILS(sd_context_close(context), SD_ERROR_CONFIG, "the context is closed");
   CHECK(sd_job_poll(unfinished, NULL) == SD_JOB_CANCELLED);
   FAILS(sd_job_result(unfinished, &none), SD_ERROR_CANCELLED, "cancelled");
   FAILS(sd_job_device_pixels(unfinished, &tensor), SD_ERROR_CANCELLED, "cancelled");
