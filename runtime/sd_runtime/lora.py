@@ -51,6 +51,7 @@ class Lora:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         object.__setattr__(self, "sha256", digest)
+        object.__setattr__(self, "path", self.path.absolute())  # it is read again, from anywhere
 
     def __str__(self) -> str:
         """As a picture's recipe names it: the same file by any name is the same."""

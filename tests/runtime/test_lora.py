@@ -164,6 +164,15 @@ def test_files_that_are_no_lora_of_the_model(
         Pipeline.load(folder / "bundle", threads=1, loras=[str(tmp_path / "a.safetensors")])
 
 
+def test_a_lora_is_found_again_from_another_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with Pipeline.load("bundle", loras=["one.safetensors"], threads=1) as pipeline:
+        monkeypatch.chdir("/")
+        pipeline.generate(SHALLOW)
+
+
 def test_one_lora_without_a_list(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"one\.safetensors', no list"):
         Pipeline.load(folder / "bundle", loras=str(folder / "one.safetensors"))
