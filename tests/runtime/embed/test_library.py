@@ -67,7 +67,7 @@ def test_the_library_exports_the_frozen_symbols(library: Path) -> None:
 def test_nothing_but_statuses_crosses_the_boundary(
     library: Path, compiled: Callable[..., Path], tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    program, pixels = compiled("boundary.c", "-ldl"), tmp_path / "pixels"
+    program, pixels = compiled("boundary.c", "-ldl", "-pthread"), tmp_path / "pixels"
     done = run(program, library, tiny_model.bundle, pixels)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     request = Request("a cat", seed=5, num_inference_steps=3, scheduler="ddim", eta=0.5)

@@ -189,6 +189,8 @@ int sd_job_poll(sd_job *job, sd_progress *progress) {
   return state;
 }
 
+static void unlock(void *lock) { pthread_mutex_unlock(lock); }
+
 int sd_job_wait(sd_job *job, int64_t timeout_ms) {
   if (job == NULL) return SD_JOB_FAILED;
   struct timespec until;
@@ -200,16 +202,17 @@ int sd_job_wait(sd_job *job, int64_t timeout_ms) {
     until.tv_sec += wait_ms / 1000 + ns / 1000000000;
     until.tv_nsec = ns % 1000000000;
   }
+  int late = 0, state;
   pthread_mutex_lock(&job->lock);
-  int late = 0;
+  pthread_cleanup_push(unlock, &job->lock); /* where this thread is cancelled meanwhile */
   while (job->state < SD_JOB_SUCCEEDED && late == 0) {
     if (timeout_ms < 0)
       pthread_cond_wait(&job->ended, &job->lock);
     else
       late = pthread_cond_timedwait(&job->ended, &job->lock, &until);
   }
-  int state = job->state;
-  pthread_mutex_unlock(&job->lock);
+  state = job->state;
+  pthread_cleanup_pop(1);
   return state;
 }
 

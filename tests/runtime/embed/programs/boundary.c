@@ -2,6 +2,7 @@
  * writes the pixels of one picture, prints only what went wrong. The library is loaded as a
  * plug-in would be: late, and out of sight of others. */
 #include <dlfcn.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,13 @@ static void slow_down(void *user_data, void *job_data, sd_job *job, const sd_pro
 
 static void read_dispositions(struct sigaction *all) {
   for (int number = 1; number < NUM_SIGNALS; number++) sigaction(number, NULL, &all[number]);
+}
+
+static __typeof__(&sd_job_wait) wait_for_job;
+
+static void *wait_for_ever(void *job) {
+  wait_for_job(job, -1);
+  return NULL;
 }
 
 int main(int argc, char **argv) {
@@ -177,6 +185,14 @@ int main(int argc, char **argv) {
   newer.known.device_pixels = 1;
   CHECK(sd_job_submit(context, &newer.known, &unfinished) == NULL);
   CHECK(sd_job_wait(unfinished, 1) < SD_JOB_SUCCEEDED);
+  pthread_t waiting; /* and cancelled: it must not take the job's lock with it */
+  wait_for_job = sd_job_wait;
+  CHECK(pthread_create(&waiting, NULL, wait_for_ever, unfinished) == 0);
+  usleep(100000);
+  CHECK(pthread_cancel(waiting) == 0 && pthread_join(waiting, NULL) == 0);
+  alarm(60);
+  CHECK(sd_job_poll(unfinished, NULL) < SD_JOB_SUCCEEDED);
+  alarm(0);
   sd_result none = {.struct_size = sizeof none};
   FAILS(sd_job_result(unfinished, &none), SD_ERROR_NOT_ENDED, "not ended");
   struct DLManagedTensor *tensor = (struct DLManagedTensor *)&none;
