@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
 from sd_runtime.engines import components_to_open, first_batches, open_engines
-from sd_runtime.lora import OWNERS, fused_weights
+from sd_runtime.lora import OWNERS, check_unchanged, fused_weights
 from sd_runtime.work_stream import NO_STREAM
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class EngineSet(Closing):
         """The engine of ``component``: one not open yet opens on the UNet's backend, if it can."""
         if component not in self.opened:
             unet = self.opened["unet"].entry
+            if component in OWNERS:
+                check_unchanged(self.loras)
             self.opened[component] = self._open(component, self.loras, prefer=unet)
         return self.opened[component]
 
@@ -97,6 +99,7 @@ class EngineSet(Closing):
         graphs, ours = bundle.manifest.components, self.bundle.manifest.components
         shared = {n: e for n, e in self.opened.items() if graphs[n] == ours[n]}
         unet = self.opened["unet"].entry
+        check_unchanged(self.loras)
         opened = open_engines(
             bundle,
             [name for name in components_to_open(bundle, {}) if name not in shared],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from sd_runtime.task import reads_image
 from sd_runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -82,6 +82,16 @@ def find_loras(loras: Sequence[str | Lora]) -> tuple[Lora, ...]:
     if isinstance(loras, str):
         raise ConfigError(f"loras is {loras!r}, no list", "Give a list of one: [FILE].")
     return tuple(lora if isinstance(lora, Lora) else find_lora(lora) for lora in loras)
+
+
+def check_unchanged(loras: Iterable[Lora]) -> None:
+    """`ConfigError` where a file is no longer what it was when it was put on."""
+    for lora in loras:
+        if not lora.path.is_file() or replace(lora) != lora:  # which reads it anew
+            raise ConfigError(
+                f"{lora.path} was changed after it was put on the engines",
+                "Put LoRAs on again before an engine is opened that was not needed so far.",
+            )
 
 
 def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict[str, NDArray[Any]]:

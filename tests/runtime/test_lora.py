@@ -173,6 +173,17 @@ def test_a_lora_is_found_again_from_another_folder(
         pipeline.generate(SHALLOW)
 
 
+def test_a_lora_that_changed_is_not_half_put_on(folder: Path, tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "own.safetensors", seed=1)
+    with Pipeline.load(folder / "bundle", loras=[str(path)], threads=1) as pipeline:
+        write_lora(path, seed=2)
+        pipeline.generate(REQUEST)  # the first one is on its engines
+        with pytest.raises(ConfigError, match=r"own\.safetensors was changed"):
+            pipeline.generate(SHALLOW)
+        pipeline.use_loras([str(path)])
+        pipeline.generate(SHALLOW)
+
+
 def test_one_lora_without_a_list(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"one\.safetensors', no list"):
         Pipeline.load(folder / "bundle", loras=str(folder / "one.safetensors"))
