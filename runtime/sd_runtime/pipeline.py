@@ -6,13 +6,11 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from threading import RLock
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self
 
 from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
 from sd_engines.engine import listed_engines
-from sd_engines.errors import ConfigError
 from sd_runtime.engine_set import EngineSet
 from sd_runtime.engines import text_encoders
 from sd_runtime.lora import Lora, find_loras
@@ -20,11 +18,12 @@ from sd_runtime.plan import plan
 from sd_runtime.refiner import at_size_of
 from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.tokenizer import Tokenizer
+from sd_runtime.turns import Turns
 from sd_runtime.work_stream import work_stream
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from sd_engines.entries import EngineEntry
     from sd_engines.spec import Precision, Profile
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from sd_runtime.result import Result, Step
     from sd_runtime.work_stream import WorkStream
 
-_Made = TypeVar("_Made")
 TOKENIZER_OF = {
     "text_encoder": "tokenizer/tokenizer.json",
     "text_encoder_2": "tokenizer_2/tokenizer.json",
@@ -66,8 +64,7 @@ class Pipeline(Closing):
         self._tokenizers = dict(tokenizers)
         second = None if refiner is None else refiner._painter
         self._painter: Painter = Painter(engines, self._tokenizers, refiner=second)
-        self._drawing = RLock()
-        self._turn: object = None  # of the newest stream
+        self._turns = Turns()
 
     @classmethod
     def load(
@@ -193,11 +190,11 @@ class Pipeline(Closing):
         Where one is refused, everything stays as it is. Raises as `load`.
         """
         found = find_loras(loras)
-        with self._drawing:
+        with self._turns.lock:
             self._close_others()
             self._engines.use_loras(found)
             self._painter.renew()
-            self._turn = None
+            self._turns.take()
 
     def generate(self, request: Request) -> Result:
         """Draw all pictures of ``request``.
@@ -206,7 +203,7 @@ class Pipeline(Closing):
         or its output is no picture.
         """
         steps = self.stream(request)
-        with self._drawing:
+        with self._turns.lock:
             for step in steps:
                 if step.result is not None:
                     return step.result
@@ -223,24 +220,12 @@ class Pipeline(Closing):
         return self._steps(replace(planned, request=planned.request.seeded()))
 
     def _steps(self, planned: Plan) -> Generator[Step]:
-        turn = object()
-        with self._drawing:
-            self._turn = turn
+        with self._turns.lock:
+            in_turn = partial(self._turns.run, self._turns.take())
             painter = self._at(planned.profile.height, planned.profile.width)._painter
         with closing(painter.stream(planned)) as steps:
-            while step := self._in_turn(turn, partial(next, steps, None)):
-                preview = partial(self._in_turn, turn, step.decode_preview)
-                yield replace(step, decode_preview=preview)
-
-    def _in_turn(self, turn: object, run: Callable[[], _Made]) -> _Made:
-        """What ``run`` makes, if no other's turn has come: all requests share the same buffers."""
-        with self._drawing:
-            if self._turn is not turn:
-                raise ConfigError(
-                    "another request, or other LoRAs, came before this one had ended",
-                    "Draw one after the other, or load a pipeline for each.",
-                )
-            return run()
+            while step := in_turn(partial(next, steps, None)):
+                yield replace(step, decode_preview=partial(in_turn, step.decode_preview))
 
     def _at(self, height: int, width: int) -> Pipeline:
         """The pipeline that draws this size: this one, or one beside it.
