@@ -15,8 +15,9 @@ from sd_engines.errors import ConfigError, ExportError
 from sd_engines.spec import BATCH, CONTROL_EMBEDDING, CONTROLNET, MID_RESIDUAL, RESIDUAL, TensorSpec
 from sd_export.config_fields import checked_config
 from sd_export.family import CONTROLNET_STRENGTH, latent_channels, vae_scale_factor
+from sd_export.hub import find_snapshot
 from sd_export.kind import Kind
-from sd_export.model_files import read_json, weight_files
+from sd_export.model_files import read_json
 from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
 
 if TYPE_CHECKING:
@@ -116,17 +117,14 @@ def find_controlnet(source: str) -> FoundControlNet:
     if path is not None and path.is_file():
         what = "is one file" if path.suffix in SINGLE_FILE_SUFFIXES else "is no folder"
         raise ConfigError(f"--controlnet {source} {what}", _HINT)
-    name = source
-    if path is None:
-        from sd_export.hub import fetch_controlnet
-
-        path, commit = fetch_controlnet(source)
-        name = f"{source}@{commit}"
-    config = checked_config("controlnet", read_json(path / "config.json", component="controlnet"))
+    found = find_snapshot(source, path)
+    stated = read_json(found.folder / "config.json", component="controlnet")
+    config = checked_config("controlnet", stated)
     kind = config.get("_class_name", "ControlNetModel")
     if kind != "ControlNetModel":
         raise _error(f"{source} is a {kind}, not a ControlNetModel")
-    return FoundControlNet(name, config, weight_files(path, "controlnet", None))
+    name = source if found.commit is None else f"{source}@{found.commit}"
+    return FoundControlNet(name, config, found.fetch_weights(found.folder, "controlnet"))
 
 
 def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,15 +7,15 @@ HF_HUB_OFFLINE; files land in its cache and are shared with everything else that
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ExportError
-from sd_export.model_files import CONTROLNET_STEM, WEIGHT_STEMS, weight_kinds
-from sd_export.source import read_index
+from sd_export.model_files import weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from huggingface_hub import errors
 
@@ -34,66 +34,56 @@ _SMALL_FILES = (
     "tokenizer_2/*.json",
     "tokenizer_2/merges.txt",
     "feature_extractor/preprocessor_config.json",
+    "*.index*.json",
 )
 
 
-def fetch(model: str, *, revision: str | None, variant: str | None) -> tuple[Path, str]:
-    """Bring a snapshot's needed files onto this disk; its folder and its commit.
+@dataclass(frozen=True)
+class Snapshot:
+    """Models in ``folder``: one of this disk, or a repository of the Hub at a ``commit``.
+
+    Of the Hub's, the small ones of ``files`` lie there, and others once they are fetched.
+    """
+
+    model: str
+    folder: Path
+    commit: str | None = None
+    files: tuple[Path, ...] | None = None
+
+    def fetch(self, files: Iterable[Path]) -> None:
+        """Bring some of `files` onto this disk; `ExportError` as of `find_snapshot`."""
+        if self.commit is not None:
+            with _hub_errors(self.model, self.commit):
+                names = [path.relative_to(self.folder).as_posix() for path in files]
+                _download(self.model, self.commit, names)
+
+    def fetch_weights(self, folder: Path, component: str) -> tuple[Path, ...]:
+        """The weight files of the one model in ``folder``, fetched; errors as of `weight_files`."""
+        weights = weight_files(folder, component, None, files=self.files)
+        self.fetch(weights)
+        return weights
+
+
+def find_snapshot(model: str, path: Path | None, *, revision: str | None = None) -> Snapshot:
+    """The folder ``path``, or without one what the Hub has by the id ``model``.
 
     Raises `ExportError` that says whether the model, the revision, the permission or the network
     is what is missing.
     """
+    if path is not None:
+        return Snapshot(model, path)
     with _hub_errors(model, revision):
-        folder = _small_files(model, revision=revision)
+        folder = _download(model, revision, _SMALL_FILES)
         commit = folder.name
-        read_index(folder, source=model)  # gigabytes are not fetched to be refused
-        patterns = _weight_patterns(_files(model, commit, folder), variant)
-        _download(model, commit, [*_SMALL_FILES, *patterns])
-    return folder, commit
+        return Snapshot(model, folder, commit, tuple(_files(model, commit, folder)))
 
 
-def fetch_vae(model: str) -> tuple[Path, str]:
-    """The same for a VAE alone, or the VAE of a whole checkpoint: its own folder, and the commit.
-
-    Without a config of its own that is its folder ``vae``, whether or not there is one.
-    """
-    with _hub_errors(model, None):
-        folder = _small_files(model, revision=None)
-        commit = folder.name
-        inner = "" if (folder / "config.json").is_file() else "vae/"
-        files = {name for name in _files(model, commit, folder) if name.startswith(inner)}
-        moved = [f"vae/{name.removeprefix(inner)}" for name in files]
-        patterns = _weight_patterns(moved, None, components=("vae",))
-        _download(model, commit, [inner + pattern.removeprefix("vae/") for pattern in patterns])
-    return folder / inner, commit
-
-
-def fetch_controlnet(model: str) -> tuple[Path, str]:
-    """The same for one ControlNet, which is its repository's only model."""
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub
 
-    with _hub_errors(model, None):
-        small = ["config.json"]
-        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=small))
-        commit = folder.name
-        patterns = _patterns_of("", CONTROLNET_STEM, _files(model, commit, folder), variant=None)
-        _download(model, commit, small + patterns)
-    return folder, commit
-
-
-def _small_files(model: str, *, revision: str | None) -> Path:
-    import huggingface_hub
-
-    patterns = list(_SMALL_FILES)
     return Path(
-        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns))
     )
-
-
-def _download(model: str, commit: str, patterns: list[str]) -> None:
-    import huggingface_hub
-
-    huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
 
 
 @contextmanager
@@ -154,7 +144,7 @@ def _refusal(error: errors.HfHubHTTPError) -> tuple[str, str]:
     return f"the Hub answered {status}", "Try again in a while."
 
 
-def _files(model: str, commit: str, folder: Path) -> list[str]:
+def _files(model: str, commit: str, folder: Path) -> Iterator[Path]:
     """All files of the snapshot, as listed by the first download, or as found in the cache."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -162,31 +152,6 @@ def _files(model: str, commit: str, folder: Path) -> list[str]:
     try:
         tree = huggingface_hub.get_cached_repo_tree(model, revision=commit)
     except errors.CachedRepoTreeNotFoundError:
-        return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    return [file.path for file in tree]
-
-
-def _weight_patterns(
-    files: Iterable[str], variant: str | None, *, components: Iterable[str] = WEIGHT_STEMS
-) -> list[str]:
-    """For each model the one kind of file to read: safetensors where there is one, else pickles."""
-    present = set(files)
-    patterns = []
-    for component in components:
-        patterns += _patterns_of(f"{component}/", WEIGHT_STEMS[component], present, variant=variant)
-    return patterns
-
-
-def _patterns_of(
-    folder: str, stem: str, files: Collection[str], *, variant: str | None
-) -> list[str]:
-    """The same for one model, whose files lie in ``folder``: empty, or with a slash at its end."""
-    middle = f".{variant}" if variant else ""
-    for start, suffix in weight_kinds(stem):
-        name = f"{folder}{start}{middle}.{suffix}"
-        sharded = f"{folder}{start}{middle}-"
-        if name in files:
-            return [name]
-        if any(file.startswith(sharded) and file.endswith(suffix) for file in files):
-            return [f"{sharded}*.{suffix}", f"{folder}{start}*.index*.json"]
-    return []
+        yield from (path for path in folder.rglob("*") if path.is_file())
+    else:
+        yield from (folder / file.path for file in tree)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 WEIGHT_STEMS = {
@@ -21,28 +22,38 @@ WEIGHT_STEMS = {
     "image_encoder": "model",
 }
 """Models of a checkpoint folder, and the stem of their safetensors file."""
-CONTROLNET_STEM = "diffusion_pytorch_model"
+_STEM = "diffusion_pytorch_model"
+"""Of a ControlNet."""
+_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$")
 
 
-def weight_kinds(stem: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """How names of weight files start and end: safetensors of the ``stem``, before pickles."""
-    return (stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")
+def weight_files(
+    folder: Path, component: str, variant: str | None, *, files: Iterable[Path] | None = None
+) -> tuple[Path, ...]:
+    """The weight files of one model: safetensors before pickles, all shards of a sharded one.
 
-
-def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
-    """The weight files of one model: safetensors before pickles, all shards of a sharded one."""
+    ``files`` are what ``folder`` will hold, other folders' among them; None means what it holds.
+    """
+    stem = WEIGHT_STEMS.get(component, _STEM)
     middle = f".{variant}" if variant else ""
-    for start, suffix in weight_kinds(WEIGHT_STEMS.get(component, CONTROLNET_STEM)):
-        whole = folder / f"{start}{middle}.{suffix}"
-        if whole.is_file():
-            return (whole,)
-        index = folder / f"{start}.{suffix}.index{middle}.json"
-        if index.is_file():
-            return _shards(index, component=component)
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    if files is None:
+        files = (path for path in folder.iterdir() if path.is_file())
+    present = {path.name for path in files if path.parent == folder}
+    for start, suffix in ((stem, "safetensors"), (pickle_stem, "bin")):
+        whole = f"{start}{middle}.{suffix}"
+        if whole in present:
+            return (folder / whole,)
+        for index in (  # the second as diffusers named it before 0.31
+            f"{start}.{suffix}.index{middle}.json",
+            f"{start}.{suffix}{middle}.index.json",
+        ):
+            if index in present:
+                return _shards(folder / index, present, component=component)
+    found = sorted(name for name in present if name.endswith((".safetensors", ".bin")))
     others = f"; found {', '.join(found)}" if found else ""
     asked = f" for variant {variant!r}" if variant else ""
-    variants = sorted({m[1] for n in found if (m := re.search(r"\.(\w+)\.(safetensors|bin)$", n))})
+    variants = sorted({m[1] for name in found if (m := _VARIANT.search(name))})
     hint = (
         f"Try --variant {variants[0]}."
         if variants and variant is None
@@ -55,14 +66,13 @@ def weight_files(folder: Path, component: str, variant: str | None) -> tuple[Pat
     )
 
 
-def _shards(index: Path, *, component: str) -> tuple[Path, ...]:
-    """The files beside ``index`` that it names; `ExportError` for one that is not there."""
+def _shards(index: Path, present: Collection[str], *, component: str) -> tuple[Path, ...]:
+    """The files beside ``index`` that it names; `ExportError` for one that is not ``present``."""
     shards = read_json(index, component=component).get("weight_map")
     names = set(shards.values()) if isinstance(shards, dict) and _are_texts(shards) else set()
     if not names:
         raise missing_part(component, f"the weight_map of {index.name} names no shards")
-    present = {path.name for path in index.parent.iterdir() if path.is_file()}
-    if missing := sorted(names - present):
+    if missing := sorted(names.difference(present)):
         raise missing_part(component, f"shard {missing[0][:100]} is missing")
     return tuple(index.with_name(name) for name in sorted(names))
 

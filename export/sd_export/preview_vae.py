@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.config_fields import checked_config
 from sd_export.family import latent_channels, vae_scale_factor
-from sd_export.model_files import read_json, weight_files
+from sd_export.hub import find_snapshot
+from sd_export.model_files import read_json
 from sd_export.source import local_path
-from sd_export.vae import Vae
+from sd_export.vae import Vae, vae_folder
 from sd_export.weights import Weights
 
 if TYPE_CHECKING:
@@ -30,14 +31,11 @@ def with_preview_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
     Raises `ConfigError` for a name that is neither, `ExportError` for what cannot be had, is no
     such VAE, or reads other latents.
     """
-    folder = local_path(model, hint=_HINT)
-    if folder is not None and not folder.is_dir():
+    path = local_path(model, hint=_HINT)
+    if path is not None and not path.is_dir():
         raise ConfigError(f"--preview-vae {model} is no folder", _HINT)
-    commit = None
-    if folder is None:
-        from sd_export.hub import fetch_vae
-
-        folder, commit = fetch_vae(model)
+    snapshot = find_snapshot(model, path)
+    folder = vae_folder(snapshot.folder)
     config = checked_config(PREVIEW_VAE, read_json(folder / "config.json", component=PREVIEW_VAE))
     kind = config.get("_class_name")
     if kind != "AutoencoderTiny":
@@ -52,14 +50,18 @@ def with_preview_vae(checkpoint: Checkpoint, model: str) -> Checkpoint:
     ):
         if found != wanted:
             raise _error(f"{model} has {found} {words}, the checkpoint's own VAE {wanted}")
-    weights = weight_files(folder, "vae", None)
+    weights = snapshot.fetch_weights(folder, "vae")
     Weights(weights, component=PREVIEW_VAE).close()  # refused now rather than after the UNet
     return replace(
         checkpoint,
         configs={**checkpoint.configs, PREVIEW_VAE: config},
         weights={**checkpoint.weights, PREVIEW_VAE: weights},
         preview_vae=Vae(
-            source=model, revision=commit, config=config, weights=weights, single_file=False
+            source=model,
+            revision=snapshot.commit,
+            config=config,
+            weights=weights,
+            single_file=False,
         ),
     )
 

@@ -26,6 +26,7 @@ from sd_export.family import (
     pipeline_defaults,
     text_encoders,
 )
+from sd_export.hub import find_snapshot
 from sd_export.license import card_license
 from sd_export.model_files import missing_part, read_json, weight_files
 from sd_export.upscaler import LOW_RES_SCHEDULER, max_noise_level, upscaler_configs
@@ -33,6 +34,8 @@ from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from sd_export.hub import Snapshot
 
 _SEERS = ("safety_checker", DEPTH_ESTIMATOR, IMAGE_ENCODER)
 """Models of pictures, which the checkpoint's feature_extractor prepares for them."""
@@ -79,12 +82,10 @@ def find_checkpoint(
             f"--prediction-type {prediction_type} is for single files, which cannot tell it",
             "Leave it out: the folder's scheduler/scheduler_config.json says what holds.",
         )
-    if path is not None:
-        return read_folder(path, source=model, revision=None, variant=variant)
-    from sd_export.hub import fetch
-
-    folder, commit = fetch(model, revision=revision, variant=variant)
-    return read_folder(folder, source=model, revision=commit, variant=variant)
+    found = find_snapshot(model, path, revision=revision)
+    checkpoint = read_folder(found, variant=variant)
+    found.fetch(path for paths in checkpoint.weights.values() for path in paths)
+    return checkpoint
 
 
 def local_path(
@@ -137,10 +138,12 @@ def _single_file(
     )
 
 
-def read_folder(
-    folder: Path, *, source: str, revision: str | None, variant: str | None
-) -> Checkpoint:
-    """Read a checkpoint in the diffusers layout; `ExportError` names the part that is wrong."""
+def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
+    """Read a checkpoint in the diffusers layout; `ExportError` names the part that is wrong.
+
+    Its weights are still to be fetched.
+    """
+    folder, source = found.folder, found.model
     index, defaults = read_index(folder, source=source)
     second = _is_named(index, "text_encoder_2")
     variation = _is_named(index, "image_encoder") and not _is_named(index, "text_encoder")
@@ -184,9 +187,11 @@ def read_folder(
     card = readme if readme.is_file() else None
     return Checkpoint(
         source=source,
-        revision=revision,
+        revision=found.commit,
         configs=configs,
-        weights={part: weight_files(folder / part, part, variant) for part in parts},
+        weights={
+            part: weight_files(folder / part, part, variant, files=found.files) for part in parts
+        },
         tokenizers=tokenizers,
         licenses=tuple(
             sorted(p for p in folder.iterdir() if _LICENSE_FILE.fullmatch(p.name) and p.is_file())

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.config_fields import checked_config
 from sd_export.family import vae_scale_factor
-from sd_export.model_files import read_json, weight_files
+from sd_export.hub import Snapshot, find_snapshot
+from sd_export.model_files import read_json
 from sd_export.source import SINGLE_FILE_SUFFIXES, local_path
 from sd_export.weights import Weights
 
@@ -65,25 +66,31 @@ def _find(model: str) -> Vae:
     path = local_path(model, hint=_USE, suffixes=_SUFFIXES)
     if path is not None and path.is_file():
         return _of_file(model, path)
-    if path is not None:
-        folder = path if (path / "config.json").is_file() else path / "vae"
-        return _of_folder(model, folder, revision=None)
-    from sd_export.hub import fetch_vae
-
-    folder, commit = fetch_vae(model)
-    return _of_folder(model, folder, revision=commit)
+    return _of_folder(find_snapshot(model, path))
 
 
-def _of_folder(model: str, folder: Path, *, revision: str | None) -> Vae:
+def vae_folder(folder: Path) -> Path:
+    """Where the VAE of ``folder`` lies, which is one by itself or a whole checkpoint."""
+    return folder if (folder / "config.json").is_file() else folder / "vae"
+
+
+def _of_folder(found: Snapshot) -> Vae:
+    model, folder = found.model, vae_folder(found.folder)
     if not (folder / "config.json").is_file():
         raise _error(f"{model} holds no VAE: it has neither config.json nor vae/config.json")
     config = checked_config("vae", read_json(folder / "config.json", component="vae"))
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise _error(f"{model} holds a {kind or 'model of no known class'}, not an AutoencoderKL")
-    weights = weight_files(folder, "vae", None)
+    weights = found.fetch_weights(folder, "vae")
     Weights(weights, component="vae").close()  # refused now rather than after the UNet
-    return Vae(source=model, revision=revision, config=config, weights=weights, single_file=False)
+    return Vae(
+        source=model,
+        revision=found.commit,
+        config=config,
+        weights=weights,
+        single_file=False,
+    )
 
 
 def _of_file(model: str, path: Path) -> Vae:

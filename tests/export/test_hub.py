@@ -247,6 +247,37 @@ def test_revision_and_variant(hub: Hub, tmp_path: Path) -> None:
     assert found(find(hub, tmp_path, revision=COMMIT))["revision"] == COMMIT
 
 
+@pytest.mark.parametrize("name", ["{stem}.fp16-{number}", "{stem}-{number}.fp16"])
+def test_shards_are_fetched_of_the_variant_alone(hub: Hub, tmp_path: Path, name: str) -> None:
+    stem = "unet/diffusion_pytorch_model"
+    plain, half = (
+        [form.format(stem=stem, number=f"0000{n}-of-00002") + ".safetensors" for n in (1, 2)]
+        for form in ("{stem}-{number}", name)
+    )
+    middle = "index.fp16" if name.startswith("{stem}.") else "fp16.index"
+    files = {n: data for n, data in hub.commits[COMMIT].items() if not n.startswith(stem)}
+    for names, index in ((plain, "index"), (half, middle)):
+        shards = {f"weight {n}": Path(file).name for n, file in enumerate(names)}
+        files[f"{stem}.safetensors.{index}.json"] = json.dumps({"weight_map": shards}).encode()
+        files |= {file: file.encode() for file in names}
+    hub.commits[COMMIT] = files
+    for options, wanted in (({}, plain), ({"variant": "fp16"}, half)):
+        hub.asked.clear()
+        unet = found(find(hub, tmp_path, **options))["weights"]["unet"]
+        assert [Path(path).read_text() for path in unet] == wanted
+        assert sorted(file for file in hub.asked if "-of-" in file) == wanted
+
+
+def test_a_model_with_half_precision_alone_is_told_before_it_is_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    whole = {name.replace(".fp16", "") for name in hub.commits[COMMIT] if ".fp16." in name}
+    hub.commits[COMMIT] = {n: d for n, d in hub.commits[COMMIT].items() if n not in whole}
+    refused = find(hub, tmp_path)
+    assert "Try --variant fp16." in refused.stderr
+    assert not [name for name in hub.asked if name.endswith((".safetensors", ".bin"))]
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_of_a_repository_with_a_vae_the_vae_is_fetched(
     files: dict[str, bytes], checkpoint: Path, tmp_path: Path, alone: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"])
+def name_as_before(folder: Path) -> None:
+    """Give the files of fp16 shards the names that diffusers gave them until 0.30."""
+    (index,) = folder.glob("*.index.fp16.json")
+    text = re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", index.read_text())
+    index.with_name(index.name.replace(".index.fp16", ".fp16.index")).write_text(text)
+    index.unlink()
+    for shard in folder.glob("*.fp16-*"):
+        shard.rename(shard.with_name(re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", shard.name)))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "fp16 as before"])
 @pytest.mark.parametrize("model", ["unet", "text_encoder"])
 def test_shards_are_read(smallest: Path, tmp_path: Path, model: str, variant: str | None) -> None:
     import diffusers
@@ -30,7 +41,14 @@ def test_shards_are_read(smallest: Path, tmp_path: Path, model: str, variant: st
     kinds = {"unet": diffusers.UNet2DConditionModel, "text_encoder": transformers.CLIPTextModel}
     whole: Any = kinds[model].from_pretrained(smallest / model)
     shutil.rmtree(folder / model)
+    variant, *before = variant.split(" ", 1) if variant else [None]
     whole.save_pretrained(folder / model, variant=variant, max_shard_size="3KB")
+    if variant:
+        with pytest.raises(ExportError) as caught:
+            weight_files(folder / model, model, None)
+        assert caught.value.hint == "Try --variant fp16."
+    if before:
+        name_as_before(folder / model)
     paths = weight_files(folder / model, model, variant)
     assert len(paths) > 1
     checkpoint = find_checkpoint(str(smallest))
