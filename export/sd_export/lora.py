@@ -8,7 +8,7 @@ import torch
 
 from sd_export.weights import Place, Weights
 from sd_runtime import lora as runtime_lora
-from sd_runtime.lora import lora_change
+from sd_runtime.lora import check_changed, lora_change
 from sd_runtime.lora_layers import LoraNotes, lora_layers, model_layers
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ def fuse_loras(
 ) -> None:
     """Add ``loras`` to the weights of ``module``, the ``component`` of the checkpoint's several.
 
-    Raises `ConfigError` for a layer that the model does not have, or has in another shape.
+    Raises `ConfigError` for a layer that the model does not have, has in another shape, or that
+    becomes too large.
     """
     layers = {
         name: layer
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
     }
+    changed: dict[str, list[Lora]] = {}
     for lora in loras:
         file = lora.path.name
         with Weights((lora.path,), component=component) as weights:
@@ -60,3 +62,6 @@ def fuse_loras(
                 )
                 with torch.no_grad():
                     weight += lora.scale * torch.from_numpy(change)
+                changed.setdefault(name, []).append(lora)
+    for name, by in changed.items():
+        check_changed(name, layers[name].weight.numpy(), by)

@@ -137,11 +137,16 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
                     shape=weight.shape,
                 )
             stored = table.stored(name, weight)
-        if not np.abs(stored).max() <= _LARGEST:  # nor is NaN
-            files = " and ".join(f"{lora.path.name}={lora.scale:g}" for lora, *_ in changes)
-            raise lora_error(f"{name} is too large, or not finite, with {files}")
+        check_changed(name, stored, [lora for lora, *_ in changes])
         fused[table.initializer(name)] = stored
     return fused
+
+
+def check_changed(layer: str, weight: NDArray[Any], loras: Iterable[Lora]) -> None:
+    """`ConfigError` where ``weight``, which ``loras`` changed, is none that a model can have."""
+    if not np.abs(weight).max() <= _LARGEST:  # nor is NaN
+        files = " and ".join(f"{lora.path.name}={lora.scale:g}" for lora in loras)
+        raise lora_error(f"{layer} is too large, or not finite, with {files}")
 
 
 def _unread_layers(names: Collection[str]) -> set[str]:

@@ -263,6 +263,21 @@ def test_layers_that_the_model_has_not(
         load_model(found, "unet")
 
 
+@pytest.mark.parametrize("scales", [(20,), (9, 9), (-20,), (1e39,), (1e39, -1e39)])
+def test_sums_that_half_precision_cannot_hold(
+    of_2022: Path, tmp_path: Path, scales: tuple[float, ...]
+) -> None:
+    paths = [tmp_path / f"{index}.safetensors" for index in range(len(scales))]
+    for path in paths:
+        down, up = torch.full((8, 4, 3, 3), 10.0), torch.full((8, 8, 1, 1), 50.0)
+        save_file(peft("unet.conv_in", down, up), path)  # 4,000 everywhere
+    loras = tuple(Lora(path, scale) for path, scale in zip(paths, scales, strict=True))
+    words = " and ".join(f"{lora.path.name}={lora.scale:g}" for lora in loras)
+    with pytest.raises(ConfigError) as caught:
+        load_model(replace(find_checkpoint(str(of_2022)), loras=loras), "unet")
+    assert caught.value.message == f"conv_in is too large, or not finite, with {words}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
