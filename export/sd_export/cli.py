@@ -139,6 +139,10 @@ def export_command(
     from sd_export.usual import usual_backends, usual_output
 
     output = output or usual_output(model)
+    if quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     report = export(
         model,
         output,

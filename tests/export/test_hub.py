@@ -53,6 +53,12 @@ vae = with_vae(own, sys.argv[1]).vae
 print(json.dumps({"revision": vae.revision, "weights": [str(p) for p in vae.weights]}))
 """
 
+QUIET = """
+import sys
+from sd_export.cli import main
+sys.exit(main(["--model", sys.argv[1], "--output", "never-made", "--variant", "int4", "--quiet"]))
+"""
+
 
 class Hub:
     """The stand-in: one repository at two commits, one that is gated, one that is broken."""
@@ -372,6 +378,12 @@ def test_what_cannot_be_exported_is_not_downloaded(
         hub.close()
     assert words in result.stderr
     assert not [name for name in hub.asked if name.endswith(".safetensors")]
+
+
+def test_quiet_means_no_bars_of_downloads(hub: Hub, tmp_path: Path) -> None:
+    result = find(hub, tmp_path, script=QUIET)
+    assert result.stderr.splitlines()[1:] == ["Leave --variant out."]
+    assert hub.asked
 
 
 def test_no_network_is_told_apart(hub: Hub, tmp_path: Path) -> None:
