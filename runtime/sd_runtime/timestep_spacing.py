@@ -30,7 +30,8 @@ def spaced_timesteps(
             stride = num_train_timesteps // points
             return np.arange(points, dtype=np.float64)[::-1][:num_steps] * stride + steps_offset
         case "trailing":
-            return np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps).round() - 1
+            timesteps = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)
+            return timesteps[:num_steps].round() - 1  # the sums' rounding may add one below 0
         case unknown:
             raise ConfigError(
                 f"timestep_spacing {unknown!r} is not supported",

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from sampler_oracle import V1_CONFIG, relative_difference
+from sampler_oracle import V1_CONFIG, relative_difference, run_table
 from sd_engines.errors import ConfigError
 from sd_runtime.scheduler_config import REFUSED, SCHEDULERS, effective_config
 from sd_runtime.scheduler_defaults import DEFAULTS
@@ -74,6 +74,25 @@ def test_every_class_prediction_and_spacing(
     config = {**V1_CONFIG, "prediction_type": prediction_type, "timestep_spacing": spacing}
     for num_inference_steps in (1, 5, 20):
         assert relative_difference(config, class_name, num_inference_steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("class_name", [n for n in DEFAULTS if n[:3] not in ("LCM", "TCD")])
+def test_trailing_steps_are_as_many_as_asked_for(class_name: str) -> None:
+    """Sixty-one of 1000/61 add up to a little less than 1000: diffusers takes one more, at −1.
+
+    There its timesteps are more than its sigmas, or are looked up from the noisy end.
+    """
+    config = {**V1_CONFIG, "timestep_spacing": "trailing"}
+    before, table, after = (
+        compile_table(config, scheduler=class_name, num_inference_steps=steps)
+        for steps in (60, 61, 62)
+    )
+    assert table.num_rows - before.num_rows == after.num_rows - table.num_rows
+    assert len(table.coef_sample) == table.num_rows
+    assert before.timesteps.min() >= table.timesteps.min() >= after.timesteps.min()
+    if not table.draws_noise.any():
+        pictures = [run_table(table) for table in (before, table)]
+        assert np.linalg.norm(pictures[1] - pictures[0]) <= 0.05 * np.linalg.norm(pictures[0])
 
 
 @pytest.mark.parametrize(
