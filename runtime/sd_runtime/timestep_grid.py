@@ -117,9 +117,12 @@ def _respaced(
 ) -> NDArray[np.float64] | None:
     """Sigmas from the first to the last of ``sigmas`` as the config spaces them; None: it does not.
 
-    diffusers takes sigma_max and sigma_min from the config of any class, where they are given.
+    diffusers takes sigma_max and sigma_min from the config of any class, where they are given; only
+    LMS does not for Karras' spacing.
     """
     first, last = config["sigma_max"], config["sigma_min"]
+    if config["_class_name"].startswith("LMS") and config["use_karras_sigmas"]:
+        first = last = None
     sigma_max = float(sigmas[0] if first is None else first)
     sigma_min = float(sigmas[-1] if last is None else last)
     if config.get("use_karras_sigmas"):
