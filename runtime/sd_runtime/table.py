@@ -141,10 +141,7 @@ def _compiled(
             raise ConfigError(f"{word} {value} is out of range", f"Give {word} from 0 to 1.")
     begin = num_inference_steps - int(num_inference_steps * strength)
     if begin == num_inference_steps:
-        raise ConfigError(
-            f"strength {strength} of {num_inference_steps} steps leaves none to run",
-            "Raise strength or num_inference_steps.",
-        )
+        raise _leaves_none(strength, num_inference_steps)
     two_stage = config["_class_name"].startswith(("Heun", "KDPM2"))
     if two_stage and (denoising_start is not None or denoising_end is not None):
         raise ConfigError(
@@ -153,6 +150,8 @@ def _compiled(
         )
     with np.errstate(all="ignore"):  # λ is ∞ without noise; every formula has its limit there
         rows = _rows(name, config, num_inference_steps, eta=eta, begin=begin)
+        if not rows.timesteps:  # a schedule that is clipped has fewer steps than asked for
+            raise _leaves_none(strength, num_inference_steps)
         if denoising_start is not None:
             begin = sum(t >= _cutoff(config, denoising_start) for t in rows.timesteps)
             if begin == len(rows.timesteps):
@@ -186,6 +185,13 @@ def _rows(name: str, config: Mapping[str, Any], num_steps: int, *, eta: float, b
         return sampler_rows(config, num_steps, eta=eta, begin=begin)
     except np.linalg.LinAlgError as error:
         raise _divides_by_zero(name) from error
+
+
+def _leaves_none(strength: float, num_steps: int) -> ConfigError:
+    return ConfigError(
+        f"strength {strength} of {num_steps} steps leaves none to run",
+        "Raise strength or num_inference_steps.",
+    )
 
 
 def _divides_by_zero(name: str) -> ConfigError:

@@ -79,8 +79,7 @@ def exponential_grid(config: Mapping[str, Any], schedule: NoiseSchedule, num_ste
     name, karras = config["_class_name"], config["use_karras_sigmas"]
     half_log_snr = -np.log(train_sigmas[::-1])
     clipped = int(np.searchsorted(half_log_snr, config.get("lambda_min_clipped", -np.inf)))
-    trained = {**config, "num_train_timesteps": config["num_train_timesteps"] - clipped}
-    timesteps = _spaced(trained, num_steps, points=num_steps + 1).round()
+    timesteps = _spaced(config, num_steps, points=num_steps + 1, clipped=clipped).round()
     final = train_sigmas[0]
     respaced = _respaced(config, train_sigmas[::-1], num_steps)
     lu = config.get("use_lu_lambdas", False) and not karras
@@ -102,13 +101,16 @@ def exponential_grid(config: Mapping[str, Any], schedule: NoiseSchedule, num_ste
     return Grid(np.trunc(timesteps), levels)
 
 
-def _spaced(config: Mapping[str, Any], num_steps: int, *, points: int) -> NDArray[np.float64]:
+def _spaced(
+    config: Mapping[str, Any], num_steps: int, *, points: int, clipped: int = 0
+) -> NDArray[np.float64]:
     return spaced_timesteps(
         config.get("timestep_spacing", "linspace"),
         num_steps,
         points=points,
         num_train_timesteps=config["num_train_timesteps"],
         steps_offset=config.get("steps_offset", 0),
+        clipped=clipped,
     )
 
 

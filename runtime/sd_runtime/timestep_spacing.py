@@ -15,23 +15,32 @@ if TYPE_CHECKING:
 
 
 def spaced_timesteps(
-    spacing: str, num_steps: int, *, points: int, num_train_timesteps: int, steps_offset: int
+    spacing: str,
+    num_steps: int,
+    *,
+    points: int,
+    num_train_timesteps: int,
+    steps_offset: int,
+    clipped: int = 0,
 ) -> Array:
     """The first ``num_steps`` of ``points`` timesteps, not rounded.
 
     Lin et al. 2023 (arXiv:2305.08891), table 2.
     ``points`` is num_steps + 1 for solvers whose grid ends at timestep 0 without a step there.
+    The last ``clipped`` of the trained timesteps are not visited; "trailing" keeps its stride even
+    so, and has fewer steps where it is shorter than they are.
     ConfigError for an unknown spacing.
     """
+    visited = num_train_timesteps - clipped
     match spacing:
         case "linspace":
-            return np.linspace(0, num_train_timesteps - 1, points)[::-1][:num_steps]
+            return np.linspace(0, visited - 1, points)[::-1][:num_steps]
         case "leading":
-            stride = num_train_timesteps // points
+            stride = visited // points
             return np.arange(points, dtype=np.float64)[::-1][:num_steps] * stride + steps_offset
         case "trailing":
-            timesteps = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)
-            return timesteps[:num_steps].round() - 1  # the sums' rounding may add one below 0
+            timesteps = np.arange(visited, 0, -num_train_timesteps / num_steps).round() - 1
+            return timesteps[timesteps >= 0]  # the sums' rounding may add one below
         case unknown:
             raise ConfigError(
                 f"timestep_spacing {unknown!r} is not supported",

@@ -241,6 +241,10 @@ def test_sa_solver_options(predictor_order: int, corrector_order: int, algorithm
         ("dpm++_2m_karras", {"beta_schedule": "squaredcos_cap_v2"}),
         ("dpm++_2m", {"use_lu_lambdas": True}),
         ("dpm++_2m", {"lambda_min_clipped": -2.0}),
+        ("dpm++_2m", {"lambda_min_clipped": -2.0, "timestep_spacing": "leading"}),
+        ("dpm++_2m", {"lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}),
+        ("dpm++_3m_sde", {"lambda_min_clipped": -1.0, "timestep_spacing": "trailing"}),
+        ("sa", {"lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}),
         ("dpm++_2m", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
         ("dpm++_2m", {"solver_type": "bh2", "algorithm_type": "deis"}),
         ("lcm", {"original_inference_steps": 100, "timestep_scaling": 5.0}),
@@ -401,6 +405,15 @@ def test_what_no_table_can_hold_is_refused(name: str, options: dict[str, Any], w
 def test_requests_out_of_range(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         compile_table(V1_CONFIG, scheduler="ddim", **options)
+
+
+def test_a_clipped_schedule_has_no_steps_for_a_small_strength() -> None:
+    config = {**V1_CONFIG, "lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}
+    assert relative_difference(config, "dpm++_2m", 12, strength=0.5) <= TOLERANCE
+    for name in ("dpm++_2m", "dpm++_3m_sde", "sa"):
+        assert compile_table(config, scheduler=name, num_inference_steps=12).num_rows < 12
+        with pytest.raises(ConfigError, match="leaves none"):
+            compile_table(config, scheduler=name, num_inference_steps=12, strength=0.1)
 
 
 def test_runge_kutta_warm_up_needs_its_steps() -> None:
