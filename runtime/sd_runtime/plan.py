@@ -190,6 +190,7 @@ def _plan(
     if request.safety_guidance is not None:
         safety = SAFETY_STRENGTHS[request.safety_guidance]
         request = replace(request, safety_concept=request.safety_concept or SAFETY_CONCEPT)
+    widths = _unet_input_widths(manifest)
     config = pipeline_scheduler_config(model.scheduler, family=model.family)
     if request.mask is not None and model.family != STABLE_DIFFUSION_XL:
         config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
@@ -200,11 +201,11 @@ def _plan(
         num_inference_steps=steps,
         eta=request.eta,
         strength=strength,
+        keeps_steps=TIMESTEP_COND in widths and request.mask is None and not request.control_image,
         denoising_start=denoising_start,
     )
     table = compiled(denoising_end=denoising_end)
     of_rows = table.num_rows if denoising_end is None else compiled().num_rows
-    widths = _unet_input_widths(manifest)
     if LOW_RES_LATENTS in widths:  # Karras et al. 2022 (arXiv:2206.00364), table 1
         told = np.log(table.sigma[:-1] / table.alpha[:-1]) / 4
         table = replace(table, timesteps=told)

@@ -92,6 +92,7 @@ def compile_table(
     num_inference_steps: int,
     eta: float = 0.0,
     strength: float = 1.0,
+    keeps_steps: bool = False,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
 ) -> SchedulerTable:
@@ -103,6 +104,8 @@ def compile_table(
         num_inference_steps: 1 … num_train_timesteps.
         eta: 0 … 1, the noise of DDIM and TCD; the others have no such setting.
         strength: 0 … 1, the share of the steps that image-to-image runs, as its pipeline counts.
+        keeps_steps: of LCM, whether all steps run, over the share of the distillation that
+            strength leaves, as the image-to-image pipeline of latent consistency models counts.
         denoising_start: 0 … 1, the share of the trained timesteps that another has done before, as
             the pipelines of Stable Diffusion XL count; it takes the place of strength.
         denoising_end: 0 … 1, the share after which another goes on.
@@ -113,7 +116,14 @@ def compile_table(
     """
     config = json.dumps(dict(scheduler_config))
     return _compiled(
-        config, scheduler, num_inference_steps, eta, strength, denoising_start, denoising_end
+        config,
+        scheduler,
+        num_inference_steps,
+        eta,
+        strength,
+        keeps_steps,
+        denoising_start,
+        denoising_end,
     )
 
 
@@ -124,6 +134,7 @@ def _compiled(
     num_inference_steps: int,
     eta: float,
     strength: float,
+    keeps_steps: bool,
     denoising_start: float | None,
     denoising_end: float | None,
 ) -> SchedulerTable:
@@ -139,6 +150,8 @@ def _compiled(
     for word, value in (("eta", eta), ("strength", strength)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{word} {value} is out of range", f"Give {word} from 0 to 1.")
+    if keeps_steps and config["_class_name"].startswith("LCM"):
+        config["distilled_share"], strength = strength, 1.0
     begin = num_inference_steps - int(num_inference_steps * strength)
     if begin == num_inference_steps:
         raise _leaves_none(strength, num_inference_steps)

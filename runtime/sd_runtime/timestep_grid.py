@@ -46,6 +46,7 @@ def distilled_grid(config: Mapping[str, Any], num_steps: int) -> list[int]:
         num_steps,
         original_inference_steps=config["original_inference_steps"],
         num_train_timesteps=config["num_train_timesteps"],
+        share=config.get("distilled_share", 1.0),
     )
     return [int(t) for t in timesteps]
 

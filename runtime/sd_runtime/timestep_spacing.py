@@ -49,22 +49,28 @@ def spaced_timesteps(
 
 
 def distilled_timesteps(
-    num_steps: int, *, original_inference_steps: int, num_train_timesteps: int
+    num_steps: int, *, original_inference_steps: int, num_train_timesteps: int, share: float = 1.0
 ) -> Array:
-    """Evenly skipped timesteps of the distillation grid. Luo et al. 2023 (arXiv:2310.04378)."""
+    """Evenly skipped timesteps of the distillation grid, or of the ``share`` at its end.
+
+    Luo et al. 2023 (arXiv:2310.04378).
+    """
     if original_inference_steps > num_train_timesteps:
         raise ConfigError(
             f"original_inference_steps {original_inference_steps} exceeds num_train_timesteps "
             f"{num_train_timesteps}",
             "Correct the scheduler config.",
         )
-    if num_steps > original_inference_steps:
+    points = int(original_inference_steps * share)
+    if num_steps > points:
         raise ConfigError(
-            f"{num_steps} steps are more than the {original_inference_steps} of the distillation",
-            f"Take 1 to {original_inference_steps} steps; distilled models want about 4.",
+            f"{num_steps} steps are more than the {points} of the distillation",
+            f"Take 1 to {points} steps; distilled models want about 4."
+            if points
+            else "Raise strength.",
         )
     stride = num_train_timesteps // original_inference_steps
-    original = np.arange(original_inference_steps, 0, -1, dtype=np.float64) * stride - 1
+    original = np.arange(points, 0, -1, dtype=np.float64) * stride - 1
     kept = np.linspace(0, len(original), num_steps, endpoint=False).astype(np.int64)
     return original[kept]
 

@@ -187,7 +187,10 @@ def _for_task(oracle: DiffusionPipeline, kind: str, parts: dict[str, Any]) -> Di
         if kind != "ControlNet":
             options["requires_aesthetics_score"] = config.get("requires_aesthetics_score", False)
         options["add_watermarker"] = False
-    pipeline_class = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline")
+    family = f"StableDiffusion{'XL' if xl else ''}"
+    if kind == "Img2Img" and oracle.unet.config.time_cond_proj_dim is not None:
+        family = "LatentConsistencyModel"
+    pipeline_class = getattr(diffusers, f"{family}{kind}Pipeline")
     return pipeline_class(**parts, **options)
 
 

@@ -119,6 +119,25 @@ def test_a_unet_that_is_told_its_guidance(consistency_model: TinyModel, masked: 
     consistency_model.assert_same(request)
 
 
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 4), (0.13, 6), (1.0, 3)])
+def test_a_latent_consistency_model_takes_all_its_steps(
+    consistency_model: TinyModel, strength: float, steps: int
+) -> None:
+    """Over what strength leaves of the timesteps that it was distilled on."""
+    options = {"strength": strength, "num_inference_steps": steps}
+    request = request_for(consistency_model, masked=False, **options)
+    rows = [step.timestep for step in consistency_model.pipeline.stream(request)]
+    assert len(rows) == steps
+    assert rows[0] == 20 * int(50 * strength) - 1
+    consistency_model.assert_same(request)
+
+
+def test_strength_leaves_enough_of_the_distillation(consistency_model: TinyModel) -> None:
+    request = request_for(consistency_model, masked=False, strength=0.1, num_inference_steps=6)
+    with pytest.raises(ConfigError, match="6 steps are more than the 5 of the distillation"):
+        consistency_model.pipeline.generate(request)
+
+
 def test_what_the_mask_leaves_out_is_kept(tiny_model: TinyModel) -> None:
     request = request_for(tiny_model, masked=True)
     kept = np.asarray(request.mask.image)[::8, ::8] < 128
