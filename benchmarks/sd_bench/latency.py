@@ -22,6 +22,7 @@ from sd_engines.choice import fastest_engine
 from sd_engines.errors import ConfigError
 from sd_engines.memory import peak_memory_bytes, reset_peak_memory
 from sd_runtime import Pipeline
+from sd_runtime.command import raise_received_signal
 from sd_runtime.timing import Timings, clock
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Sampler:
 
     def sample(self) -> Sample:
         """Answer once. Raises as `Pipeline.generate` does."""
+        raise_received_signal()
         self.pipeline.forget_prompts()
         began = clock()
         result = self.pipeline.generate(self.request)

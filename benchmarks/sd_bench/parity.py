@@ -11,6 +11,7 @@ from sd_export.oracle import load_pipeline, use_scheduler
 from sd_export.source import find_checkpoint
 from sd_export.verify import pixels_within_1, relative_l2
 from sd_runtime import Request
+from sd_runtime.command import raise_received_signal
 from sd_runtime.scheduler_config import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def measure_parity(
     oracle = load_pipeline(find_checkpoint(source))
     config = dict(oracle.scheduler.config)
     for name in schedulers:
+        raise_received_signal()
         sampler = SCHEDULERS[name]
         use_scheduler(oracle, sampler.class_name, {**config, **sampler.overrides})
         request = Request(

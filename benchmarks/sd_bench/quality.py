@@ -17,6 +17,7 @@ import numpy as np
 from sd_bench.checker import Fault, faults
 from sd_bench.scene import Scene, caption, has_unseen_pair, random_scene
 from sd_runtime import Request
+from sd_runtime.command import raise_received_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,6 +99,7 @@ def measure_quality(
     started = time.perf_counter()
     answers = []
     for seed, (prompt, scene) in enumerate(held_out_captions(captions)):
+        raise_received_signal()
         image = pipeline.generate(Request(prompt, seed=seed, **options)).images[0]
         answer = Answer(prompt, scene, seed, image, tuple(faults(image, scene)))
         on_answer(answer)

@@ -32,7 +32,6 @@ def run_command(
 
     Any other exception is a bug and keeps its traceback. ``interrupted`` is said after Ctrl-C.
     """
-    _received.clear()
     _ending.clear()
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -43,6 +42,7 @@ def run_command(
         _ending.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
 
 
 def _exit_code(command: click.Command, arguments: Sequence[str] | None, interrupted: str) -> int:

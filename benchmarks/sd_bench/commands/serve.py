@@ -46,6 +46,7 @@ def serve(
 
     from sd_bench.served import ServerProcess, overhead_ms, put_under_load
     from sd_runtime import Pipeline, Request
+    from sd_runtime.command import raise_received_signal
 
     def say(words: str) -> None:
         if not as_json:
@@ -58,7 +59,10 @@ def serve(
     ]
     arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
     with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
-        expected = [pipeline.generate(request).pixels[0] for request in requests]
+        expected = []
+        for request in requests:
+            raise_received_signal()
+            expected.append(pipeline.generate(request).pixels[0])
     with (
         TemporaryDirectory() as folder,
         ServerProcess(
