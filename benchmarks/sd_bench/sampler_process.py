@@ -21,6 +21,7 @@ from sd_engines.errors import BackendError, SdError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+    from types import TracebackType
 
 
 class SamplerProcess(Closing):
@@ -42,7 +43,7 @@ class SamplerProcess(Closing):
         try:
             self._ask({"bundle": str(bundle), "settings": asdict(settings), "warm_up": warm_up})
         except BaseException:
-            self.close()
+            self._worker.kill()
             raise
 
     def sample(self) -> Sample:
@@ -72,6 +73,14 @@ class SamplerProcess(Closing):
     def close(self) -> None:
         """End the process."""
         self._worker.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._worker.__exit__(kind, error, trace)
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:

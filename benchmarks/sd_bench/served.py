@@ -28,6 +28,7 @@ from sd_engines.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -63,7 +64,12 @@ class ServerProcess(Closing):
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)  # noqa: S603
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-        url = self._process.stdout.readline().decode().strip()
+        try:
+            url = self._process.stdout.readline().decode().strip()
+        except BaseException:  # an interrupt: nobody has what would be closed
+            self._process.kill()
+            self.close()
+            raise
         if not url:
             self.close()
             words = log.read_text(errors="replace").strip()
@@ -90,9 +96,19 @@ class ServerProcess(Closing):
         return int(float(values["process_resident_memory_bytes"]))
 
     def close(self) -> None:
-        """End it."""
+        """End it, once it has drawn what it accepted."""
         self._process.terminate()
         self._process.communicate()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._process.kill()  # nobody waits for the pictures that it has accepted
+        self.close()
 
 
 def body_of(request: Request) -> dict[str, Any]:

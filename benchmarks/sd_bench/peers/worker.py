@@ -99,6 +99,11 @@ class Worker:
                     stream.close()
         self._wait()
 
+    def kill(self) -> None:
+        """End it now: it may be in the middle of minutes of work."""
+        self._signal(signal.SIGKILL)
+        self.close()
+
     def _wait(self) -> int:
         """Its exit code, once it ended; it is given 10 s for that."""
         try:
@@ -128,6 +133,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._signal(signal.SIGKILL)  # it may be in the middle of minutes of work
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
