@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from sd_bench.measurement import Measurement, Sample, Settings
 from sd_bench.peers.worker import Worker, WorkerError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
+
+_OF_THIS_PYTHON: Final = ("PYTHONPATH", "PYTHONHOME")
+"""Variables by which another interpreter would import what this one does."""
 
 
 class SamplerProcess(Closing):
@@ -36,8 +39,13 @@ class SamplerProcess(Closing):
         """
         self._bundle, self._python = bundle, python
         command = [python, "-P", "-m", "sd_bench.sampler_process"]
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if str(python) == sys.executable or name not in _OF_THIS_PYTHON
+        }
         try:
-            self._worker = Worker(command, log=log, environment=os.environ)
+            self._worker = Worker(command, log=log, environment=kept)
         except OSError as error:
             raise self._failed(str(error)) from error
         try:

@@ -50,3 +50,14 @@ def test_errors_arrive_as_words(tmp_path: Path) -> None:
     assert "sd-bench latency" in error.value.hint
     with pytest.raises(BackendError, match="exit code 1"):
         SamplerProcess(tmp_path, SETTINGS, python=str(shutil.which("false")), **options)
+
+
+def test_another_interpreter_imports_its_own_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "imports from <$PYTHONPATH>" >&2\nexit 1\n', "utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", "this/checkout")
+    with pytest.raises(BackendError, match="imports from <>"):
+        SamplerProcess(tmp_path, SETTINGS, python=python, warm_up=0, log=tmp_path / "log")
