@@ -23,7 +23,7 @@ from sd_bench.comparison import (
     stage_ms,
 )
 from sd_bench.environment import environment
-from sd_bench.judgement import ABBA, judge_pairs
+from sd_bench.judgement import ABBA, check_enough, judge_pairs
 from sd_bench.latency import WARM_UP, measure_latency
 from sd_bench.sampler_process import SamplerProcess
 from sd_engines.bundle import open_bundle
@@ -55,8 +55,9 @@ def gate_by_file(
 
     ``runs`` None: as many as the base has, 20 at least. ``on_sample`` is told how many there are.
     `ConfigError`, before anything is measured, where ``base`` is foreign to this machine or
-    bundle, or lacks the stage; and as `measure_latency` raises.
+    bundle, lacks the stage or has too few samples; and as `measure_latency` raises.
     """
+    check_enough(len(base.samples))
     check_environment(base.environment, environment())
     check_profile(base.profile, _profile(bundle, base.settings))
     stage_ms(base.samples, criterion.stage)
@@ -93,6 +94,7 @@ def gate_in_turns(
     where one was made. Raises `BackendError` with the words of a side that fails, and
     `ConfigError` for bundles of other shapes or settings that they cannot take.
     """
+    _check_pairs(max_pairs)
     check_profile(_profile(base, settings), _profile(new, settings))
     interpreters = (sys.executable if base_python is None else base_python, sys.executable)
     with ExitStack() as stack:
@@ -133,8 +135,7 @@ def take_turns(
     Precise is `Judgement.precise`; it is looked at after 24 pairs and then at every quarter more.
     All samples' ``started_s`` count from the first one. `ConfigError` for too few pairs.
     """
-    if max_pairs < FIRST_LOOK or max_pairs % ABBA:
-        raise ConfigError(f"{max_pairs} pairs", f"Allow an even number, {FIRST_LOOK} or more.")
+    _check_pairs(max_pairs)
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     looks = set(_looks(max_pairs))
     began = clock()
@@ -152,6 +153,11 @@ def take_turns(
         if judgement is not None and judgement.precise:
             break
     return sides
+
+
+def _check_pairs(max_pairs: int) -> None:
+    if max_pairs < FIRST_LOOK or max_pairs % ABBA:
+        raise ConfigError(f"{max_pairs} pairs", f"Allow an even number, {FIRST_LOOK} or more.")
 
 
 def _profile(bundle: Path, settings: Settings) -> dict[str, int]:

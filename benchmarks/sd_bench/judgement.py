@@ -98,7 +98,7 @@ def judge_pairs(
     The median of the pairs' log-ratios; a bootstrap of A B B A quadruples. `ConfigError` for too
     few, `ValueError` for lists of different lengths.
     """
-    _check_enough(base_ms, new_ms)
+    check_enough(len(base_ms), len(new_ms))
     log_ratios = [float(np.log(new / base)) for base, new in zip(base_ms, new_ms, strict=True)]
     interval = median_interval(log_ratios, confidence=criterion.confidence, group=ABBA)
     return _judgement(base_ms, new_ms, criterion, interval, paired=True)
@@ -113,7 +113,7 @@ def judge_apart(
     within a run widens the interval. What differs between the runs as a whole, it cannot see.
     `ConfigError` for too few.
     """
-    _check_enough(base_ms, new_ms)
+    check_enough(len(base_ms), len(new_ms))
     interval = median_difference_interval(
         np.log(base_ms), np.log(new_ms), confidence=criterion.confidence
     )
@@ -138,8 +138,9 @@ def _judgement(
     )
 
 
-def _check_enough(base_ms: Sequence[float], new_ms: Sequence[float]) -> None:
-    fewest = min(len(base_ms), len(new_ms))
+def check_enough(*counts: int) -> None:
+    """`ConfigError` where one of the sides has too few samples."""
+    fewest = min(counts)
     if fewest < FEWEST_SAMPLES:
         raise ConfigError(
             f"{fewest} samples are too few to judge by",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,6 @@ from sd_bench.measurement import Sample, Settings, read_measurement
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sd_bench.measurement import Measurement
 
 CRITERION = Criterion(allowed_regression=0.025)
@@ -68,6 +67,8 @@ def test_an_odd_number_of_pairs_is_refused() -> None:
     with pytest.raises(ConfigError, match="25 pairs"):
         take_turns(*samplers(QUIET, np.random.default_rng(0), slowdown=1, count=99), CRITERION,
                    max_pairs=25)  # fmt: skip
+    with pytest.raises(ConfigError, match="25 pairs"):  # before a bundle is opened
+        gate_in_turns(Path("none"), Path("none"), CRITERION, settings=SETTINGS, max_pairs=25)
 
 
 def test_a_stage_that_is_not_there_is_said_after_one_pair() -> None:
@@ -165,6 +166,10 @@ def test_a_foreign_baseline_is_refused_before_anything_is_measured(
         gate_by_file(
             baseline, shapes_bundle, replace(CRITERION, stage="safety_checker"), on_sample=never
         )
+    for count in (0, 7):
+        short = replace(baseline, samples=baseline.samples[:count])
+        with pytest.raises(ConfigError, match=f"^{count} samples are too few"):
+            gate_by_file(short, shapes_bundle, CRITERION, on_sample=never)
 
 
 def test_options_of_the_other_form_are_refused(
