@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from sd_bench.typed import check_fields
 from sd_engines.errors import ConfigError, SdError
 from sd_runtime import Request
 
@@ -142,8 +143,10 @@ class Measurement:
             document["samples"] = tuple(Sample(**sample) for sample in document["samples"])
             for name in ("cold_start_ms", "cold_start_stages_ms"):
                 document[name] = tuple(document.get(name, ()))
-            return cls(**document)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            measurement = cls(**document)
+            check_fields(measurement)
+            return measurement
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, SdError):
                 raise
             raise ConfigError(

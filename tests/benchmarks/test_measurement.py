@@ -70,6 +70,7 @@ def test_stages_of_every_sample() -> None:
         '{"format": "sd-bench latency", "format_version": 1, "samples": 3}',
         MEASUREMENT.to_json().replace('"guidance_scale"', '"guidance"'),
         MEASUREMENT.to_json().replace('"peak_memory_bytes"', '"peak"'),
+        "[" * 100_000,
     ],
 )
 def test_anything_else_is_refused(text: str, tmp_path: Path) -> None:
@@ -83,3 +84,32 @@ def test_anything_else_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json"):
         read_measurement(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("written", "damaged", "named"),
+    [
+        ('"total": 8.0', '"total": null', "samples[1].stages_ms.total is None"),
+        ('"total": 8.0', '"total": "8.0"', "samples[1].stages_ms.total is '8.0'"),
+        ('"total": 8.0', '"total": NaN', "samples[1].stages_ms.total is nan"),
+        ('"total": 8.0', f'"total": 1{400 * "0"}', "samples[1].stages_ms.total is 1000"),
+        ('"started_s": 0.1', '"started_s": true', "samples[1].started_s is True"),
+        ('"threads": 2', '"threads": "2"', "settings.threads is '2'"),
+        ('"scheduler": "ddim"', '"scheduler": 3', "settings.scheduler is 3"),
+        ('"bundle": "a.bundle"', '"bundle": null', "bundle is None"),
+        ('"cpu": "a"', '"cpu": 7', "environment.cpu is 7"),
+        ('"profile": {}', '"profile": []', "profile is []"),
+        ('"process": 90.0', '"process": []', "cold_start_stages_ms[1].process is []"),
+    ],
+)
+def test_a_field_that_is_not_of_its_type_is_named(written: str, damaged: str, named: str) -> None:
+    text = MEASUREMENT.to_json()
+    assert text.count(written) == 1
+    with pytest.raises(ConfigError) as refused:
+        Measurement.from_json(text.replace(written, damaged))
+    assert named in refused.value.message
+
+
+def test_whole_numbers_stand_for_floats() -> None:
+    text = MEASUREMENT.to_json().replace('"total": 8.0', '"total": 8')
+    assert Measurement.from_json(text) == MEASUREMENT
