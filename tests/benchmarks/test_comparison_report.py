@@ -102,6 +102,9 @@ def test_what_does_not_compare_exits_2(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["compare", *same, "--stage", "unet_stepp"]) == 2
     assert "Did you mean 'unet_step'?" in capsys.readouterr().err
     assert main(["compare", *same, "--html", str(tmp_path / "missing" / "x.html")]) == 2
+    twice = ["--html", str(tmp_path / "x"), "--github", str(tmp_path / "x")]
+    assert main(["compare", *same, *twice]) == 2
+    assert not (tmp_path / "x").exists()
 
 
 def test_files_are_written_beside_one_json_object(

@@ -146,5 +146,10 @@ def test_the_command_checks_before_it_measures(
     assert main(["latency", str(shapes_bundle), "--output", where]) == 2
     assert "mkdir" in capsys.readouterr().err
     twice = str(tmp_path / "a.json")
-    assert main(["latency", str(shapes_bundle), "--output", twice, "--trace", twice]) == 2
+    again = str(tmp_path / "none" / ".." / "a.json")
+    (tmp_path / "none").mkdir()
+    for trace in (twice, again):
+        assert main(["latency", str(shapes_bundle), "--output", twice, "--trace", trace]) == 2
+        assert "two files" in capsys.readouterr().err
+    (tmp_path / "none").rmdir()
     assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
         (["--requests", ""], "whole numbers"),
         (["--plot", "figure.bmp"], ".svg"),
         (["--output", "missing/a.json"], "mkdir"),
+        (["--output", "a.svg", "--plot", "a.svg"], "two files"),
         (["--num-inference-steps", "0"], "1 to 1000000"),
         (["--backend", "onnxruntim", "--runs", "1"], "Did you mean 'onnxruntime'"),
     ],

@@ -100,12 +100,16 @@ def criterion_of(
 
 
 def check_files(*paths: Path | None) -> None:
-    """`ConfigError`, before anything is measured, for a file that could not be written."""
+    """`ConfigError`, before anything is measured, for what could not be written, or is twice."""
+    from sd_engines.errors import ConfigError
     from sd_runtime.files import check_writable
 
-    for path in paths:
-        if path is not None:
-            check_writable(path)
+    found: set[Path] = set()
+    for path in filter(None, paths):
+        check_writable(path)
+        if path.resolve() in found:
+            raise ConfigError(f"{path} is named for two files", "Name each by itself.")
+        found.add(path.resolve())
 
 
 def deliver(

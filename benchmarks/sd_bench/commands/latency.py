@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sd_bench.commands.compare import check_files
 from sd_bench.commands.finite_range import FiniteRange
 from sd_bench.commands.request import given, prompt_options, request_options
 
@@ -64,14 +65,10 @@ def latency(
     from sd_bench.measurement import Settings
     from sd_bench.summary import report, table
     from sd_bench.trace import Trace
-    from sd_engines.errors import ConfigError
-    from sd_runtime.files import check_writable, write_files
+    from sd_runtime.files import write_files
 
-    if trace == output:
-        raise ConfigError(f"{output} is both --output and --trace", "Name two files.")
+    check_files(output, trace)
     files = [output] if trace is None else [output, trace]
-    for path in files:
-        check_writable(path)
     drawn = Trace(f"sd-bench latency {bundle}")
 
     def on_sample(sampler: Sampler, sample: Sample) -> None:

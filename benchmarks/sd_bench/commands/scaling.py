@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sd_bench.commands.compare import check_files
 from sd_bench.commands.request import request_options
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ def scaling(
     from sd_bench.scaling import measure_scaling, scaling_axes
     from sd_bench.scaling_figure import scaling_figure
     from sd_engines.errors import ConfigError
-    from sd_runtime.files import check_writable, write_files
+    from sd_runtime.files import write_files
 
-    for path in filter(None, (plot, output)):
-        check_writable(path)
+    check_files(plot, output)
     if plot is not None and plot.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{plot} is no figure", f"Name a file ending in {', '.join(SUFFIXES)}.")
     axes = scaling_axes(
