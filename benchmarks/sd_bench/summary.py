@@ -13,6 +13,7 @@ import numpy as np
 
 from sd_bench.measurement import STEPS
 from sd_bench.text_table import aligned
+from sd_engines.spec import TEXT_ENCODERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sd_bench.measurement import Measurement
 
 _COLUMNS: Final = ("min", "max", "mean", "median", "percentile(90%)", "percentile(99%)")
-_FIRST_STAGES: Final = ("tokenize", "text_encoder", "noise", "model_input")
+_FIRST_STAGES: Final = ("tokenize", *TEXT_ENCODERS, "noise", "model_input")
 _LAST_STAGES: Final = ("unet_shallow", "vae_decoder", "safety_checker", "png")
 
 

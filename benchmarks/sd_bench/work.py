@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sd_engines.border import import_package
 from sd_engines.errors import BundleError
-from sd_engines.spec import BATCH, PICTURES
+from sd_engines.spec import BATCH, PICTURES, TEXT_ENCODERS
 from sd_runtime.plan import plan
 from sd_runtime.tiles import Tiling
 
@@ -49,7 +49,8 @@ def request_work(
     batches = [min(size, left - first) for first in range(0, left, size)]
     planned = plan(request, pipeline.bundle.manifest)
     whole = [(n, n) for n in batches]
-    rows = {"text_encoder": [(1, 1)], "vae_decoder": whole, "safety_checker": whole}
+    rows = {name: [(1, 1)] for name in TEXT_ENCODERS}
+    rows |= {"vae_decoder": whole, "safety_checker": whole}
     for name in ("unet", "unet_shallow"):
         rows[name] = [
             (n * (2 if row in planned.guided_rows else 1), n)

@@ -56,6 +56,10 @@ def test_stages_come_in_the_order_of_a_request() -> None:
     assert found["unet_step"].runs == 12
     assert found["unet_step"].max == 6.0
     assert found["rest"].max == pytest.approx(49 - 34)
+    both = {"text_encoder": 1.0, "unet": 2.0, "png": 1.0, "text_encoder_2": 1.0, "total": 5.0}
+    xl = replace(MEASUREMENT, samples=(Sample(0.0, both, [2.0]),))
+    names = ["text_encoder", "text_encoder_2", "unet", "unet_step", "png", "rest", "total"]
+    assert list(latencies(xl)) == names
 
 
 def test_shares_of_the_ceilings() -> None:

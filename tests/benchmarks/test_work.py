@@ -104,6 +104,21 @@ def test_whole_and_shallow_calls_are_counted_apart(cached_bundle: Path) -> None:
         assert work[name]["flops"] == sum(flops) / 4
 
 
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers
+def test_both_text_encoders_are_counted(tmp_path: Path) -> None:
+    from sd_export import export
+    from tiny_xl import make_xl_checkpoint
+
+    bundle = tmp_path / "bundle"
+    export(make_xl_checkpoint(tmp_path / "checkpoint"), bundle)
+    with Pipeline.load(bundle, backend="onnxruntime", threads=1) as pipeline:
+        request = Request("a cat", negative_prompt="a dog", seed=0, num_inference_steps=1)
+        work = request_work(pipeline, request, pipeline.generate(request).timings)
+    for name in ("text_encoder", "text_encoder_2"):
+        counted = count_work(bundle / name / "model.onnx", dimensions={"batch": 1})
+        assert work[name] == {"flops": counted.flops, "bytes": counted.bytes, "calls": 2}
+
+
 def write_node(
     path: Path,
     op_type: str,
