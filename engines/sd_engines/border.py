@@ -6,6 +6,7 @@ Checks happen here, at the border; `Binding.run` has none.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sd_engines.errors import BackendError, BundleError, ConfigError, nearest
@@ -31,6 +32,14 @@ def import_package(module: str, *, extra: str) -> Any:
             f"the package {module} cannot be imported: {error}",
             f'pip install "sd-toolkit[{extra}]"',
         ) from error
+
+
+def check_package(module: str, *, extra: str) -> None:
+    """The same error before work that will need it, with nothing imported yet."""
+    if importlib.util.find_spec(module) is None:
+        raise BackendError(
+            f"the package {module} is not installed", f'pip install "sd-toolkit[{extra}]"'
+        )
 
 
 def closed_error() -> BackendError:

@@ -8,6 +8,7 @@ import click
 
 from sd_bench.commands.compare import FILE, check_files, criterion_of, criterion_options, deliver
 from sd_bench.commands.request import given, request_options
+from sd_engines.border import check_package
 from sd_runtime.command import progress_bar
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def gate(
             else "Leave it out: a file brings its own settings and number of runs.",
         )
     criterion = criterion_of(stage, allowed_regression, confidence, paired=in_turns)
+    if html is not None:
+        check_package("matplotlib", extra="bench")
     check_files(output, github, html)
     if in_turns:
         comparison = _gate_in_turns(

@@ -12,6 +12,7 @@ import click
 from sd_bench.commands.compare import check_files
 from sd_bench.commands.finite_range import FiniteRange
 from sd_bench.commands.request import given, prompt_options, request_options
+from sd_engines.border import check_package
 
 if TYPE_CHECKING:
     from sd_bench.latency import Sampler
@@ -67,6 +68,7 @@ def latency(
     from sd_bench.trace import Trace
     from sd_runtime.files import write_files
 
+    check_package("onnx", extra="bench")
     check_files(output, trace)
     files = [output] if trace is None else [output, trace]
     drawn = Trace(f"sd-bench latency {bundle}")

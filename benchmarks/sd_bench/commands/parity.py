@@ -9,6 +9,7 @@ import click
 
 from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
+from sd_engines.border import check_package
 
 
 @click.command()
@@ -35,6 +36,7 @@ def parity(
     """Compare a bundle's pictures with diffusers' own, scheduler by scheduler."""
     from dataclasses import asdict
 
+    check_package("torch", extra="export")
     from sd_bench.parity import measure_parity
     from sd_runtime import Pipeline
     from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name

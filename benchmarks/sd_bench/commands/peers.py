@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sd_bench.commands.request import given, prompt_options, request_options
+from sd_engines.border import check_package
 
 _PATH = click.Path(path_type=Path)
 
@@ -57,6 +58,8 @@ def peers(
     import logging
     from tempfile import TemporaryDirectory
 
+    for package in ("scipy", "torch"):
+        check_package(package, extra="bench,export")
     from sd_bench.environment import environment as fingerprint
     from sd_bench.measurement import Settings
     from sd_bench.peers.contest import Turns, measure_peers

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sd_bench.commands.request import request_options
+from sd_engines.border import check_package
 from sd_engines.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def quality(
     **options: Any,
 ) -> None:
     """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
+    check_package("scipy", extra="bench")
     from sd_bench.quality import measure_quality
     from sd_runtime import Pipeline
 

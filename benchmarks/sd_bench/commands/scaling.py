@@ -12,6 +12,7 @@ import click
 
 from sd_bench.commands.compare import check_files
 from sd_bench.commands.request import request_options
+from sd_engines.border import check_package
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +75,8 @@ def scaling(
     from sd_engines.errors import ConfigError
     from sd_runtime.files import write_files
 
+    if plot is not None:
+        check_package("matplotlib", extra="bench")
     check_files(plot, output)
     if plot is not None and plot.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{plot} is no figure", f"Name a file ending in {', '.join(SUFFIXES)}.")
