@@ -135,6 +135,9 @@ def export_command(
         return
     if model is None:
         raise ConfigError("--model is missing", "sd-export --model MODEL")
+    from sd_engines.border import check_package
+
+    check_package("torch", extra="export")
     from sd_export import export
     from sd_export.usual import usual_backends, usual_output
 

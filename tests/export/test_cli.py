@@ -93,6 +93,14 @@ def test_errors_say_what_to_do_and_have_their_exit_code(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_machine_that_serves_is_told_what_an_export_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["--model", "x", "--output", "b"]) == 4
+    assert 'pip install "sd-toolkit[export]"' in capsys.readouterr().err
+
+
 def test_a_bundle_already_made_is_shown_as_json(
     report: ExportReport, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
