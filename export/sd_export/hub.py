@@ -15,7 +15,7 @@ from sd_engines.errors import ExportError
 from sd_export.model_files import weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from huggingface_hub import errors
 
@@ -51,11 +51,17 @@ class Snapshot:
     files: tuple[Path, ...] | None = None
 
     def fetch(self, files: Iterable[Path]) -> None:
-        """Bring some of `files` onto this disk; `ExportError` as of `find_snapshot`."""
+        """Bring some of `files` onto this disk; `ExportError` as of `find_snapshot`.
+
+        One after the other in this thread: huggingface_hub's own would not hear of an interrupt.
+        """
+        import huggingface_hub
+
         if self.commit is not None:
             with _hub_errors(self.model, self.commit):
-                names = [path.relative_to(self.folder).as_posix() for path in files]
-                _download(self.model, self.commit, names)
+                for path in dict.fromkeys(files):
+                    name = path.relative_to(self.folder).as_posix()
+                    huggingface_hub.hf_hub_download(self.model, name, revision=self.commit)
 
     def fetch_weights(self, folder: Path, component: str) -> tuple[Path, ...]:
         """The weight files of the one model in ``folder``, fetched; errors as of `weight_files`."""
@@ -72,18 +78,15 @@ def find_snapshot(model: str, path: Path | None, *, revision: str | None = None)
     """
     if path is not None:
         return Snapshot(model, path)
-    with _hub_errors(model, revision):
-        folder = _download(model, revision, _SMALL_FILES)
-        commit = folder.name
-        return Snapshot(model, folder, commit, tuple(_files(model, commit, folder)))
-
-
-def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub
 
-    return Path(
-        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns))
-    )
+    small = list(_SMALL_FILES)
+    with _hub_errors(model, revision):
+        folder = Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=small)
+        )
+        commit = folder.name
+        return Snapshot(model, folder, commit, tuple(_files(model, commit, folder)))
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,8 @@ class Hub:
         self.commits = {COMMIT: files, OLD_COMMIT: {"README.md": b"old"} | files}
         self.refs = {"main": COMMIT, "v1": OLD_COMMIT}
         self.asked: list[str] = []
+        self.held: threading.Event | None = None
+        self.is_holding = threading.Event()
         self.tokens: set[str | None] = set()
         hub = self
 
@@ -102,8 +106,12 @@ class Hub:
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             request.send_header(name, value)
         request.end_headers()
+        if body and self.held is not None and path.endswith(".safetensors"):
+            self.is_holding.set()
+            self.held.wait()
         if body:
-            request.wfile.write(data)
+            with suppress(ConnectionError):  # who asked may be gone by then
+                request.wfile.write(data)
 
     def _respond(self, path: str) -> tuple[int, dict[str, str], bytes]:
         if "gated/" in path:
@@ -194,22 +202,26 @@ def find(
     script: str = FIND,
     **options: str,
 ) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
+    return subprocess.run(
+        [sys.executable, "-c", script, model, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        env=environment(hub, home, offline=offline),
+        timeout=120,
+    )
+
+
+def environment(hub: Hub, home: Path, *, offline: bool = False) -> dict[str, str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    variables |= {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "HF_TOKEN": "hf_tiny",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if offline:
-        environment["HF_HUB_OFFLINE"] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", script, model, json.dumps(options)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
 
 
 def found(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -378,6 +390,27 @@ def test_what_cannot_be_exported_is_not_downloaded(
         hub.close()
     assert words in result.stderr
     assert not [name for name in hub.asked if name.endswith(".safetensors")]
+
+
+def test_an_interrupt_ends_a_download_that_has_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.held = threading.Event()
+    process = subprocess.Popen(
+        [sys.executable, "-c", QUIET.replace('"--variant", "int4", ', ""), REPOSITORY],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home"),
+    )
+    try:
+        assert hub.is_holding.wait(120)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    finally:
+        hub.held.set()
+        process.kill()
+    assert process.returncode == 130, words
+    assert words.strip() == "Interrupted; the same command goes on where it stopped."
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_quiet_means_no_bars_of_downloads(hub: Hub, tmp_path: Path) -> None:
