@@ -32,6 +32,10 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(map(_is_count, value))
 
 
+def _are_named(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and all(_is_count(value.get(name)) for name in names)
+
+
 _COUNT = _Kind("a whole number above 0", _is_count)
 _COUNT_OR_NULL = _Kind("a whole number above 0, or null", lambda v: v is None or _is_count(v))
 _COUNTS = _Kind("a list of whole numbers above 0", _are_counts)
@@ -43,6 +47,20 @@ _SIDES = _Kind(
     lambda v: v is None or _is_count(v) or (_are_counts(v) and len(v) == 2),
 )
 _FACTOR = _Kind("a number above 0", lambda v: type(v) in (int, float) and isfinite(v) and v > 0)
+_NOISE_LEVEL = _Kind("a whole number from 0", lambda v: type(v) is int and 0 <= v <= _LARGEST)
+_SIZE = _Kind(
+    "a whole number above 0, or two by the names height and width",
+    lambda v: _is_count(v) or _are_named(v, "height", "width"),
+)
+_SIZE_OR_EDGE = _Kind(
+    "a whole number above 0, or such numbers by the names height and width, or shortest_edge",
+    lambda v: _SIZE.holds(v) or _are_named(v, "shortest_edge"),
+)
+_COLOUR = _Kind(
+    "a list of three numbers",
+    lambda v: isinstance(v, list) and len(v) == 3 and all(type(n) in (int, float) for n in v),
+)
+_FILTER = _Kind("one of Pillow's filters, 0 to 5", lambda v: type(v) is int and 0 <= v <= 5)
 
 _TEXT_ENCODER = {
     "hidden_size": _COUNT,
@@ -81,14 +99,29 @@ _FIELDS: Mapping[str, Mapping[str, _Kind]] = {
         "conditioning_embedding_out_channels": _COUNTS,
         "layers_per_block": _COUNT_OR_COUNTS,
     },
+    "feature_extractor": {
+        "crop_size": _SIZE,
+        "ensure_multiple_of": _COUNT_OR_NULL,
+        "image_mean": _COLOUR,
+        "image_std": _COLOUR,
+        "resample": _FILTER,
+        "size": _SIZE_OR_EDGE,
+    },
+    "checkpoint": {"max_noise_level": _NOISE_LEVEL},
 }
+_FILES = {"feature_extractor": "preprocessor_config.json", "checkpoint": "model_index.json"}
+"""Where these fields stand, if not in a config.json."""
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "text_encoder": {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49408},
     "text_encoder_2": {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49408},
     "unet": {"block_out_channels": [320, 640, 1280, 1280]},
     "vae": {"block_out_channels": [64]},
+    "feature_extractor": {"image_mean": None, "image_std": None},
 }
-"""What transformers and diffusers take where a config is silent, of fields that must be there."""
+"""What transformers and diffusers take where a config is silent, of fields that must be there.
+
+None where that is not one value, and a config has to say it.
+"""
 
 
 def checked_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,12 +129,14 @@ def checked_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     `ExportError` for one of `_FIELDS` that holds what it may not.
     """
+    config = {**_DEFAULTS.get(model, {}), **config}
     for field, kind in _FIELDS.get(model, {}).items():
         if field in config and not kind.holds(config[field]):
+            file = _FILES.get(model, "config.json")
             raise ExportError(
-                f"in its config.json {field} is {str(config[field])[:60]!r}, not {kind.words}",
+                f"in its {file} {field} is {str(config[field])[:60]!r}, not {kind.words}",
                 "Download the checkpoint again.",
                 component=model,
                 stage="load",
             )
-    return {**_DEFAULTS.get(model, {}), **config}
+    return config

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sd_engines.errors import ExportError
-from sd_export.image_processor import clip_image_processor, height_width
+from sd_export.image_processor import CLIP_SIZE, clip_image_processor, height_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,9 +40,9 @@ def picture_size(processor: Mapping[str, Any]) -> int:
     `ExportError` where it does not make them of a picture's middle, by the bicubic filter: the
     runtime does.
     """
-    size = processor["size"]
+    size = processor.get("size", CLIP_SIZE)
     edge = size if isinstance(size, int) else size.get("shortest_edge")
-    cropped = height_width(processor["crop_size"])
+    cropped = height_width(processor.get("crop_size", CLIP_SIZE))
     if cropped != (edge, edge) or processor.get("resample", _BICUBIC) != _BICUBIC:
         raise ExportError(
             f"pictures are not resized to {edge} by the bicubic filter and cropped to their middle "

@@ -15,6 +15,8 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+CLIP_SIZE = 224
+"""What CLIP's image processor takes where its config is silent."""
 _PILLOW_ONE = 2**22
 """What a weight of 1 is to Pillow, which resizes 8-bit pictures by whole numbers."""
 _PART = 2**11
@@ -95,8 +97,8 @@ def clip_image_processor(
     return ImageProcessor(
         processor,
         size=(height, width),
-        resized=_resized(height, width, processor["size"]),
-        cropped=height_width(processor["crop_size"]),
+        resized=_resized(height, width, processor.get("size", CLIP_SIZE)),
+        cropped=height_width(processor.get("crop_size", CLIP_SIZE)),
     )
 
 

@@ -169,7 +169,9 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
     configs["scheduler"] = read_json(scheduler, component="scheduler")
     if seers:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
-        configs["feature_extractor"] = read_json(processor, component="feature_extractor")
+        stated = read_json(processor, component="feature_extractor")
+        stated = {name: value for name, value in stated.items() if value is not None}
+        configs["feature_extractor"] = checked_config("feature_extractor", stated)
     check_configs(configs, pipeline=str(index.get("_class_name")))
     if is_upscaler(configs):
         scheduler = folder / LOW_RES_SCHEDULER / "scheduler_config.json"
@@ -220,7 +222,7 @@ def read_index(folder: Path, *, source: str) -> tuple[dict[str, Any], Defaults]:
     """
     path = folder / "model_index.json"
     if path.is_file():
-        index = read_json(path, component="checkpoint")
+        index = checked_config("checkpoint", read_json(path, component="checkpoint"))
         return index, pipeline_defaults(str(index.get("_class_name")), source=source)
     config = folder / "config.json"
     alone = lone_model(read_json(config, component="checkpoint")) if config.is_file() else None

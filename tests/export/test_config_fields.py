@@ -7,13 +7,18 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from PIL import Image
 
 from sd_engines.errors import ExportError
+from sd_export.image_encoder import picture_size
+from sd_export.image_processor import clip_image_processor
 from sd_export.load import load_model
 from sd_export.small_files import write_small_files
 from sd_export.source import find_checkpoint
 from sd_export.wrappers import vae_scaling_factor
 from tiny import change_json, make_tiny_vae
+from tiny_upscaler import make_upscaler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +115,45 @@ def test_a_field_that_is_missing_is_the_libraries_default(
     found = find_checkpoint(str(folder)).configs[model][field]
     own = parameters[field].default
     assert found == (list(own) if isinstance(own, tuple) else own)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", {"longest_edge": 28}),
+        ("size", "28"),
+        ("crop_size", {"height": 28}),
+        ("image_mean", None),
+        ("image_std", [0.5, "x", 0.5]),
+        ("resample", "bicubic"),
+    ],
+)
+def test_a_field_of_an_image_processor(
+    checkpoint: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = folder / "feature_extractor/preprocessor_config.json"
+    change_json(config, **{field: value})
+    words = rf"^feature_extractor: load: in its preprocessor_config\.json {field} is "
+    with pytest.raises(ExportError, match=words):
+        find_checkpoint(str(folder))
+
+
+def test_an_image_processor_without_sizes_is_clips_own() -> None:
+    from transformers import CLIPImageProcessorPil
+
+    silent = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    own = CLIPImageProcessorPil()
+    assert picture_size(silent) == own.size["shortest_edge"] == own.crop_size["height"]
+    pixels = clip_image_processor(silent, height=8, width=16)(torch.zeros(1, 8, 16, 3))
+    assert pixels.shape == own([Image.new("RGB", (16, 8))], return_tensors="pt").pixel_values.shape
+
+
+def test_a_noise_level_that_is_no_number(tmp_path: Path) -> None:
+    folder = make_upscaler(tmp_path / "upscaler")
+    change_json(folder / "model_index.json", max_noise_level="most")
+    with pytest.raises(ExportError, match=r"in its model_index\.json max_noise_level is 'most'"):
+        find_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("named", ["x", True, -1, ["diffusers"], {"a": 1}])
