@@ -133,7 +133,7 @@ def export_command(
                 f"Write options of {subcommand} after it: sd-export {subcommand} --help",
             )
         return
-    if model is None:
+    if not model:  # an unset variable is none
         raise ConfigError("--model is missing", "sd-export --model MODEL")
     from sd_engines.border import check_package
 

@@ -58,6 +58,7 @@ def test_help_imports_nothing_heavy() -> None:
     ("arguments", "code", "words"),
     [
         ([], 2, "--model is missing"),
+        (["--model", "", "--output", "b"], 2, "--model is missing"),
         (["--model", "./nowhere"], 2, "no such file or folder"),
         (["--model", ".", "--precision", "fp23"], 2, "unknown precision"),
         (["--model", "./nowhere", "--output", "b"], 2, "no such file or folder"),
