@@ -77,5 +77,6 @@ def sizes_bundle(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     path = tmp_path_factory.mktemp("sizes") / "bundle"
     arguments = ["--size", "24x16", "--size", "8x24", "--size", "8x8"]  # its own once more
+    arguments += ["--backend", "onnxruntime"]
     assert main(["--model", str(smallest), "--output", str(path), *arguments, "--quiet"]) == 0
     return path
