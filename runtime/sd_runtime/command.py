@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -61,11 +63,21 @@ def _exit_code(command: click.Command, arguments: Sequence[str] | None, interrup
         with suppress(OSError):
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"Error: {where}{error.strerror or error}\nCheck paths and disks.", err=True)
+        _drop_unwritten()
         return SdError.exit_code
     except (click.Abort, KeyboardInterrupt):
         _ending.set()
         click.echo(interrupted, err=True)
         return INTERRUPTED
+
+
+def _drop_unwritten() -> None:
+    """Forget what stdout could not take: Python would try again at its end, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def progress_bar(length: int, label: str) -> Any:
