@@ -13,21 +13,20 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from sd_bench.killable import Killable
 from sd_bench.measurement import Measurement, Sample, Settings
 from sd_bench.peers.worker import Worker, WorkerError
-from sd_engines.closing import Closing
 from sd_engines.errors import BackendError, SdError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
 _OF_THIS_PYTHON: Final = ("PYTHONPATH", "PYTHONHOME")
 """Variables by which another interpreter would import what this one does."""
 
 
-class SamplerProcess(Closing):
+class SamplerProcess(Killable):
     """A bundle opened, warmed up, and paused until it is asked for a sample."""
 
     def __init__(
@@ -51,7 +50,7 @@ class SamplerProcess(Closing):
         try:
             self._ask({"bundle": str(bundle), "settings": asdict(settings), "warm_up": warm_up})
         except BaseException:
-            self._worker.kill()
+            self.kill()
             raise
 
     def sample(self) -> Sample:
@@ -82,13 +81,9 @@ class SamplerProcess(Closing):
         """End the process."""
         self._worker.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._worker.__exit__(kind, error, trace)
+    def kill(self) -> None:
+        """End it now."""
+        self._worker.kill()
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:

@@ -22,13 +22,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from sd_bench.gpu_memory import held_on_gpus_bytes
-from sd_engines.closing import Closing
+from sd_bench.killable import Killable
 from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -54,7 +53,7 @@ class Reply:
     retry_after_s: float
 
 
-class ServerProcess(Closing):
+class ServerProcess(Killable):
     """``sd-serve`` on a free port of this machine, in a process of its own."""
 
     def __init__(self, bundle: Path, *, log: Path, queue_size: int, options: Sequence[str]) -> None:
@@ -67,8 +66,7 @@ class ServerProcess(Closing):
         try:
             url = self._process.stdout.readline().decode().strip()
         except BaseException:  # an interrupt: nobody has what would be closed
-            self._process.kill()
-            self.close()
+            self.kill()
             raise
         if not url:
             self.close()
@@ -100,14 +98,9 @@ class ServerProcess(Closing):
         self._process.terminate()
         self._process.communicate()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._process.kill()  # nobody waits for the pictures that it has accepted
+    def kill(self) -> None:
+        """End it now: nobody waits for the pictures that it has accepted."""
+        self._process.kill()
         self.close()
 
 

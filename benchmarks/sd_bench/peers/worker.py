@@ -8,14 +8,14 @@ import os
 import signal
 import subprocess
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from sd_bench.killable import Killable
 from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
 _LOG_HINT = "Its log: {}."
 
@@ -24,7 +24,7 @@ class WorkerError(BackendError):
     """A worker answered with an error, or ended without an answer."""
 
 
-class Worker:
+class Worker(Killable):
     """One process with JSON lines on both sides; its errors and prints go to ``log``.
 
     It leads a process group of its own, so that `pause` stops its threads and children alike: a
@@ -123,17 +123,3 @@ class Worker:
         lines = self._log.read_text("utf-8", errors="replace").strip().splitlines()
         said = f": {lines[-1]}" if lines else ""
         return WorkerError(f"the worker ended by {how}{said}", _LOG_HINT.format(self._log))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.kill()
