@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
 
+from scripts import load_script
 from sd_bench.cli import cli
 from sd_export.cli import export_command
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"
-
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
     """The script, which is no part of a package."""
-    spec = spec_from_file_location("gpu_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu")
 
 
 def plan(gpu: ModuleType, folder: Path, **changes: Any) -> Any:

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from scripts import load_script
 from tiny import make_checkpoint
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/unet_step.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script, which is no part of a package."""
-    spec = spec_from_file_location("unet_step_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("unet_step")
 
 
 def test_what_can_be_run_is_measured_and_what_fails_is_told(
@@ -43,7 +35,7 @@ def test_what_can_be_run_is_measured_and_what_fails_is_told(
     monkeypatch.setattr(script, "PRODUCT_SIZE", {"cpu": 64})
     monkeypatch.setattr(script, "COPY_BYTES", {"cpu": 1 << 16})
     options = ["--device", "cpu", "--dtype", "bfloat16", "--rounds", "3", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(checkpoint), *options])
+    monkeypatch.setattr(sys, "argv", ["unet_step.py", str(checkpoint), *options])
     script.main()
     report = json.loads(output.read_text("utf-8"))
     eager, compiled, ahead = report["ways"]
