@@ -88,15 +88,8 @@ class Plan:
     def _bundle(self, name: str, model: Path, *, needs: tuple[str, ...] = ()) -> Iterator[Step]:
         """Export ``model`` for ONNX Runtime on the CPU, then add each engine by itself."""
         bundle = str(self.folder / f"{name}.bundle")
-        options: tuple[str, ...] = (
-            "--output",
-            bundle,
-            "--precision",
-            self.precision,
-            "--backend",
-            "onnxruntime",
-        )
-        options += ("--batch-size", str(self.batch_size))
+        options: tuple[str, ...] = ("--output", bundle, "--precision", self.precision)
+        options += ("--backend", "onnxruntime", "--batch-size", str(self.batch_size))
         command = _program("sd-export", "--quiet", "--model", str(model), *options)
         yield Step(name=f"{name} export", command=command, needs=needs)
         for engine in self.engines:

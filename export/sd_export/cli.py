@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from sd_engines.border import check_package
 from sd_engines.errors import ConfigError
 from sd_export.bundle_commands import build_command, schedule_command, triton_command
 from sd_export.options import FILE, engine_options, prompts_of
@@ -135,8 +136,6 @@ def export_command(
         return
     if not model:  # an unset variable is none
         raise ConfigError("--model is missing", "sd-export --model MODEL")
-    from sd_engines.border import check_package
-
     check_package("torch", extra="export")
     from sd_export import export
     from sd_export.usual import usual_backends, usual_output
