@@ -138,7 +138,7 @@ class Bundle:
         unknown = {n: entry for n, entry in files.items() if not is_known(states[n], entry.sha256)}
         self._check_hashes(unknown, hint=hint)
         for name, entry in unknown.items():
-            remember(states[name], self.path / name, entry.sha256)
+            remember(states[name], entry.sha256)
 
     def _check_sizes(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
         for name, entry in files.items():

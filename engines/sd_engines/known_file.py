@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from sd_engines.cache import cached_file, read_cached, write_cached
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _FEWEST_BYTES: Final = 8 << 20
 """Smaller ones are hashed sooner than it matters."""
@@ -57,15 +55,15 @@ def is_known(state: FileState | None, sha256: str) -> bool:
     return read_cached(_memory_path(state)) == _line(state, sha256)
 
 
-def remember(state: FileState | None, path: Path, sha256: str) -> None:
-    """That the file at ``path`` hashed to ``sha256``, begun when it was in ``state``.
+def remember(state: FileState | None, sha256: str) -> None:
+    """That a file hashed to ``sha256``, begun when it was in ``state``.
 
     Unless it is small, or has changed since or a moment before.
     """
     if state is None or state.bytes < _FEWEST_BYTES:
         return
     is_settled = time.time_ns() - state.changed_ns >= _SETTLED_NS
-    if is_settled and file_state(path) == state:
+    if is_settled and file_state(Path(state.path)) == state:
         write_cached(_memory_path(state), _line(state, sha256))
 
 

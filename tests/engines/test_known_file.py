@@ -91,7 +91,7 @@ def test_a_file_changed_while_it_was_hashed_is_not_remembered(
     state = known_file.file_state(path)
     time.sleep(0.05)
     path.write_bytes(path.read_bytes())
-    known_file.remember(state, path, "0" * 64)
+    known_file.remember(state, "0" * 64)
     assert not known_file.is_known(known_file.file_state(path), "0" * 64)
 
 
