@@ -90,7 +90,8 @@ class Bundle:
         built; `BundleError` as `verified_path`.
         """
         if not engine.is_built:
-            return self.verified_path(engine.component)
+            self.verified_path(engine.component)
+            return self.path / engine.file
         again = build_command(self.path, engine)
         if engine.key != _key_of(engine, self.manifest):
             raise EngineMismatchError(
@@ -113,13 +114,13 @@ class Bundle:
             return
         component = self.manifest.components[engine.component]
         weights = dict(component.files)
-        self._verify({component.file: weights.pop(component.file)})
+        self._verify({engine.file: weights.pop(engine.file)})
         for name, entry in weights.items():
             check_file(self.path, name, entry.bytes)
         with ThreadPoolExecutor(1) as pool:
             hashing = pool.submit(self._verify, weights)
             try:
-                yield self.path / component.file
+                yield self.path / engine.file
             finally:
                 hashing.result()
 
@@ -250,10 +251,11 @@ def portable_entry(
     target: str,
     precision: Precision | None,
 ) -> EngineEntry:
-    """The engine entry of a backend that runs ``entry``'s ONNX as it is.
+    """The engine entry of a backend that runs ``entry``'s ONNX as it is, in its own form of it.
 
     ``precision`` None: that of the graph.
     """
+    file = entry.graph_for(backend)
     return engine_entry(
         component,
         entry,
@@ -262,8 +264,8 @@ def portable_entry(
         version=version,
         target=target,
         precision=precision or entry.precision,
-        file=entry.file,
-        built=entry.files[entry.file],
+        file=file,
+        built=entry.files[file],
         flags={},
     )
 

@@ -18,6 +18,7 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
 """Every backend's name, in the order in which ``auto`` tries what it has not measured."""
 PORTABLE_BACKENDS = ("openvino", "onnxruntime")
 """Backends that run ONNX itself, whatever their version: the bundle's, or in int8 their own."""
+_ONNX = ".onnx"
 
 _CAPABILITY = r"sm[1-9][0-9]+[a-z]?"
 _TARGETS = {
@@ -55,13 +56,19 @@ class ComponentEntry:
         """Of all its files."""
         return sum(file.bytes for file in self.files.values())
 
+    def graph_for(self, backend: str) -> str:
+        """The file that ``backend`` reads: its own form of the graph, where there is one."""
+        own = own_graph(self.file, backend)
+        return own if own in self.files else self.file
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineEntry:
     """One component made ready for one backend, version and target.
 
-    ``precision`` is what the engine computes in. ``file`` is the component's ONNX unless the engine
-    `is_built`. ``flags`` are the build's own settings; ``key`` is `sd_engines.bundle.engine_key`.
+    ``precision`` is what the engine computes in. ``file`` is the component's ONNX, in the form that
+    `ComponentEntry.graph_for` names, unless the engine `is_built`. ``flags`` are the build's own
+    settings; ``key`` is `sd_engines.bundle.engine_key`.
     """
 
     component: str
@@ -93,6 +100,11 @@ class CertificateEntry:
     figure: float
     tolerance: float
     measured_at: str
+
+
+def own_graph(file: str, backend: str) -> str:
+    """What the form that ``backend`` has of the graph ``…/model.onnx`` is called."""
+    return f"{file.removesuffix(_ONNX)}.{backend}{_ONNX}"
 
 
 def component_name(text: str, where: str) -> str:

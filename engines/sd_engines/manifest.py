@@ -274,7 +274,10 @@ def _files_of(size: SizeEntry, where: str) -> dict[str, FileEntry]:
             raise wrong(at, f"component {engine.component!r} is not in the bundle")
         if engine.is_built:
             _list(engine.file, entry, files, where)
-        elif engine.file != graph.file or files[engine.file] != entry:
+        elif (
+            engine.file not in (graph.file, graph.graph_for(engine.backend))
+            or files[engine.file] != entry
+        ):
             raise wrong(at, f"is not the ONNX of {engine.component!r}")
     return files
 

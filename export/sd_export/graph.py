@@ -98,6 +98,7 @@ def _make(
     from sd_export.load import load_model
     from sd_export.onnx_export import MODEL_FILE, OPSET, save, save_beside, trace
     from sd_export.onnx_passes import to_half
+    from sd_export.onnxruntime_graph import write_onnxruntime_graph
 
     with log.stage(component, "load") as result:
         model = load_model(checkpoint, wrappers.model_of(component))
@@ -131,6 +132,7 @@ def _make(
     with log.stage(component, "save") as result:
         path = work.bundle / file
         saved = save(graph, path.parent) if path.name == MODEL_FILE else save_beside(graph, path)
+        saved += write_onnxruntime_graph(path)
         saved.append(write_layer_table(path, module=module, model=model))
         result.bytes = sum(path.stat().st_size for path in saved)
     # onnxscript's rewriter remembers its last match, through it the whole graph, and onnx_ir every

@@ -156,7 +156,8 @@ def make_engine(
                 )
                 result.detail = f"{engine.version} {engine.target} {engine.precision}"
                 result.bytes = engine.bytes
-    engine_path = output_dir / engine.file if engine.is_built else onnx_path
+    folder = output_dir if engine.is_built else onnx_path.parent.parent
+    engine_path = folder / engine.file
     try:
         with log.stage(component, f"verify {backend}") as result:
             measured = verify_engine(

@@ -121,7 +121,9 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
     source = bundle.verified_engine(engine)
     shutil.copyfile(source, version / file_name)
     if engine.backend == "onnxruntime":
-        for name in entry.files.keys() - {entry.file}:  # weights, which the graph names
+        for name in entry.files:  # weights, which the graph names
+            if name.endswith(".onnx"):
+                continue
             shutil.copyfile(bundle.path / name, version / Path(name).name)
     config = [
         f'name: "{model.name}"',

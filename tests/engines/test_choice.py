@@ -216,6 +216,7 @@ def test_what_opens_in_place_of_another_is_not_its_measure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A GPU whose provider is there and does not start, beside the processor."""
+    caplog.set_level(logging.INFO, logger="sd_engines.choice")
     on_cpu = portable(tiny_bundle, "onnxruntime", "fp32")
     on_gpu = portable(tiny_bundle, "onnxruntime", "fp32", target="cuda")
 
@@ -273,7 +274,8 @@ def test_no_place_to_remember(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="sd_engines")
+    for name in ("choice", "cache"):
+        caplog.set_level(logging.INFO, logger=f"sd_engines.{name}")
     slow_down(monkeypatch, "openvino")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
