@@ -3,7 +3,8 @@
 Makes a checkpoint of Stable Diffusion v1-4's size with random weights, builds every engine that
 this machine can, and asks of each whether it is right and how long it takes, beside diffusers and
 ONNX Runtime on the same card. FOLDER gets ``gpu.json`` with every figure, the log of each step, and
-traces. What fails is a result, in its own words, and what does not need it goes on.
+traces. What fails is a result, in its own words, and what does not need it goes on. What is quick
+comes first: the shipped checkpoint, then the full size; ``gpu.json`` holds what has ended so far.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from sd_bench.environment import environment
+from sd_runtime.files import write_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "benchmarks/shapes/checkpoint"
 ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime:cuda")
 TAIL_LINES = 12
+GRACE_S = 20.0
+"""For a step that is stopped, to stop what it has started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a step. ``exit_code`` None: not run, since what it needs had failed."""
+    """What became of a step. ``exit_code`` None: not run, and ``said`` is why."""
 
     name: str
     command: str
@@ -71,6 +75,9 @@ class Plan:
     def steps(self) -> list[Step]:
         """Everything to be run, in order."""
         found = [Step(name="tests", command=_python("-m", "pytest", "-m", "gpu", "-q"))]
+        found += self._bundle("shapes", SHAPES)
+        for engine in self.engines:
+            found += self._rightness(engine)
         model = self.checkpoint
         needs: tuple[str, ...] = ()
         if model is None:
@@ -80,9 +87,8 @@ class Plan:
             found.append(Step(name="checkpoint", command=command))
             needs = ("checkpoint",)
         found += self._bundle("full", model, needs=needs)
-        found += self._bundle("shapes", SHAPES)
         for engine in self.engines:
-            found += self._engine(engine)
+            found += self._speed(engine)
         return [*found, self._peers()]
 
     def _bundle(self, name: str, model: Path, *, needs: tuple[str, ...] = ()) -> Iterator[Step]:
@@ -101,21 +107,10 @@ class Plan:
                 needs=(f"{name} export",),
             )
 
-    def _engine(self, engine: str) -> Iterator[Step]:
-        """Its latency by stage, its score, how it bears clients for a while, and its throughput."""
-        backend = engine.partition(":")[0]
-        full, shapes = (str(self.folder / f"{name}.bundle") for name in ("full", "shapes"))
-        output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
-        options: tuple[str, ...] = ("--backend", backend)
-        options += ("--output", str(output), "--trace", str(trace))
-        options += ("--num-inference-steps", str(self.num_inference_steps))
-        yield Step(
-            name=f"latency {engine}",
-            command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
-            needs=(f"full build {engine}",),
-            result=output,
-        )
-        options = ("--backend", backend, "--captions", str(self.captions))
+    def _rightness(self, engine: str) -> Iterator[Step]:
+        """Its score, and how it bears clients for a while."""
+        backend, shapes = engine.partition(":")[0], str(self.folder / "shapes.bundle")
+        options: tuple[str, ...] = ("--backend", backend, "--captions", str(self.captions))
         yield Step(
             name=f"quality {engine}",
             command=_program("sd-bench", "quality", shapes, *options),
@@ -126,6 +121,20 @@ class Plan:
             name=f"serve {engine}",
             command=_program("sd-bench", "serve", shapes, *options),
             needs=(f"shapes build {engine}",),
+        )
+
+    def _speed(self, engine: str) -> Iterator[Step]:
+        """Its latency by stage, and its throughput."""
+        backend, full = engine.partition(":")[0], str(self.folder / "full.bundle")
+        output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
+        options: tuple[str, ...] = ("--backend", backend)
+        options += ("--output", str(output), "--trace", str(trace))
+        options += ("--num-inference-steps", str(self.num_inference_steps))
+        yield Step(
+            name=f"latency {engine}",
+            command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
+            needs=(f"full build {engine}",),
+            result=output,
         )
         if self.batch_size > 1:
             yield self._throughput(engine)
@@ -156,43 +165,83 @@ class Plan:
         return Step(name="peers", command=command, needs=("full export",), result=output)
 
 
-def run(todo: Sequence[Step], folder: Path) -> list[Outcome]:
-    """Run ``todo`` one after the other, each with a log in ``folder``; tells of each as it ends."""
+def run(todo: Sequence[Step], folder: Path, *, minutes: float | None = None) -> list[Outcome]:
+    """Run ``todo`` one after the other, each with a log in ``folder``; tells of each as it ends.
+
+    ``gpu.json`` there is written anew each time. What has not ended after ``minutes`` is stopped,
+    and what has not begun by then is not run.
+    """
     outcomes: list[Outcome] = []
+    here, start = environment(), perf_counter()
     for step in todo:
+        left_s = None if minutes is None else 60 * minutes - (perf_counter() - start)
         failed = [o.name for o in outcomes if o.name in step.needs and o.exit_code != 0]
-        outcome = _skipped(step, failed) if failed else _run(step, folder)
+        if failed:
+            outcome = _skipped(step, f"needs {', '.join(failed)}")
+        elif left_s is not None and left_s <= 0:
+            outcome = _skipped(step, f"the {minutes:g} minutes are over")
+        else:
+            outcome = _run(step, folder, limit_s=left_s)
         outcomes.append(outcome)
+        _write_report(outcomes, here, folder / "gpu.json")
         state = {None: "not run", 0: "done"}.get(outcome.exit_code, f"exit {outcome.exit_code}")
         print(f"{outcome.name:32} {state:9} {outcome.seconds:7.1f} s", flush=True)
-        print("".join(f"    {line}\n" for line in outcome.said.splitlines()), end="")
+        print("".join(f"    {line}\n" for line in outcome.said.splitlines()), end="", flush=True)
     return outcomes
 
 
-def _run(step: Step, folder: Path) -> Outcome:
+def _write_report(outcomes: Sequence[Outcome], here: dict[str, str], path: Path) -> None:
+    report = {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": here,
+        "steps": [asdict(outcome) for outcome in outcomes],
+    }
+    write_files({path: f"{json.dumps(report, indent=1)}\n".encode()})
+
+
+def _run(step: Step, folder: Path, *, limit_s: float | None) -> Outcome:
     log = folder / f"{step.name.replace(' ', '-').replace(':', '-')}.log"
     start = perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        ended = subprocess.run(  # noqa: S603 - our own commands
-            step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
-        )
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(  # noqa: S603 - our own commands
+            step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        stopped = not _ends(process, limit_s)
     seconds = perf_counter() - start
     result = None
-    if step.result is not None and not ended.returncode:
+    if step.result is not None and not stopped and not process.returncode:
         result = json.loads(step.result.read_text("utf-8"))
     lines = log.read_text("utf-8", errors="replace").splitlines()
+    lines += ["stopped: the time is over"] if stopped else []
     return Outcome(
         name=step.name,
         command=" ".join(step.command),
-        exit_code=ended.returncode,
+        exit_code=process.returncode,
         seconds=round(seconds, 2),
         said="\n".join(lines[-TAIL_LINES:]),
         result=result,
     )
 
 
-def _skipped(step: Step, failed: Sequence[str]) -> Outcome:
-    said = f"needs {', '.join(failed)}"
+def _ends(process: subprocess.Popen[bytes], limit_s: float | None) -> bool:
+    """Whether it ends within ``limit_s``; where it does not, or an error comes, it is stopped."""
+    try:
+        process.wait(limit_s)
+    except BaseException as error:
+        process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return False
+        raise
+    return True
+
+
+def _skipped(step: Step, said: str) -> Outcome:
     return Outcome(name=step.name, command=" ".join(step.command), exit_code=None, said=said)
 
 
@@ -217,6 +266,7 @@ def main() -> int:
     parser.add_argument("--num-inference-steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--minutes", type=float, help="Stop then; what has ended is kept.")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,15 +281,8 @@ def main() -> int:
         rounds=arguments.rounds,
         captions=arguments.captions,
     )
-    outcomes = run(plan.steps(), folder)
-    report = {
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "steps": [asdict(outcome) for outcome in outcomes],
-    }
-    path = folder / "gpu.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(f"Written: {path}")
+    outcomes = run(plan.steps(), folder, minutes=arguments.minutes)
+    print(f"Written: {folder / 'gpu.json'}")
     return int(any(outcome.exit_code != 0 for outcome in outcomes))
 
 

@@ -63,18 +63,19 @@ def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: 
     assert len(parsed) == 2 + 6 * len(gpu.ENGINES) + 1
 
 
+def python(gpu: ModuleType, name: str, code: str, **more: Any) -> Any:
+    return gpu.Step(name=name, command=(sys.executable, "-c", code), **more)
+
+
 def test_a_failure_is_told_and_what_does_not_need_it_goes_on(
     gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def python(name: str, code: str, **more: Any) -> Any:
-        return gpu.Step(name=name, command=(sys.executable, "-c", code), **more)
-
     written = tmp_path / "figure.json"
     outcomes = gpu.run(
         [
-            python("broken", "raise SystemExit('no such card')"),
-            python("after", "print('never')", needs=("broken",)),
-            python("last", f"open({str(written)!r}, 'w').write('[42]')", result=written),
+            python(gpu, "broken", "raise SystemExit('no such card')"),
+            python(gpu, "after", "print('never')", needs=("broken",)),
+            python(gpu, "last", f"open({str(written)!r}, 'w').write('[42]')", result=written),
         ],
         tmp_path,
     )
@@ -85,4 +86,35 @@ def test_a_failure_is_told_and_what_does_not_need_it_goes_on(
     ]
     assert "no such card" in (tmp_path / "broken.log").read_text()
     assert "not run" in capsys.readouterr().out
-    json.dumps([o.result for o in outcomes])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["result"] for step in report["steps"]] == [None, None, [42]]
+    assert report["environment"]["python"]
+
+
+def test_what_has_ended_is_kept_whatever_comes(gpu: ModuleType, tmp_path: Path) -> None:
+    kept = tmp_path / "gpu.json"
+    steps = [
+        python(gpu, "first", "print(42)"),
+        python(gpu, "second", f"print(open({str(kept)!r}).read())"),
+    ]
+    _, second = gpu.run(steps, tmp_path)
+    assert '"said": "42"' in second.said
+
+
+def test_when_the_time_is_over_nothing_more_is_run(gpu: ModuleType, tmp_path: Path) -> None:
+    steps = [
+        python(gpu, "endless", "import time; print('begun', flush=True); time.sleep(600)"),
+        python(gpu, "late", "print('never')"),
+    ]
+    endless, late = gpu.run(steps, tmp_path, minutes=0.02)
+    assert endless.exit_code
+    assert endless.said.endswith("stopped: the time is over")
+    assert (late.exit_code, late.said) == (None, "the 0.02 minutes are over")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["name"] for step in report["steps"]] == ["endless", "late"]
+
+
+def test_what_is_quick_comes_first(gpu: ModuleType, tmp_path: Path) -> None:
+    names = [step.name for step in plan(gpu, tmp_path).steps()]
+    full = names.index("checkpoint")
+    assert full == 1 + 1 + 3 * len(gpu.ENGINES), "after the tests and all of the shipped checkpoint"
