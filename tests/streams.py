@@ -24,7 +24,7 @@ class Array(np.ndarray):  # type: ignore[type-arg]
 class Stream:
     """``cupy.cuda.Stream``: entered by a thread, it is that thread's own current one."""
 
-    made = 0
+    made = waited_for = 0
     _entered = threading.local()
 
     def __init__(self, *, non_blocking: bool) -> None:
@@ -49,6 +49,9 @@ class Stream:
     def _stack(cls) -> list[Self]:
         stack: list[Self] = cls._entered.__dict__.setdefault("stack", [])
         return stack
+
+    def synchronize(self) -> None:
+        type(self).waited_for += 1
 
     def __enter__(self) -> Self:
         self._stack().append(self)

@@ -26,6 +26,7 @@ from sd_runtime.result import Result, Step
 from sd_runtime.start import Start, begin
 from sd_runtime.timing import Timings, clock_of
 from sd_runtime.upscaling import noised
+from sd_runtime.work_stream import finish
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -123,10 +124,14 @@ class Painter:
                     num_steps=num_steps,
                     timestep=row.timestep,
                     first_image=first,
-                    latents=row.latents,
+                    read_latents=partial(self._latents, row),
                     decode_preview=partial(self._preview, decoder, row),
                     result=result,
                 )
+
+    def _latents(self, row: Row) -> Array:
+        finish(self._engines.stream)
+        return row.latents
 
     def _preview(self, decoder: Decoder, row: Row) -> NDArray[np.uint8]:
         with self._engines.stream:

@@ -104,17 +104,25 @@ class Step:
 
     ``index`` counts 0 … num_steps − 1 over the whole request, whose pictures run in batches:
     ``first_image`` is the first of this batch. Of upscaled pictures it counts tiles, and what there
-    is of each is its latents and its preview. ``latents`` float32 [n, c, h, w] in the
-    variance-preserving scale are the loop's own: copy what must outlive the step.
+    is of each is its latents and its preview.
     """
 
     index: int
     num_steps: int
     timestep: float
     first_image: int
-    latents: Array
+    read_latents: Callable[[], Array]
     decode_preview: Callable[[], NDArray[np.uint8]]
     result: Result | None = None
+
+    @property
+    def latents(self) -> Array:
+        """What the step made, float32 [n, c, h, w] in the variance-preserving scale.
+
+        On a GPU it is waited for, so that any stream may read it. It is the loop's own: what must
+        outlive the step is to be copied, to the end, before the next one.
+        """
+        return self.read_latents()
 
     def preview(self) -> NDArray[np.uint8]:
         """What the pictures would be now, uint8 [n, H, W, 3]: one run of the decoder.

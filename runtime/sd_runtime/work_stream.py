@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from sd_engines.border import import_package
 from sd_engines.errors import BackendError, ConfigError
@@ -39,6 +39,12 @@ def work_stream(engines: Iterable[EngineEntry]) -> WorkStream:
     current = cuda.get_current_stream()
     stream: WorkStream = current if current.ptr else cuda.Stream(non_blocking=True)
     return stream
+
+
+def finish(stream: WorkStream) -> None:
+    """Wait for what was enqueued within ``stream``: no other stream does by itself."""
+    if stream is not NO_STREAM:
+        cast("Any", stream).synchronize()
 
 
 class CallersStream(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from sd_runtime import Pipeline, Request, pipeline
 from sd_runtime.work_stream import NO_STREAM, on_stream, work_stream
 from streams import Stream, put_in_place_of_cupy
 from tiny_onnx import stale_plan
@@ -12,7 +14,9 @@ from tiny_onnx import stale_plan
 if TYPE_CHECKING:
     import pytest
 
+    from conftest import TinyModel
     from sd_engines import Bundle
+    from sd_engines.entries import EngineEntry
 
 ON_A_GPU = [stale_plan("fp32")]
 
@@ -45,3 +49,22 @@ def test_no_stream_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert work_stream(ON_A_GPU) is NO_STREAM
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert work_stream(ON_A_GPU) is NO_STREAM
+
+
+def test_a_steps_latents_are_complete_on_any_stream(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default stream, on which a caller reads them, does not wait for the pipeline's own."""
+    put_in_place_of_cupy(monkeypatch)
+    listed_engines = pipeline.listed_engines
+
+    def as_on_a_gpu(bundle: Bundle, component: str, **options: Any) -> list[EngineEntry]:
+        return [replace(e, target="cuda") for e in listed_engines(bundle, component, **options)]
+
+    monkeypatch.setattr(pipeline, "listed_engines", as_on_a_gpu)
+    monkeypatch.setattr(Stream, "waited_for", 0)
+    with Pipeline.load(tiny_model.bundle, backend="onnxruntime") as loaded:
+        for step in loaded.stream(Request("a cat", num_inference_steps=3)):
+            assert Stream.waited_for == step.index, "only who reads them waits"
+            assert step.latents.shape[0] == 1
+            assert Stream.waited_for == step.index + 1
