@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sd_engines import open_bundle, open_engine
-from sd_engines.backends import tensorrt
+from sd_engines.backends import tensorrt, tensorrt_builder
+from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
 from sd_engines.seal import add_engines
@@ -115,6 +116,50 @@ def test_workspace_limit(tmp_path: Path) -> None:
     )
     assert entry.flags["workspace_bytes"] == str(1 << 30)
     assert entry.key != _build(tmp_path, unet).key
+
+
+class Timings:
+    """A timing cache of TensorRT's, whose header says which card it is of."""
+
+    def __init__(self, known: bytes) -> None:
+        self.known = known
+
+    def serialize(self) -> bytes:
+        return b"ours: measured"
+
+
+@pytest.mark.parametrize("known", [b"", b"ours: 1 ms", b"another card's: 2 ms"])
+def test_what_was_measured_on_this_card_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bytes
+) -> None:
+    """TensorRT, its module the other's: that refuses what was measured on another card."""
+    module = tensorrt_builder.package("tensorrt-rtx")
+    attached = []
+
+    def attach(_config: object, timings: Timings, _ignores_mismatch: bool) -> bool:
+        if fits := timings.known[:4] in (b"", b"ours"):
+            attached.append(timings.known)
+        return fits
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tensorrt_builder, "package", lambda _backend: module)
+    monkeypatch.setattr(tensorrt_builder, "compute_capability", lambda: 120)
+    monkeypatch.setattr(
+        module.IBuilderConfig, "create_timing_cache", lambda _, known: Timings(known)
+    )
+    monkeypatch.setattr(module.IBuilderConfig, "set_timing_cache", attach)
+    remembered = cached_file(f"tensorrt-{module.__version__}-sm120.timings")
+    write_cached(remembered, known)
+    tensorrt_builder.build(
+        tmp_path / "unet/model.onnx",
+        output_dir=tmp_path,
+        backend="tensorrt",
+        component="unet",
+        entry=unet_entry(tmp_path),
+        profile=PROFILE,
+    )
+    assert attached == [known if known.startswith(b"ours") else b""]
+    assert read_cached(remembered) == b"ours: measured"
 
 
 def _with_plan(bundle: Bundle, tmp_path: Path) -> Bundle:

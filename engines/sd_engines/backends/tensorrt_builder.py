@@ -82,7 +82,9 @@ def build(
     if backend == "tensorrt":  # TensorRT-RTX measures nothing
         known = read_cached(remembered)
         timings = config.create_timing_cache(known) or config.create_timing_cache(b"")
-        config.set_timing_cache(timings, False)
+        if not config.set_timing_cache(timings, False):  # of another card of this capability
+            timings = config.create_timing_cache(b"")
+            config.set_timing_cache(timings, False)
     config.progress_monitor = monitor = _monitor(module, progress)
     plan = builder.build_serialized_network(network, config)
     if monitor.stopped_by is not None:
