@@ -6,6 +6,7 @@ import ctypes
 import logging
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from sd_engines.errors import BackendError
 
@@ -19,6 +20,7 @@ _NO_GPU_HINT = (
     "backend that runs here: --backend onnxruntime"
 )
 _beside_default: dict[Any, Any] = {}
+_workspaces: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 _making = Lock()
 
 
@@ -54,6 +56,41 @@ def named_stream(cuda: Any) -> Any:
 def release(cupy: Any) -> None:
     """Give the GPU back what nobody uses any more: CuPy keeps it for the next who asks."""
     cupy.get_default_memory_pool().free_all_blocks()
+
+
+class Workspace:
+    """Memory that engines work in one after another: all those that run on one stream.
+
+    It is as large as the largest of them needs. Who has been given a smaller one keeps that.
+    """
+
+    def __init__(self) -> None:
+        self._growing = Lock()
+        self._memory: Any = None
+        self._bytes = -1
+
+    def reserve(self, size: int, cuda: Any) -> Any:
+        """CuPy's pointer to at least ``size`` bytes; `BackendError` where there are none."""
+        with self._growing:
+            if size > self._bytes:
+                try:
+                    self._memory = cuda.alloc(size)
+                except MemoryError as error:  # CuPy's is one
+                    raise BackendError(
+                        f"no memory for an engine's activations, {size / 1e6:.0f} MB: {error}",
+                        "Free memory on the GPU, or ask for fewer or smaller pictures at once.",
+                    ) from error
+                self._bytes = size
+            return self._memory
+
+
+def workspace_of(stream: Any) -> Workspace:
+    """That of ``stream``; it is gone when nobody holds it any more."""
+    with _making:
+        workspace = _workspaces.get(stream.ptr)
+        if workspace is None:
+            workspace = _workspaces[stream.ptr] = Workspace()
+        return workspace
 
 
 class Replay:

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.backends.bound import BoundEngine
-from sd_engines.backends.cuda import Replay, compute_capability, named_stream, release
+from sd_engines.backends.cuda import (
+    Replay,
+    compute_capability,
+    named_stream,
+    release,
+    workspace_of,
+)
 from sd_engines.backends.tensorrt_builder import build
+from sd_engines.backends.tensorrt_contexts import Contexts
 from sd_engines.backends.tensorrt_package import (
     ANY_TARGET,
     failure,
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from sd_engines.backends.cuda import Workspace
     from sd_engines.border import Rows
     from sd_engines.engine import Array
     from sd_engines.entries import ComponentEntry, EngineEntry
@@ -71,16 +79,25 @@ def load(
 ) -> TensorRtEngine:
     """Deserialise the plan at ``path`` onto the current GPU; ``threads`` means nothing to it."""
     module = package(engine.backend)
-    compute_capability()  # refuses where there is no GPU, in words
+    here = f"SM{compute_capability()}"  # refuses where there is no GPU, in words
     xp = import_package("cupy", extra=engine.backend)
     log = package_log(module)
     log.errors.clear()
     runtime = module.Runtime(log)  # engine_host_code_allowed stays False
     plan = runtime.deserialize_cuda_engine(path.read_bytes())
     if plan is None:
-        raise failure(f"{engine.backend} cannot load {path}", log)
+        raise failure(f"{engine.backend} cannot load {path}{_unlisted(module, here)}", log)
     return TensorRtEngine(
         module, runtime, plan, xp, component=component, engine=engine, max_batch=max_batch
+    )
+
+
+def _unlisted(module: Any, gpu: str) -> str:
+    """What more there is to say of a ``gpu`` that TensorRT-RTX does not list; it may run yet."""
+    listed = getattr(module, "ComputeCapability", None)
+    known = [name for name in getattr(listed, "__members__", ()) if name.startswith("SM")]
+    return (
+        f", which lists {', '.join(known)}; this GPU is {gpu}" if known and gpu not in known else ""
     )
 
 
@@ -107,39 +124,23 @@ class TensorRtEngine(BoundEngine):
             outputs=_tensors(module, plan, module.TensorIOMode.OUTPUT),
         )
         self._module = module
-        self._captures_itself = hasattr(module, "CudaGraphStrategy")
         self._runtime = runtime  # must outlive the plan
-        self._plan = plan
+        self._contexts = Contexts(module, plan, engine)
 
     def _new_binding(
         self, rows: Rows, inputs: dict[str, Array], outputs: dict[str, Array]
     ) -> TensorRtBinding:
         log = package_log(self._module)
         log.errors.clear()
-        context = self._context()
+        context = self._contexts.new()
         if context is None:
-            raise failure("no memory for the engine's activations", log)
+            raise failure("no memory for an execution context", log)
         return TensorRtBinding(
-            context, inputs, outputs, self._xp, log, captures_itself=self._captures_itself
+            context, inputs, outputs, self._xp.cuda, log, contexts=self._contexts
         )
-
-    def _context(self) -> Any:
-        """A new execution context: TensorRT-RTX's captures itself as a CUDA graph.
-
-        It knows when: its kernels for the shapes in use are compiled at the first run, all of them,
-        where else others would stand in for them meanwhile.
-        """
-        if not self._captures_itself:
-            return self._plan.create_execution_context()
-        module, config = self._module, self._plan.create_runtime_config()
-        config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            module.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        return self._plan.create_execution_context(config)
 
     def _release(self) -> None:
-        self._plan = self._runtime = None
+        del self._contexts, self._runtime
         release(self._xp)
 
 
@@ -152,22 +153,26 @@ def _tensors(module: Any, plan: Any, mode: Any) -> Iterator[tuple[str, str, int]
 
 
 class TensorRtBinding:
-    """A `Binding`: one execution context tied to device buffers."""
+    """A `Binding`: one execution context tied to device buffers.
+
+    It works in the memory of the stream that it runs on, which is all engines' that run there.
+    """
 
     def __init__(
         self,
         context: Any,
         inputs: dict[str, Array],
         outputs: dict[str, Array],
-        xp: Any,
+        cuda: Any,
         log: Any,
         *,
-        captures_itself: bool,
+        contexts: Contexts,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self._context = context
-        self._xp = xp
+        self._contexts = contexts
+        self._cuda = cuda
         self._log = log
         for name, array in inputs.items():
             if not context.set_input_shape(name, array.shape):
@@ -175,17 +180,34 @@ class TensorRtBinding:
         for name, array in (*inputs.items(), *outputs.items()):
             if not context.set_tensor_address(name, array.data.ptr):
                 raise failure(f"the plan refuses the memory of {name!r}", log)
-        self._replay = None if captures_itself else Replay(self._enqueue, xp.cuda)
+        self._bytes = context.update_device_memory_size_for_shapes()
+        self._workspace = workspace_of(named_stream(cuda))
+        self._workspace.reserve(self._bytes, cuda)
+        self._memory: Any = None
+        self._replay: Replay | None = None
 
     def run(self) -> None:
         """Enqueue on CuPy's current stream, from ``inputs`` into ``outputs``."""
         if self._context is None:
             raise closed_error()
-        stream = named_stream(self._xp.cuda)
+        stream = named_stream(self._cuda)
+        workspace = workspace_of(stream)
+        is_first = self._memory is None
+        if is_first or workspace is not self._workspace:
+            self._work_in(workspace)
         if self._replay is None:
             self._enqueue(stream.ptr)
         else:
             self._replay.run(stream)
+        if is_first:
+            self._contexts.keep_kernels()
+
+    def _work_in(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._memory = workspace.reserve(self._bytes, self._cuda)
+        self._context.set_device_memory(self._memory.ptr, self._bytes)
+        if not self._contexts.capture_themselves:
+            self._replay = Replay(self._enqueue, self._cuda)
 
     def _enqueue(self, stream: int) -> None:
         self._log.errors.clear()
@@ -195,5 +217,6 @@ class TensorRtBinding:
     def close(self) -> None:
         """Let go of the context once the device is done with it; the buffers stay the caller's."""
         if self._context is not None:
-            self._xp.cuda.Device().synchronize()
-            self._replay = self._context = None
+            self._cuda.Device().synchronize()
+            self._replay = self._context = self._memory = None
+            del self._workspace

@@ -68,8 +68,10 @@ def build(
         config.clear_flag(module.BuilderFlag.TF32)  # on by default
     if workspace_bytes is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, workspace_bytes)
-    if target != ANY_TARGET and backend == "tensorrt-rtx":
-        _set_compute_capabilities(module, config, target)
+    if backend == "tensorrt-rtx":
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may not be captured
+        if target != ANY_TARGET:
+            _set_compute_capabilities(module, config, target)
     shapes = builder.create_optimization_profile()
     max_batch = profile.max_batch(component, entry.inputs)
     for spec in entry.inputs:

@@ -152,8 +152,8 @@ sd_status *sd_job_cancel(sd_job *job);
 sd_status *sd_job_result(sd_job *job, sd_result *result);
 /* Its pictures where the engines left them, on a GPU if they ran there: uint8 [n][height][width][3]
  * as DLPack's DLManagedTensor (dlpack.h declares it). Once, and only if sd_request.device_pixels
- * said so. It is complete, whatever stream reads it, is yours until you call its deleter, and may
- * outlive the job and the context. */
+ * said so. It is complete, whatever stream reads it, is yours until you call its deleter, which must
+ * come after all that reads it has ended, and may outlive the job and the context. */
 sd_status *sd_job_device_pixels(sd_job *job, struct DLManagedTensor **tensor);
 /* Cancels it if it has not ended. Afterwards the library does not touch the caller's pixels. */
 void sd_job_free(sd_job *job);
