@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from sd_engines.closing import Closing
@@ -20,7 +20,7 @@ from sd_runtime.ticket import Progress, Ticket
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
@@ -51,6 +51,7 @@ class EngineRoom(Closing):
         self._on_drawn = on_drawn
         self._changed = threading.Condition()
         self._waiting: list[Ticket] = []
+        self._kept_places = 0
         self._running: list[Ticket] = []
         self._draining = False
         self._mean_s = 1.0  # of one batch, recent ones weigh most
@@ -81,11 +82,26 @@ class EngineRoom(Closing):
             self._changed.notify_all()
         return ticket
 
+    @contextmanager
+    def kept_place(self) -> Iterator[None]:
+        """Keep a place in the queue for a request whose pictures are still to be read.
+
+        It is free again afterwards: submit the request then. Raises `RefusedError` as `submit`.
+        """
+        with self._changed:
+            self._check_room()
+            self._kept_places += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._kept_places -= 1
+
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """How many requests wait, those for which a place is kept among them."""
         with self._changed:
-            return sum(not ticket.cancelled for ticket in self._waiting)
+            return self._kept_places + sum(not ticket.cancelled for ticket in self._waiting)
 
     @property
     def running(self) -> Sequence[Ticket]:
@@ -175,9 +191,10 @@ class EngineRoom(Closing):
         if self._draining:
             raise draining_error()
         self._drop_cancelled()
-        if len(self._waiting) >= self.queue_size:
+        waiting = len(self._waiting) + self._kept_places
+        if waiting >= self.queue_size:
             retry_after_s = max(1, math.ceil(self._mean_s))
-            raise full_error(waiting=len(self._waiting), retry_after_s=retry_after_s)
+            raise full_error(waiting=waiting, retry_after_s=retry_after_s)
 
     def _drop_cancelled(self) -> None:
         left = [ticket for ticket in self._waiting if ticket.cancelled]

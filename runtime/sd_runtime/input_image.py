@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -29,6 +29,8 @@ _NO_RANGE = ("I", "F")
 """Pillow's modes of whole or real numbers that do not say what is black and what is white."""
 _NEAREST = ("1", "P")
 """Pillow's modes that it resizes by the nearest pixel, so that a mask of one is not one in RGB."""
+_STRIP = 256
+"""Rows of a picture that are hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,24 @@ class InputImage:
             name = os.fspath(source)
         with readable(name):
             image = opaque(_of_8_bits(opened_image(source, name), name), name)
-            rgb = image.convert("RGB")
-        resized_as = image.mode if image.mode in _NEAREST else "RGB"
-        header = f"{resized_as} {rgb.width}x{rgb.height}\n".encode()
-        return cls(hashlib.sha256(header + rgb.tobytes()).hexdigest(), name, image)
+            return cls(_digest(image), name, image)
+
+    def fitted(self, height: int, width: int) -> Self:
+        """The same for `pixels` of this size and no other; of a large one far less memory."""
+        self._warn_of_stretching(height, width)
+        return replace(self, image=_resized(self.image.convert("RGB"), height, width))
+
+    def fitted_mask(self, height: int, width: int) -> Self:
+        """The same for `mask`."""
+        self._warn_of_stretching(height, width)
+        return replace(self, image=_resized(self.image, height, width))
 
     def pixels(self, height: int, width: int) -> NDArray[np.uint8]:
         """uint8 [height, width, 3]; another size is resized by Lanczos' filter, as diffusers does.
 
         Its proportions are not kept: it is stretched, with a warning.
         """
-        self._warn_of_stretching(height, width)
-        return np.asarray(self._resized(self.image.convert("RGB"), height, width))
+        return np.asarray(self.fitted(height, width).image)
 
     def middle_square(self, size: int) -> NDArray[np.uint8]:
         """uint8 [size, size, 3]: its shorter side resized to ``size``, and the middle of that.
@@ -85,13 +93,7 @@ class InputImage:
 
     def mask(self, height: int, width: int) -> NDArray[np.bool_]:
         """Where it is 0.5 or brighter, bool [height, width]; resized as `pixels`."""
-        self._warn_of_stretching(height, width)
-        return np.asarray(self._resized(self.image, height, width).convert("L")) >= 128
-
-    def _resized(self, image: Image, height: int, width: int) -> Image:
-        from PIL.Image import Resampling
-
-        return image.resize((width, height), Resampling.LANCZOS)
+        return np.asarray(self.fitted_mask(height, width).image.convert("L")) >= 128
 
     def _warn_of_stretching(self, height: int, width: int) -> None:
         given = self.image
@@ -108,6 +110,22 @@ class InputImage:
                 height,
                 width,
             )
+
+
+def _resized(image: Image, height: int, width: int) -> Image:
+    from PIL.Image import Resampling
+
+    return image.resize((width, height), Resampling.LANCZOS)
+
+
+def _digest(image: Image) -> str:
+    """By strips: all pixels of a large picture once more would be much memory."""
+    resized_as = image.mode if image.mode in _NEAREST else "RGB"
+    digest = hashlib.sha256(f"{resized_as} {image.width}x{image.height}\n".encode())
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        digest.update(strip.convert("RGB").tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

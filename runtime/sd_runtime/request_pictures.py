@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from sd_engines.errors import ConfigError
@@ -9,6 +10,7 @@ from sd_engines.errors import ConfigError
 if TYPE_CHECKING:
     from sd_runtime.depth_map import DepthMap
     from sd_runtime.input_image import InputImage
+    from sd_runtime.request import Request
 
 Taken: TypeAlias = "InputImage | DepthMap | tuple[InputImage, ...]"
 PICTURES = ("image", "mask", "depth_map", "control_image")
@@ -46,3 +48,17 @@ def digest_of(taken: Taken | None) -> str | tuple[str, ...] | None:
     if isinstance(taken, tuple):
         return tuple(picture.sha256 for picture in taken)
     return None if taken is None else taken.sha256
+
+
+def fitted(request: Request, height: int, width: int) -> Request:
+    """``request`` with its pictures resized to what is drawn, of which they draw the same bits.
+
+    For tasks that draw at one size: neither upscalers nor variations.
+    """
+    controls = request.control_image and [c.fitted(height, width) for c in request.control_image]
+    return replace(
+        request,
+        image=request.image and request.image.fitted(height, width),
+        mask=request.mask and request.mask.fitted_mask(height, width),
+        control_image=controls,
+    )

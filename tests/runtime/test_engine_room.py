@@ -14,6 +14,7 @@ from sd_engines.errors import BackendError, ConfigError
 from sd_runtime import Request
 from sd_runtime.batch import join_requests, settings_of
 from sd_runtime.engine_room import EngineRoom
+from sd_runtime.input_image import InputImage
 from sd_runtime.refusal import RefusedError
 
 if TYPE_CHECKING:
@@ -103,6 +104,25 @@ def test_a_full_queue_refuses_at_once_and_serves_in_turn(room: EngineRoom) -> No
     assert [seed for seed in order if seed != 1] == [0, 2]
     with pytest.raises(RefusedError, match="cancelled"):
         tickets[1].result.result(WAIT_S)
+
+
+def test_a_place_may_be_kept_before_there_is_a_request(room: EngineRoom) -> None:
+    running, go_on = blocked(room)
+    with room.kept_place(), room.kept_place():
+        room.submit(replace(REQUEST, num_images_per_prompt=2))
+        assert room.waiting == 3
+        with pytest.raises(RefusedError, match="queue is full: 3"):
+            room.submit(REQUEST)
+        with pytest.raises(RefusedError, match="queue is full: 3"), room.kept_place():
+            pass
+    with pytest.raises(ConfigError), room.kept_place():
+        InputImage.of("no such picture", name="image")
+    assert room.waiting == 1
+    room.drain()
+    with pytest.raises(RefusedError, match="shutting down"), room.kept_place():
+        pass
+    running.cancel()
+    go_on.set()
 
 
 def test_one_that_waits_is_cancelled_at_once(room: EngineRoom) -> None:

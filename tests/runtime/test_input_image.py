@@ -46,6 +46,27 @@ def test_every_way_to_give_a_picture_gives_the_same(tmp_path: Path) -> None:
     assert Request("a", image=path) != Request("a", image=255 - PIXELS)
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "RGB"])
+@pytest.mark.parametrize("size", [(3, 4), (12, 16)])
+def test_a_picture_that_is_fitted_is_the_same_at_that_size(
+    mode: str, size: tuple[int, int]
+) -> None:
+    image = of(Image.fromarray(PIXELS).convert(mode))
+    fitted, mask = image.fitted(*size), image.fitted_mask(*size)
+    assert fitted == mask == image
+    assert fitted.image.size == mask.image.size == size[::-1]
+    np.testing.assert_array_equal(fitted.pixels(*size), image.pixels(*size))
+    np.testing.assert_array_equal(mask.mask(*size), image.mask(*size))
+
+
+@pytest.mark.parametrize(
+    ("mode", "start"), [("RGB", "e605a6db4b3d6d78"), ("1", "aa337f5cea9e3423")]
+)
+def test_old_recipes_know_their_picture(mode: str, start: str) -> None:
+    picture = Image.linear_gradient("L").resize((20, 600), Image.Resampling.NEAREST)
+    assert of(picture.convert(mode)).sha256.startswith(start)
+
+
 @pytest.mark.parametrize("pixels", [PIXELS, PIXELS[..., 0]])
 def test_a_picture_stays_as_it_was_given(pixels: np.ndarray) -> None:
     changed_later = pixels.copy()

@@ -15,6 +15,7 @@ from sd_runtime.image import bytes_from_base64, encode_image, read_parameters
 from sd_runtime.serve.a1111_bodies import Drawn, ImageToImage, Options, PngInfo, TextToImage
 from sd_runtime.serve.drawing import Drawing, timing_header
 from sd_runtime.serve.json_route import JsonRoute
+from sd_runtime.serve.reading import in_turn, read_request
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
 
     async def drawn(body: TextToImage, connection: Request) -> JSONResponse:
         model = checkpoint.of(body.override_settings)
-        request = await asyncio.to_thread(body.request, model.offer)  # it decodes the pictures
+        request = await read_request(body, model, room, connection)
         drawing = Drawing(room, request, model.pipeline, partial(_response, body=body))
         if body.override_settings_restore_afterwards is False:
             checkpoint.current = model
@@ -98,9 +99,10 @@ def a1111_routes(room: EngineRoom, checkpoint: Checkpoint) -> APIRouter:
         return JSONResponse({})
 
     @router.post("/png-info")
-    async def png_info(body: PngInfo) -> JSONResponse:
+    async def png_info(body: PngInfo, connection: Request) -> JSONResponse:
         """The text that a picture carries."""
-        info = await asyncio.to_thread(read_parameters, bytes_from_base64(body.image))
+        read = partial(read_parameters, bytes_from_base64(body.image))
+        info = await in_turn(connection, read)
         return JSONResponse({"info": info, "items": {"parameters": info} if info else {}})
 
     return router

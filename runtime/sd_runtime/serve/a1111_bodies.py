@@ -125,6 +125,11 @@ class TextToImage(Body):
         offer.check(request)
         return request
 
+    @property
+    def brings_pictures(self) -> bool:
+        """Whether there may be any to decode."""
+        return self.alwayson_scripts is not None
+
     def pictures(self) -> dict[str, Any]:
         """What the drawing starts from, as a request names it."""
         return {}
@@ -184,6 +189,11 @@ class ImageToImage(TextToImage):
         "initial_noise_multiplier": (0, 1, 1.0),
     }
     unused: ClassVar[frozenset[str]] = TextToImage.unused | {"image_cfg_scale"}
+
+    @property
+    def brings_pictures(self) -> bool:
+        """It starts from one."""
+        return True
 
     def starts_from(self) -> str:
         """Its picture as it was sent."""

@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from sd_runtime.refusal import client_left_error
+from sd_runtime.serve.connected import while_connected
 from sd_runtime.ticket import Progress
 
 if TYPE_CHECKING:
@@ -71,20 +71,10 @@ class Drawing(Generic[Answer]):
         yield event.result()
 
     async def result(self, connection: Connection) -> Answer:
-        """The answer; a client that leaves before cancels it, and gets status 499.
-
-        ``connection`` is the HTTP request, its body read.
-        """
-        left = asyncio.ensure_future(_disconnected(connection))
-        ended = asyncio.ensure_future(self._last_event())
+        """The answer; as `while_connected`."""
         try:
-            await asyncio.wait((left, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
-                raise client_left_error()
-            return ended.result()
+            return await while_connected(connection, self._last_event())
         finally:
-            left.cancel()
-            ended.cancel()
             self.cancel()
 
     async def _last_event(self) -> Answer:
@@ -97,8 +87,3 @@ def timing_header(result: Result) -> dict[str, str]:
     """What each stage took in all, in ms, as browsers and other clients read it: Server-Timing."""
     totals = result.timings.totals_ms()
     return {"Server-Timing": ", ".join(f"{name};dur={ms:.3f}" for name, ms in totals.items())}
-
-
-async def _disconnected(connection: Connection) -> None:
-    while (await connection.receive())["type"] != "http.disconnect":
-        pass

@@ -21,6 +21,7 @@ from sd_runtime.serve.error_body import log_failure, openai_body
 from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.serve.offer import MAX_BODY_BYTES, MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
+from sd_runtime.serve.reading import read_request
 from sd_runtime.ticket import Progress
 
 if TYPE_CHECKING:
@@ -79,11 +80,7 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
 
     async def drawn(body: Asked, connection: Request) -> Response:
         model = models.find(body.model)
-        offer, pipeline = model.offer, model.pipeline
-        if body.brings_pictures:  # to decode them takes a while
-            request = await asyncio.to_thread(body.request, offer)
-        else:
-            request = body.request(offer)
+        request, pipeline = await read_request(body, model, room, connection), model.pipeline
         format_ = body.output_format or "png"
         if body.stream:
             previews = body.partial_images or 0

@@ -1,0 +1,123 @@
+"""Pictures that are sent: when they are decoded, and what they cost while they wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from pictures import text
+
+from .test_operations import idle, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conftest import TinyModel
+
+    from .conftest import Reply, Server
+
+DRAW = "/sdapi/v1/img2img"
+BODY = {"prompt": "a cat", "steps": 2, "init_images": [text(Image.radial_gradient("L"))]}
+BROKEN = BODY | {"init_images": ["aGVsbG8="]}
+HOLD = """
+from pathlib import Path; from sd_runtime.serve.reading import _READING
+_READING.submit(Path({!r}).read_bytes)
+"""
+
+
+@pytest.fixture
+def held(
+    tiny_model: TinyModel, start: Callable[..., Any], tmp_path: Path
+) -> Iterator[tuple[Server, Callable[[], None]]]:
+    """A server with a queue for two, that decodes nothing until it is let go on."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    before = HOLD.format(str(pipe))
+    with start(tiny_model.bundle, "--threads", 1, "--queue-size", 2, before=before) as server:
+        yield server, lambda: pipe.write_bytes(b"") and None
+
+
+def sent(server: Server, body: dict[str, Any]) -> socket.socket:
+    """A connection on which ``body`` was sent and nothing was read."""
+    data = json.dumps(body).encode()
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+def waiting(server: Server) -> int:
+    return int(server.ask("/health/ready").json["waiting"])
+
+
+def test_room_is_asked_before_pictures_are_decoded(
+    held: tuple[Server, Callable[[], None]],
+) -> None:
+    server, go_on = held
+    replies: list[Reply] = []
+    threads = [
+        threading.Thread(target=lambda body=body: replies.append(server.ask(DRAW, body)))
+        for body in (BODY, BROKEN)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: waiting(server) == 2)
+    for late in (BODY, BROKEN):
+        assert server.ask(DRAW, late).status == 429
+    go_on()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(reply.status for reply in replies) == [200, 400]
+    until(lambda: idle(server))
+    assert server.ask(DRAW, BODY).status == 200
+
+
+def test_a_client_that_leaves_before_its_picture_is_decoded_makes_room(
+    held: tuple[Server, Callable[[], None]],
+) -> None:
+    server, go_on = held
+    connections = [sent(server, BODY) for _ in range(2)]
+    until(lambda: waiting(server) == 2)
+    for connection in connections:
+        connection.close()
+    until(lambda: waiting(server) == 0)
+    go_on()
+    assert server.ask(DRAW, BODY).status == 200
+    assert server.metric("sd_serve_pictures_total") == 1
+    assert server.metric("sd_serve_requests_total", route=DRAW, status="499") == 2
+
+
+def test_large_pictures_that_are_sent_at_once_are_not_in_memory_at_once(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    picture = Image.new("RGB", (4000, 4000))
+    body = BODY | {"init_images": [text(picture)]}
+    with start(tiny_model.bundle, "--threads", 1) as server:
+        assert server.ask(DRAW, BODY).status == 200
+        before = peak_bytes(server)
+        replies: list[Reply] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(server.ask(DRAW, body)))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [reply.status for reply in replies] == [200] * 8
+        one = 4 * picture.width * picture.height  # as Pillow keeps it
+        assert peak_bytes(server) - before < 6 * one
+
+
+def peak_bytes(server: Server) -> int:
+    """The most memory that the server's process ever had."""
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    return 1024 * int(line.split()[1])
