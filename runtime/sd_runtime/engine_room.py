@@ -16,7 +16,7 @@ from sd_engines.errors import SdError
 from sd_runtime.batch import join_requests, settings_of, split_result
 from sd_runtime.plan import plan
 from sd_runtime.refusal import cancelled_error, draining_error, full_error
-from sd_runtime.ticket import Progress, Ticket
+from sd_runtime.ticket import Progress, Ticket, request_id
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ class EngineRoom(Closing):
 
     def _draw(self, tickets: Sequence[Ticket]) -> None:
         """Draw ``tickets`` as one batch; afterwards each has its result or an error."""
+        request_id.set(",".join(filter(None, (ticket.request_id for ticket in tickets))))
         try:
             result = self._drawn(tickets)
             if result is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from sd_runtime.pipeline import Pipeline
     from sd_runtime.request import Request
     from sd_runtime.result import Result
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the request that is being answered, for every line it logs; of a batch all, by commas.
+
+Empty where requests have none."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Ticket:
     ) -> None:
         self.request = request
         self.pipeline = pipeline
+        self.request_id = request_id.get()
         self.result: Future[Result] = Future()
         self.accepted_s = clock()
         self.started_s: float | None = None

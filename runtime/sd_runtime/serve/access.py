@@ -9,7 +9,6 @@ import hmac
 import logging
 import re
 import secrets
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +17,7 @@ from sd_runtime.refusal import RefusedError, client_left_error
 from sd_runtime.serve.error_body import error_response
 from sd_runtime.serve.offer import MAX_BODY_BYTES
 from sd_runtime.serve.operations import OPEN_PATHS
+from sd_runtime.ticket import request_id
 from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from sd_runtime.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""The id of the request that is being answered, for every line it logs."""
 BODY_TIMEOUT_S = 30.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

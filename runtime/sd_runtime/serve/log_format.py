@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Literal
 
-from sd_runtime.serve.access import request_id
+from sd_runtime.ticket import request_id
 
 LogFormat = Literal["text", "json"]
 

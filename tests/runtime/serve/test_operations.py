@@ -149,6 +149,33 @@ def test_every_answer_has_an_id_that_its_log_lines_share(server: Server) -> None
     assert "a cat" not in server.log.read_text()
 
 
+def test_what_is_logged_while_drawing_has_the_ids_of_those_who_asked(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    long = SHORT | {"prompt": "a dog " * 60}
+    with start(tiny_model.bundle, "--threads", 1, "--log-format", "json") as server:
+        server.ask(DRAW, long, headers={"X-Request-Id": "alone"})
+        with sent(server, SHORT | {"num_inference_steps": 150, "n": 10}):
+            until(lambda: server.metric("sd_serve_running") == 1)
+            threads = [
+                threading.Thread(
+                    target=server.ask,
+                    args=(DRAW, long | {"prompt": f"a {name} " * 60}),
+                    kwargs={"headers": {"X-Request-Id": name}},
+                )
+                for name in ("cat", "hen")
+            ]
+            for thread in threads:
+                thread.start()
+            until(lambda: server.metric("sd_serve_queue_depth") == 2)
+        for thread in threads:
+            thread.join(60)
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    ids = [line["request_id"] for line in lines if "longer than" in line["message"]]
+    assert ids[0] == "alone"
+    assert [sorted(own.split(",")) for own in ids[1:]] == [["cat", "hen"]] * 2
+
+
 def test_the_log_says_why_an_engine_failed(
     tiny_model: TinyModel, start: Callable[..., Any], tmp_path: Path
 ) -> None:
