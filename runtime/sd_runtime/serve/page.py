@@ -22,6 +22,7 @@ def page_routes() -> APIRouter:
     router = APIRouter()
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @router.head("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 

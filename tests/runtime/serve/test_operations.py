@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,6 +65,20 @@ def test_health_and_metrics(server: Server) -> None:
     server.ask("/no/such/path")
     assert server.metric("sd_serve_requests_total", route="other", status="404") >= 1
     assert server.metric("process_resident_memory_bytes") > 1e6
+
+
+@pytest.mark.parametrize("path", ["/", "/health/live", "/health/ready", "/metrics"])
+def test_head_is_answered_as_load_balancers_ask(server: Server, path: str) -> None:
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("HEAD", path)
+    answer = connection.getresponse()
+    own = server.ask(path)
+    assert (answer.status, answer.read()) == (200, b"")
+    assert answer.getheader("content-type") == own.headers["content-type"]
+    assert int(answer.getheader("content-length") or 0) > 0
+    connection.request("HEAD", "/health/live")  # on the same connection: nothing is left in it
+    assert connection.getresponse().status == 200
+    connection.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
