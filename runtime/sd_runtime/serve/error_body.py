@@ -48,9 +48,9 @@ def error_response(path: str, error: SdError) -> JSONResponse:
     return JSONResponse(body(error), status_code=status_of(error)[0], headers=headers)
 
 
-def log_failure(error: SdError) -> None:
-    """Say why an engine failed. What a client did wrong is in its answer alone."""
-    if status_of(error)[1] == ENGINE_FAILED:
+def log_failure(error: Exception) -> None:
+    """Say why an engine failed, or where a bug is. What a client did wrong: its answer alone."""
+    if not isinstance(error, SdError) or status_of(error)[1] == ENGINE_FAILED:
         logger.error("%s", error, exc_info=error)
 
 
@@ -58,7 +58,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every error that a handler of ``app`` raises; bugs keep their traceback in the log."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        known = _as_sd_error(error)
+        known = as_sd_error(error)
         log_failure(known)
         return error_response(request.url.path, known)
 
@@ -66,7 +66,8 @@ def install_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _as_sd_error(error: Exception) -> SdError:
+def as_sd_error(error: Exception) -> SdError:
+    """``error`` as clients may read it: of a bug only that it is one."""
     if isinstance(error, SdError):
         return error
     if isinstance(error, RequestValidationError):

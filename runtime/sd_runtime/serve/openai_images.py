@@ -14,10 +14,9 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.formparsers import MultiPartParser
 
-from sd_engines.errors import SdError
 from sd_runtime.image import encode_image
 from sd_runtime.serve.drawing import Drawing, timing_header
-from sd_runtime.serve.error_body import log_failure, openai_body
+from sd_runtime.serve.error_body import as_sd_error, log_failure, openai_body
 from sd_runtime.serve.json_route import JsonRoute
 from sd_runtime.serve.offer import MAX_BODY_BYTES, MAX_PROMPT_CHARS, Offer
 from sd_runtime.serve.openai_bodies import Asked, Edit, Generation, Pictures, check_once
@@ -132,9 +131,9 @@ async def _events(
             else:
                 for number, picture in enumerate(event):
                     yield _event(f"{kind}.completed", image_index=number, **picture, **form)
-    except SdError as error:
+    except Exception as error:  # the head is sent: clients are told by one more event
         log_failure(error)
-        yield f"event: error\ndata: {json.dumps(openai_body(error))}\n\n"
+        yield f"event: error\ndata: {json.dumps(openai_body(as_sd_error(error)))}\n\n"
 
 
 def _event(kind: str, **values: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openai
@@ -16,7 +16,7 @@ from sd_runtime import Request
 from sd_runtime.recipe import Recipe, recipes_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from conftest import TinyModel
 
@@ -89,6 +89,30 @@ def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, server: Se
     lines = server.ask("/v1/images/generations", body).body.decode().splitlines()
     comments = [json.loads(line[1:]) for line in lines if line.startswith(":")]
     assert comments[1:] == [{"step": step, "num_steps": 3} for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("partial_images", [0, 1])
+def test_a_stream_tells_of_a_bug_as_an_answer_does(
+    tiny_model: TinyModel, start: Callable[..., Any], partial_images: int
+) -> None:
+    bug = "from PIL import Image; Image.Image.save = None; "
+    body = {"prompt": "a cat", "stream": True, "partial_images": partial_images, **EXTRA}
+    headers = {"X-Request-Id": "order-66"}
+    with start(tiny_model.bundle, "--log-format", "json", before=bug) as server:
+        reply = server.ask("/v1/images/generations", body, headers=headers)
+        server.log_line("order-66")
+    events = [event for event in reply.body.decode().split("\n\n") if event[:1] != ":"]
+    assert events.pop() == ""
+    kind, data = events.pop().split("\n")
+    assert kind == "event: error"
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "NoneType" not in reply.body.decode()
+    assert events == []
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line["level"] == "error"]
+    assert line["request_id"] == "order-66"
+    assert "'NoneType' object is not callable" in line["traceback"]
 
 
 def test_a_stream_of_several_pictures_says_which_is_which(client: openai.OpenAI) -> None:
