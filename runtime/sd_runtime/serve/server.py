@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from sd_runtime.serve.metrics import Metrics
 from sd_runtime.serve.models import Models
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import FrameType
 
@@ -46,7 +48,9 @@ class Settings:
 class DrainingServer(uvicorn.Server):
     """Ends in order: the first signal drains the room, a second cancels what is in it.
 
-    While it drains it still answers: that it is not ready, and what it had accepted.
+    While it drains it still answers: that it is not ready, and what it had accepted. SIGHUP, of
+    which a terminal that is closed may send several, is a first signal and never a second; where it
+    is ignored, as under nohup, it stays so.
     """
 
     def __init__(self, config: uvicorn.Config, room: EngineRoom, url: str) -> None:
@@ -55,8 +59,22 @@ class DrainingServer(uvicorn.Server):
         self._room = room
         self._url = url
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have `handle_exit` called for SIGHUP too."""
+        before = signal.getsignal(signal.SIGHUP)
+        with super().capture_signals():
+            if before is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal; `on_tick` acts on it, for locks cannot be taken here."""
+        if sig == signal.SIGHUP and self.signals:
+            return
         self.signals.append(sig)
         if self.should_exit:  # all is drawn, and only clients that are slow are waited for
             asyncio.get_running_loop().call_soon_threadsafe(self._hang_up)

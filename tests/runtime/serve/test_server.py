@@ -102,6 +102,28 @@ def test_sigterm_finishes_what_was_accepted(
         assert server.process.wait(60) == 0
 
 
+def test_a_terminal_that_is_closed_finishes_what_was_accepted(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    with start(tiny_model.bundle, "--threads", 1) as server:
+        with accepted(server, LONG) as stream:
+            for _ in range(2):  # the terminal's own, and the shell's
+                server.process.send_signal(signal.SIGHUP)
+                time.sleep(0.05)
+            assert stream.read().count(b"event: image_generation.completed") == 10
+        assert server.process.wait(60) == 0
+
+
+def test_under_nohup_a_terminal_may_be_closed(
+    tiny_model: TinyModel, start: Callable[..., Any]
+) -> None:
+    nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    with start(tiny_model.bundle, "--threads", 1, before=nohup) as server:
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)  # it looks for signals every 0.1 s
+        assert server.ask("/health/ready").status == 200
+
+
 def test_a_second_signal_cancels(tiny_model: TinyModel, start: Callable[..., Any]) -> None:
     with start(tiny_model.bundle, "--threads", 1) as server:
         with accepted(server, LONG) as stream:
