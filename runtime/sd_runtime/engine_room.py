@@ -9,11 +9,13 @@ import logging
 import math
 import threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sd_engines.closing import Closing
 from sd_engines.errors import SdError
 from sd_runtime.batch import join_requests, settings_of, split_result
+from sd_runtime.file_room import check_files
 from sd_runtime.plan import plan
 from sd_runtime.refusal import cancelled_error, draining_error, full_error
 from sd_runtime.ticket import Progress, Ticket, request_id
@@ -65,17 +67,23 @@ class EngineRoom(Closing):
         pipeline: Pipeline | None = None,
         previews: int = 0,
         on_progress: Callable[[Progress], None] | None = None,
+        format_: str | None = None,
     ) -> Ticket:
         """Accept ``request``, or refuse it at once. ``pipeline`` None: the room's own.
 
-        Raises `ConfigError` for what the bundle cannot draw, `RefusedError` with status 429 where
-        the queue is full and 503 once the room is draining.
+        ``format_`` is that of the files which are made of its pictures, where that is known.
+        Raises `ConfigError` for what the bundle cannot draw or a file not hold, `RefusedError` with
+        status 429 where the queue is full and 503 once the room is draining.
         """
         with self._changed:
             self._check_room()  # before the work of checking the request
         pipeline = pipeline or self.pipeline
-        planned = plan(request, pipeline.bundle.manifest).request
-        ticket = Ticket(planned.seeded(), pipeline, previews=previews, on_progress=on_progress)
+        manifest = pipeline.bundle.manifest
+        planned = plan(request, manifest)
+        planned = replace(planned, request=planned.request.seeded())
+        if format_ is not None:
+            check_files(planned, manifest, format_, loras=pipeline.loras)
+        ticket = Ticket(planned.request, pipeline, previews=previews, on_progress=on_progress)
         with self._changed:
             self._check_room()
             self._waiting.append(ticket)

@@ -66,12 +66,14 @@ def check_room(
 
     As `encode_image` finds too, once it is drawn.
     """
-    _check_room(path.name, format_of(path), (height, width), parameters, recipe)
+    size = height, width
+    check_file(path.name, format_of(path), size, parameters=parameters, recipe=recipe)
 
 
-def _check_room(
-    name: str, format_: str, size: tuple[int, int], parameters: str, recipe: str
+def check_file(
+    name: str, format_: str, size: tuple[int, int], *, parameters: str = "", recipe: str = ""
 ) -> None:
+    """The same for what is called ``name``, in a format of Pillow's."""
     most, (height, width) = _MOST_A_SIDE.get(format_), size
     if most is not None and max(height, width) > most:
         raise ConfigError(
@@ -110,7 +112,8 @@ def encode_image(
     """
     from PIL import Image
 
-    _check_room(f"a {format_} file", format_, pixels.shape[:2], parameters, recipe)
+    name = f"a {format_} file"
+    check_file(name, format_, pixels.shape[:2], parameters=parameters, recipe=recipe)
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if format_ == "PNG":

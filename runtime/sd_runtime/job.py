@@ -13,12 +13,13 @@ import numpy as np
 
 from sd_engines.errors import ConfigError
 from sd_runtime.command import progress_bar, raise_received_signal
+from sd_runtime.file_room import longest_recipes
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
 from sd_runtime.image import check_room, encode_image, format_of, grid_of
 from sd_runtime.order import order_of
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.plan import plan
-from sd_runtime.recipe import recipe_of, text_from_recipes
+from sd_runtime.recipe import text_from_recipes
 from sd_runtime.scheduler_check import drawable_bundle
 from sd_runtime.task import gives_depth
 from sd_runtime.timing import Timings, clock
@@ -130,7 +131,10 @@ def _check_room(
     refiner: Manifest | None,
 ) -> None:
     """`ConfigError` where a picture or its recipe will have no room in its file."""
-    recipes = _recipes(job, plans, manifest, refiner) if format_of(paths[0]) == "JPEG" else []
+    recipes: list[Recipe] = []
+    if format_of(paths[0]) == "JPEG":
+        for planned in plans:
+            recipes += longest_recipes(planned, manifest, loras=job.loras, refiner=refiner)
     if order.columns:
         rows, (height, width) = -(-len(order.seeds) // order.columns), plans[0].size
         text = text_from_recipes(recipes, columns=order.columns)
@@ -143,26 +147,6 @@ def _check_room(
         own = recipes[index : index + 1]
         text = text_from_recipes(own, columns=1)
         check_room(path, *size, parameters=own[0].parameters() if own else "", recipe=text)
-
-
-def _recipes(
-    job: Job, plans: Sequence[Plan], manifest: Manifest, refiner: Manifest | None
-) -> list[Recipe]:
-    """As long as those of the pictures will be at most: which engine will draw is open still."""
-    unets = [engine for engine in manifest.engines if engine.component == "unet"]
-    return [
-        recipe_of(
-            image,
-            planned,
-            manifest,
-            backend=max((engine.backend for engine in unets), key=len),
-            precision=max((engine.precision for engine in unets), key=len),
-            loras=job.loras,
-            refiner=refiner,
-        )
-        for planned in plans
-        for image in planned.request.images()
-    ]
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

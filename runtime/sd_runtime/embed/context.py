@@ -63,9 +63,12 @@ class Context(Closing):
         *,
         previews: int,
         on_progress: Callable[[Progress], None],
+        format_: str | None = None,
     ) -> Ticket:
         """Queue ``request``; raises as `EngineRoom.submit`. ``on_progress`` runs where it draws."""
-        ticket = self._room.submit(request, previews=previews, on_progress=on_progress)
+        ticket = self._room.submit(
+            request, previews=previews, on_progress=on_progress, format_=format_
+        )
         with self._lock:
             self._counts["submitted"] += 1
         return ticket

@@ -163,6 +163,7 @@ class Door:
                 asked,
                 previews=request.previews,
                 on_progress=functools.partial(self._report, job),
+                format_=encoding,
             )
             self._jobs[self._address(job)] = (opened, ticket)
         ends = functools.partial(

@@ -42,6 +42,7 @@ class Drawing(Generic[Answer]):
         *,
         previews: int = 0,
         steps: bool = False,
+        format_: str | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._answer = answer
@@ -51,6 +52,7 @@ class Drawing(Generic[Answer]):
             pipeline=pipeline,
             previews=previews,
             on_progress=self._put if steps else None,
+            format_=format_,
         )
         self.ticket.result.add_done_callback(self._drawn)
 

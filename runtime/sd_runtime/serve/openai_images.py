@@ -80,14 +80,13 @@ def openai_routes(room: EngineRoom, models: Models) -> APIRouter:
     async def drawn(body: Asked, connection: Request) -> Response:
         model = models.find(body.model)
         request, pipeline = await read_request(body, model, room, connection), model.pipeline
-        format_ = body.output_format or "png"
+        format_ = (body.output_format or "png").upper()
+        draw = partial(Drawing, room, request, pipeline, format_=format_)
         if body.stream:
             previews = body.partial_images or 0
-            pictures = partial(_pictures, format_=format_)
-            drawing = Drawing(room, request, pipeline, pictures, previews=previews, steps=True)
+            drawing = draw(partial(_pictures, format_=format_), previews=previews, steps=True)
             return DrawingStream(drawing, _events(drawing, room, format_))
-        response = partial(_response, format_=format_)
-        return await Drawing(room, request, pipeline, response).result(connection)
+        return await draw(partial(_response, format_=format_)).result(connection)
 
     @router.get("/v1/models")
     async def list_models() -> JSONResponse:
@@ -119,7 +118,7 @@ async def _events(
                 if event.preview is None:
                     continue
                 for number, pixels in enumerate(event.preview):
-                    data = await asyncio.to_thread(encode_image, pixels, format_.upper())
+                    data = await asyncio.to_thread(encode_image, pixels, format_)
                     yield _event(
                         f"{kind}.partial_image",
                         b64_json=base64.b64encode(data).decode(),
@@ -148,7 +147,7 @@ def _form(request: DrawRequest, format_: str, created: str) -> dict[str, Any]:
     """What all answers say of their pictures; of the ``request`` nothing is left open."""
     return {
         created: int(time.time()),
-        "output_format": format_,
+        "output_format": format_.lower(),
         "size": f"{request.width}x{request.height}",
         "background": "opaque",
     }
@@ -164,7 +163,7 @@ def _pictures(result: Result, format_: str) -> list[dict[str, Any]]:
     flags = result.nsfw_content_detected
     return [
         {
-            "b64_json": base64.b64encode(result.encode(index, format_.upper())).decode(),
+            "b64_json": base64.b64encode(result.encode(index, format_)).decode(),
             "seed": recipe.seed,
             "recipe": asdict(recipe),
             "nsfw_content_detected": None if flags is None else flags[index],

@@ -70,6 +70,22 @@ def test_other_formats(tiny_model: TinyModel, client: openai.OpenAI, format_: st
     assert difference(picture, np.asarray(Image.open(io.BytesIO(own)))) == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_no_room_in_its_file_is_not_drawn(server: Server, stream: bool) -> None:
+    drawn = server.metric("sd_serve_pictures_total")
+    foxes = "\N{FOX FACE}" * 4000  # 12 bytes each in a recipe
+    body = {"prompt": foxes, "num_inference_steps": 1, "stream": stream}
+    for format_ in ("jpeg", "webp", "png"):
+        reply = server.ask("/v1/images/generations", {**body, "output_format": format_})
+        assert reply.status == 200, reply.body
+    body["negative_prompt"] = foxes
+    reply = server.ask("/v1/images/generations", {**body, "output_format": "jpeg"})
+    assert reply.status == 400
+    assert "its recipe is" in reply.json["error"]["message"]
+    assert "Write a .png instead" in reply.json["error"]["hint"]
+    assert server.metric("sd_serve_pictures_total") == drawn + 3
+
+
 def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, server: Server) -> None:
     (alone,) = client.images.generate(prompt="a cat", extra_body=EXTRA).data
     options = {**EXTRA, "num_inference_steps": 3}

@@ -132,6 +132,17 @@ int main(int argc, char **argv) {
   request.options_json = "{\"eta\": 0.5}";
   request.format = "gif";
   FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "gif");
+  char *long_prompt = malloc(70001);
+  CHECK(long_prompt != NULL);
+  memset(long_prompt, 'a', 70000);
+  long_prompt[70000] = 0;
+  request.prompt = long_prompt;
+  request.scheduler = "ddim";
+  request.format = "jpeg";
+  FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "recipe is");
+  free(long_prompt);
+  request.prompt = "a cat";
+  request.scheduler = NULL;
   request.format = NULL;
   uint8_t pixels[64 * 64 * 3];
   request.pixels = pixels;
