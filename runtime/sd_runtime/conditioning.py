@@ -102,7 +102,7 @@ class PromptEncoder:
 
         Tokenizers differ by the vectors of what they were taught (textual inversion).
         """
-        parts = [weighted_parts(text) if prompt_weighting else [(text, 1.0)] for text in texts]
+        parts = [weighted_parts(text) if prompt_weighting else ((text, 1.0),) for text in texts]
         prompts = {
             name: [tokenizer.chunks(part, max_chunks=self._max_chunks) for part in parts]
             for name, (tokenizer, _) in self._encoders.items()

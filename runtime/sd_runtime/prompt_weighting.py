@@ -15,6 +15,7 @@ and pools the last chunk.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError
@@ -35,7 +36,8 @@ MAX_WEIGHT = 1000.0
 """Far beyond it embeddings are no numbers any more."""
 
 
-def weighted_parts(prompt: str) -> list[tuple[str, float]]:
+@lru_cache(maxsize=16)  # one request asks several times
+def weighted_parts(prompt: str) -> tuple[tuple[str, float], ...]:
     """The prompt without its marks, in parts, each with its weight; neighbours' weights differ.
 
     `ConfigError` for a weight that is no number, or above `MAX_WEIGHT`.
@@ -44,13 +46,17 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
+    def add(text: str) -> None:
+        if text:  # thousands of brackets in a row are nothing to scale
+            texts.append(text)
+            weights.append(1.0)
+
     def scale(first: int, factor: float) -> None:
         weights[first:] = [weight * factor for weight in weights[first:]]
 
     end = 0
     for mark in _MARK.finditer(prompt):
-        texts.append(prompt[end : mark.start()])
-        weights.append(1.0)
+        add(prompt[end : mark.start()])
         end = mark.end()
         opening, closing = mark["opening"], mark["closing"]
         if opening:
@@ -60,18 +66,16 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
         elif closing and opened[_OPENING[closing]]:
             scale(opened[_OPENING[closing]].pop(), _FACTORS[_OPENING[closing]])
         else:
-            texts.append(mark[0] if mark["escaped"] is None else mark["escaped"])
-            weights.append(1.0)
-    texts.append(prompt[end:])
-    weights.append(1.0)
+            add(mark[0] if mark["escaped"] is None else mark["escaped"])
+    add(prompt[end:])
     for kind, places in opened.items():
         for first in places:
             scale(first, _FACTORS[kind])
     parts: list[tuple[str, float]] = []
     for text, weight in zip(texts, weights, strict=True):
-        if parts and (not text or parts[-1][1] == weight):
+        if parts and parts[-1][1] == weight:
             parts[-1] = (parts[-1][0] + text, parts[-1][1])
-        elif text:
+        else:
             parts.append((text, weight))
     for text, weight in parts:
         if abs(weight) > MAX_WEIGHT:
@@ -79,7 +83,7 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
                 f"{text[:200]!r} in the prompt counts {weight:g} times",
                 f"Let it count {MAX_WEIGHT:g} times at most; nested brackets multiply.",
             )
-    return parts or [("", 1.0)]
+    return tuple(parts) or (("", 1.0),)
 
 
 def weigh(prompt_embeds: Array, weights: Array) -> None:

@@ -153,6 +153,12 @@ def test_brackets_are_read_as_by_automatic1111(prompt: str, parts: list[tuple[st
     np.testing.assert_allclose([w for _, w in found], [w for _, w in parts], rtol=1e-12)
 
 
+def test_a_hundred_thousand_brackets_are_read() -> None:
+    """By work for each of them on all before it, that would take minutes."""
+    assert weighted_parts("[" * 100_000) == (("", 1),)
+    assert weighted_parts("([" * 50_000 + "])" * 50_000) == (("", 1),)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
