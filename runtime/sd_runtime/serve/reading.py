@@ -8,6 +8,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from sd_runtime.plan import plan
+from sd_runtime.refusal import draining_error
 from sd_runtime.request_pictures import fitted
 from sd_runtime.serve.connected import while_connected
 
@@ -47,7 +48,7 @@ async def read_request(
     if not body.brings_pictures:
         return body.request(model.offer)
     with room.kept_place():
-        return await in_turn(connection, lambda: _fitted(body, model))
+        return await in_turn(connection, lambda: _fitted(body, model, room))
 
 
 async def in_turn(connection: Connection, read: Callable[[], Read]) -> Read:
@@ -57,6 +58,8 @@ async def in_turn(connection: Connection, read: Callable[[], Read]) -> Read:
     return await while_connected(connection, loop.run_in_executor(_READING, run, read))
 
 
-def _fitted(body: DrawingBody, model: Model) -> Request:
+def _fitted(body: DrawingBody, model: Model, room: EngineRoom) -> Request:
+    if not room.accepting:  # any more: it would be refused once it is decoded
+        raise draining_error()
     request = body.request(model.offer)
     return fitted(request, *plan(request, model.pipeline.bundle.manifest).size)

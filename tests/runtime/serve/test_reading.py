@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
@@ -92,6 +95,29 @@ def test_a_client_that_leaves_before_its_picture_is_decoded_makes_room(
     assert server.ask(DRAW, BODY).status == 200
     assert server.metric("sd_serve_pictures_total") == 1
     assert server.metric("sd_serve_requests_total", route=DRAW, status="499") == 2
+
+
+def test_pictures_are_not_decoded_for_a_server_that_ends(
+    held: tuple[Server, Callable[[], None]],
+) -> None:
+    server, go_on = held
+    replies: list[Reply] = []
+    threads = [
+        threading.Thread(target=lambda body=body: replies.append(server.ask(DRAW, body)))
+        for body in (BODY, BROKEN)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: waiting(server) == 2)
+    server.process.send_signal(signal.SIGTERM)
+    with suppress(URLError, ConnectionError):
+        while True:  # until it listens no more
+            server.ask("/health/live")
+    go_on()
+    for thread in threads:
+        thread.join(60)
+    assert [reply.status for reply in replies] == [503, 503]
+    assert server.process.wait(60) == 0
 
 
 def test_large_pictures_that_are_sent_at_once_are_not_in_memory_at_once(
