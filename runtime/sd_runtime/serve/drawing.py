@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from sd_runtime.serve.connected import while_connected
@@ -60,7 +61,8 @@ class Drawing(Generic[Answer]):
         _ANSWERING.submit(lambda: self._answer(drawn.result())).add_done_callback(self._put)
 
     def _put(self, event: Progress | Future[Answer]) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        with suppress(RuntimeError):  # the loop is closed: the server has ended, nobody listens
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def cancel(self) -> None:
         """Let go of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -132,6 +133,27 @@ def test_a_second_signal_cancels(tiny_model: TinyModel, start: Callable[..., Any
                 time.sleep(0.05)  # two of a kind at once are one
             assert b'"code": "cancelled"' in stream.read()
         assert server.process.wait(60) == 143
+
+
+def test_an_answer_that_is_made_too_late_is_no_error(
+    tiny_model: TinyModel, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    slow = f"from pathlib import Path; wait = Path({str(pipe)!r}).read_bytes; "
+    slow += "from PIL import Image; Image.Image.save = lambda *_, **__: wait(); "
+    with start(tiny_model.bundle, "--threads", 1, before=slow) as server:
+        with accepted(server, SHORT):
+            while server.metric("sd_serve_pictures_total") == 0:
+                pass
+        server.process.send_signal(signal.SIGTERM)
+        with suppress(URLError, ConnectionError):
+            while True:  # until it listens no more
+                server.ask("/health/ready")
+        time.sleep(0.5)  # and has closed the rest
+        pipe.write_bytes(b"")
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_a_second_signal_leaves_a_client_that_is_slow(
