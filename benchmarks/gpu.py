@@ -37,13 +37,15 @@ GRACE_S = 20.0
 class Step:
     """One command, and the steps that must have succeeded before it.
 
-    ``result`` is the JSON file that it writes, where it writes one.
+    ``result`` is the JSON file that it writes, where it writes one. What is to run ``on_gpu`` has
+    failed where that says that no memory of a GPU was used: an engine of the processor took over.
     """
 
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
     result: Path | None = None
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ class Plan:
             command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
             needs=(f"full build {engine}",),
             result=output,
+            on_gpu=engine in ENGINES,
         )
         if self.batch_size > 1:
             yield self._throughput(engine)
@@ -210,15 +213,18 @@ def _run(step: Step, folder: Path, *, limit_s: float | None) -> Outcome:
     ):
         stopped = not _ends(process, limit_s)
     seconds = perf_counter() - start
-    result = None
-    if step.result is not None and not stopped and not process.returncode:
-        result = json.loads(step.result.read_text("utf-8"))
+    exit_code, result = process.returncode, None
     lines = log.read_text("utf-8", errors="replace").splitlines()
+    if step.result is not None and not stopped and not exit_code:
+        result = json.loads(step.result.read_text("utf-8"))
+        if step.on_gpu and not result["gpu_memory_bytes"]:
+            exit_code = 1
+            lines.append("no memory of a GPU was used: these are the processor's figures")
     lines += ["stopped: the time is over"] if stopped else []
     return Outcome(
         name=step.name,
         command=" ".join(step.command),
-        exit_code=process.returncode,
+        exit_code=exit_code,
         seconds=round(seconds, 2),
         said="\n".join(lines[-TAIL_LINES:]),
         result=result,

@@ -87,3 +87,14 @@ def test_one_product_a_precision(tiny_bundle: Bundle, monkeypatch: pytest.Monkey
     half = replace(unet, precision="fp16", component="vae_decoder")
     found = ceiling.measure_ceilings([unet, half, unet], threads=usable_cores())
     assert list(found) == ["matmul_fp32_flops", "copy_bytes_per_s", "matmul_fp16_flops"]
+
+
+def test_a_product_that_does_not_run_costs_no_other_figure(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> float:
+        raise BackendError("the product does not fit", "Free memory.")
+
+    monkeypatch.setattr(ceiling, "backend_product_flops", fails)
+    assert ceiling.measure_ceilings([unet_of(tiny_bundle, "onnxruntime")], threads=1) == {}
+    assert "no ceiling in fp32: the product does not fit" in caplog.text

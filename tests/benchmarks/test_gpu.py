@@ -118,3 +118,14 @@ def test_what_is_quick_comes_first(gpu: ModuleType, tmp_path: Path) -> None:
     names = [step.name for step in plan(gpu, tmp_path).steps()]
     full = names.index("checkpoint")
     assert full == 1 + 1 + 3 * len(gpu.ENGINES), "after the tests and all of the shipped checkpoint"
+
+
+def test_figures_of_the_processor_do_not_pass_for_a_gpus(gpu: ModuleType, tmp_path: Path) -> None:
+    figure = tmp_path / "figure.json"
+    steps = []
+    for name, used in (("fell back", 0), ("ran", 1)):
+        code = f"open({str(figure)!r}, 'w').write('{{\"gpu_memory_bytes\": {used}}}')"
+        steps.append(python(gpu, name, code, result=figure, on_gpu=True))
+    fell_back, ran = gpu.run(steps, tmp_path)
+    assert (fell_back.exit_code, ran.exit_code) == (1, 0)
+    assert "these are the processor's figures" in fell_back.said
