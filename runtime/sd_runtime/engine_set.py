@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
+from sd_engines.border import closed_error
 from sd_engines.closing import Closing
 from sd_engines.engine import open_engine
 from sd_runtime.engines import components_to_open, first_batches, open_engines
@@ -48,6 +49,7 @@ class EngineSet(Closing):
         self.loras = tuple(loras)
         self._backend, self._threads = backend, threads
         self._borrowed = frozenset(borrowed)
+        self._closed = False
 
     @classmethod
     def open(
@@ -96,6 +98,7 @@ class EngineSet(Closing):
 
         It borrows the engines of this one whose graphs are the same.
         """
+        self._check_open()
         graphs, ours = bundle.manifest.components, self.bundle.manifest.components
         shared = {n: e for n, e in self.opened.items() if graphs[n] == ours[n]}
         unet = self.opened["unet"].entry
@@ -148,6 +151,7 @@ class EngineSet(Closing):
         prefer: EngineEntry,
         precision: Precision | None = None,
     ) -> Engine:
+        self._check_open()
         weights = fused_weights(self.bundle, component, loras)
         with self.stream:
             return open_engine(
@@ -161,7 +165,12 @@ class EngineSet(Closing):
             )
 
     def close(self) -> None:
-        """Free the engines that this set opened."""
+        """Free the engines that this set opened; it opens no others after it."""
+        self._closed = True
         for name, engine in self.opened.items():
             if name not in self._borrowed:
                 engine.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_error()

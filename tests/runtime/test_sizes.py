@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_engines.errors import ConfigError
-from sd_runtime import Request
+from sd_engines.backends import onnxruntime
+from sd_engines.errors import BackendError, ConfigError
+from sd_runtime import Pipeline, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conftest import TinyModel
 
 # diffusers' schedulers, of numpy
@@ -64,6 +67,25 @@ def test_a_size_that_the_bundle_has_not(sized_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match=r"draws 16×40, 24×16 .*, not 24×40") as caught:
         sized_model.pipeline.generate(replace(TEXT, height=24))
     assert "--size 40x24" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pipeline: pipeline.generate(TEXT),
+        lambda pipeline: pipeline.generate(replace(TEXT, **HIGH)),
+        lambda pipeline: pipeline.use_loras([]),
+    ],
+    ids=["own size", "other size", "loras"],
+)
+def test_a_closed_pipeline_opens_nothing(
+    sized_model: TinyModel, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Pipeline], object]
+) -> None:
+    with Pipeline.load(sized_model.bundle, threads=1) as pipeline:
+        pass
+    monkeypatch.setattr(onnxruntime, "load", lambda *_, **__: pytest.fail("an engine is opened"))
+    with pytest.raises(BackendError, match="closed"):
+        ask(pipeline)
 
 
 def test_a_callers_buffer_is_for_the_size_asked_for(sized_model: TinyModel) -> None:
