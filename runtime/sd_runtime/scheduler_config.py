@@ -30,6 +30,8 @@ REFUSED: dict[str, str] = {
     "FlowMatchLCMScheduler": "it is for flow-matching models",
     "IPNDMScheduler": "it has its own noise schedule, which no v1 model was trained on",
 }
+_LEAST_BETA = 2.0**-24
+"""One less a smaller number is one in float32: a timestep without noise."""
 
 
 @dataclass(frozen=True)
@@ -193,19 +195,27 @@ def _check_noise(config: Mapping[str, Any]) -> None:
     if not 1 <= length <= MAX_TRAIN_TIMESTEPS:
         raise _wrong("num_train_timesteps", length, f"goes from 1 to {MAX_TRAIN_TIMESTEPS}")
     for key in ("beta_start", "beta_end"):
-        if not 0 < config[key] < 1:
-            raise _wrong(key, config[key], "lies between 0 and 1")
+        if not _LEAST_BETA <= config[key] < 1:
+            raise _wrong(key, config[key], f"lies between {_LEAST_BETA:.1g} and 1")
     if betas is not None and not (
         isinstance(betas, list | tuple)
         and len(betas) == length
-        and all(_is_number(beta) and 0 < beta < 1 for beta in betas)
+        and all(_is_number(beta) and _LEAST_BETA <= beta < 1 for beta in betas)
     ):
-        problem = f"is null, or {length} numbers between 0 and 1, one a training timestep"
-        raise _wrong("trained_betas", betas, problem)
+        numbers = f"{length} numbers between {_LEAST_BETA:.1g} and 1"
+        raise _wrong("trained_betas", betas, f"is null, or {numbers}, one a training timestep")
     for key in ("sigma_min", "sigma_max"):
         sigma = config[key]
         if sigma is not None and not (_is_number(sigma) and 0 < sigma <= sys.float_info.max):
             raise _wrong(key, sigma, "is null, or a number above 0")
+    ranges = {
+        "steps_offset": (0, length),
+        "original_inference_steps": (1, length),
+        "timestep_scaling": (0, sys.float_info.max),
+    }
+    for key, (low, high) in ranges.items():
+        if not low <= config.get(key, low) <= high:
+            raise _wrong(key, config[key], f"goes from {low} to {high:g}")
 
 
 def _is_number(value: object) -> bool:

@@ -55,12 +55,6 @@ def distilled_timesteps(
 
     Luo et al. 2023 (arXiv:2310.04378).
     """
-    if original_inference_steps > num_train_timesteps:
-        raise ConfigError(
-            f"original_inference_steps {original_inference_steps} exceeds num_train_timesteps "
-            f"{num_train_timesteps}",
-            "Correct the scheduler config.",
-        )
     points = int(original_inference_steps * share)
     if num_steps > points:
         raise ConfigError(

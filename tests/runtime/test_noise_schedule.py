@@ -44,17 +44,21 @@ def test_alphas_cumprod_are_diffusers_to_the_last_bit(options: dict[str, Any]) -
     ("key", "values"),
     [
         ("num_train_timesteps", (0, -1, 10**9, 10**30)),
-        ("beta_start", (-1, 0, 1, math.nan)),
+        ("beta_start", (-1, 0, 1e-9, 1, math.nan)),
         ("beta_end", (-1, 0, 2.0, 10**400)),
         ("trained_betas", ("x", {}, [], [0.5], [0.5] * 5, [0.1, 0.2, 0.3, 1], [[0.5]] * 4)),
         ("sigma_min", ("x", 0, -1, [])),
         ("sigma_max", (True, math.inf, 10**400)),
+        ("steps_offset", (-1, 5, 10**39, 10**400)),
+        ("original_inference_steps", (0, 5, -(10**400))),
+        ("timestep_scaling", (-1, math.nan, math.inf, 10**400)),
     ],
 )
 def test_what_no_schedule_of_noise_can_have(key: str, values: tuple[Any, ...]) -> None:
+    config = {**V1_CONFIG, "num_train_timesteps": 4, "original_inference_steps": 4}
     for value in values:
         with pytest.raises(ConfigError, match=f"the scheduler config's {key} is ") as caught:
-            effective_config({**V1_CONFIG, "num_train_timesteps": 4, key: value}, "ddim")
+            effective_config({**config, key: value}, "lcm")
         assert key in caught.value.hint
         assert len(str(caught.value)) < 300
 
