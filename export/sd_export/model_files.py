@@ -108,6 +108,18 @@ def _constant(name: str) -> float:
     return float(name)
 
 
+def read_scheduler(folder: Path, *, component: str) -> dict[str, Any]:
+    """The config of a scheduler in ``folder``, as `read_json`, to be written as JSON again.
+
+    diffusers writes a lambda_min_clipped of -Infinity, which JSON has not, and takes it where a
+    config is silent.
+    """
+    config = read_json(folder / "scheduler_config.json", component=component)
+    if config.get("lambda_min_clipped") == float("-inf"):
+        del config["lambda_min_clipped"]
+    return config
+
+
 def missing_part(component: str, message: str) -> ExportError:
     """What to raise where a checkpoint lacks ``component``, or something of it."""
     return ExportError(message, "Download the whole checkpoint.", component=component, stage="load")

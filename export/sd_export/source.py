@@ -28,7 +28,7 @@ from sd_export.family import (
 )
 from sd_export.hub import find_snapshot
 from sd_export.license import card_license
-from sd_export.model_files import missing_part, read_json, weight_files
+from sd_export.model_files import missing_part, read_json, read_scheduler, weight_files
 from sd_export.upscaler import LOW_RES_SCHEDULER, max_noise_level, upscaler_configs
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
@@ -165,8 +165,7 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
         part: checked_config(part, read_json(folder / part / "config.json", component=part))
         for part in parts
     }
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    configs["scheduler"] = read_json(scheduler, component="scheduler")
+    configs["scheduler"] = read_scheduler(folder / "scheduler", component="scheduler")
     if seers:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         stated = read_json(processor, component="feature_extractor")
@@ -174,8 +173,8 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
         configs["feature_extractor"] = checked_config("feature_extractor", stated)
     check_configs(configs, pipeline=str(index.get("_class_name")))
     if is_upscaler(configs):
-        scheduler = folder / LOW_RES_SCHEDULER / "scheduler_config.json"
-        configs[LOW_RES_SCHEDULER] = read_json(scheduler, component=LOW_RES_SCHEDULER)
+        low_res = folder / LOW_RES_SCHEDULER
+        configs[LOW_RES_SCHEDULER] = read_scheduler(low_res, component=LOW_RES_SCHEDULER)
     configs = upscaler_configs(configs)
     tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
     for tokenizer in tokenizers.values():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from sd_engines.errors import ExportError
+from sd_engines.node import refuse_constant
 from sd_export.image_encoder import picture_size
 from sd_export.image_processor import clip_image_processor
 from sd_export.load import load_model
@@ -171,9 +174,14 @@ def test_what_is_no_json(folder: Path, file: str, text: str) -> None:
         find_checkpoint(str(folder))
 
 
-def test_an_infinity_is_what_diffusers_writes(folder: Path) -> None:
-    change_json(folder / "scheduler/scheduler_config.json", lambda_min_clipped=float("-inf"))
+def test_an_infinity_that_diffusers_writes_is_what_it_takes(folder: Path) -> None:
+    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    assert "-Infinity" in (folder / "scheduler/scheduler_config.json").read_text()
     read(folder)
+    written = (folder / "bundle/scheduler/scheduler_config.json").read_text()
+    config = json.loads(written, parse_constant=refuse_constant)
+    again = DPMSolverMultistepScheduler.from_config(config)
+    assert again.config.lambda_min_clipped == float("-inf")
 
 
 def test_of_vaes_and_controlnets_beside_it(smallest: Path, tmp_path: Path) -> None:
