@@ -9,7 +9,7 @@ from sd_engines.spec import is_halved
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sd_engines.entries import EngineEntry
+    from sd_engines.entries import ComponentEntry, EngineEntry
     from sd_engines.spec import Precision
 
 _USUAL_TARGETS = ("any", "cpu")
@@ -33,18 +33,18 @@ def build_command(path: Path, engine: EngineEntry) -> str:
 
 
 def missing_engine_hint(
-    path: Path, *, graph: Precision, backend: str, precision: Precision | None
+    path: Path, entry: ComponentEntry, *, backend: str, precision: Precision | None
 ) -> str:
-    """What to do where the bundle at ``path`` lacks an engine of a component whose graph is so.
+    """What to do where the bundle at ``path`` lacks an engine of the component that is ``entry``.
 
     ``backend`` is one of `BACKENDS` or ``auto``, ``precision`` what was asked for.
     """
-    build = f"sd-export build {path}"
+    build, graph = f"sd-export build {path}", entry.precision
     compiles = backend.startswith("tensorrt")
     if precision is None:
         return f"{build} --backend {'onnxruntime' if backend == 'auto' else backend}"
     if precision == "int8":
-        return f"{build} --backend openvino --precision int8"
+        return _int8_hint(build, entry)
     if precision == "fp16" and graph == "fp16" and not compiles:
         return f"{build} --backend onnxruntime"
     if (precision == "fp16" and not compiles) or (compiles and graph not in ("fp32", precision)):
@@ -55,3 +55,12 @@ def missing_engine_hint(
         is_graphs = precision == graph and backend in ("auto", "onnxruntime")
         backend = "onnxruntime" if is_graphs else "openvino"
     return f"{build} --backend {backend} --precision {precision}"
+
+
+def _int8_hint(build: str, entry: ComponentEntry) -> str:
+    if any(spec.name == "deep_features" for spec in entry.outputs):
+        return "Take another --precision, or export the checkpoint again without --feature-cache."
+    options = "--backend openvino --precision int8"
+    if entry.precision != "fp32":
+        return f"Export the checkpoint again with {options}."
+    return f"{build} {options}"

@@ -204,7 +204,7 @@ def open_engine(
             f"{bundle.path}: has no {' '.join(filter(None, asked))}",
             missing_engine_hint(
                 bundle.path,
-                graph=bundle.manifest.components[component].precision,
+                bundle.manifest.components[component],
                 backend=backend,
                 precision=precision,
             ),

@@ -243,13 +243,29 @@ def test_the_command_that_makes_an_engine_anew(
         ("fp16", "tensorrt", "tf32", "Export the checkpoint again with --precision tf32."),
         ("fp32", "onnxruntime", "bf16", "--backend openvino --precision bf16"),
         ("fp32", "tensorrt", "int8", "--backend openvino --precision int8"),
+        (
+            "fp16",
+            "auto",
+            "int8",
+            "Export the checkpoint again with --backend openvino --precision int8.",
+        ),
     ],
 )
 def test_what_to_do_where_an_engine_is_missing(
-    graph: Precision, backend: str, precision: Precision | None, hint: str
+    tiny_bundle: Bundle, graph: Precision, backend: str, precision: Precision | None, hint: str
 ) -> None:
-    found = missing_engine_hint(Path("b"), graph=graph, backend=backend, precision=precision)
+    entry = replace(tiny_bundle.manifest.components["unet"], precision=graph)
+    found = missing_engine_hint(Path("b"), entry, backend=backend, precision=precision)
     assert found.removeprefix("sd-export build b ") == hint
+
+
+def test_no_int8_is_made_of_a_unet_that_caches_its_features(tiny_bundle: Bundle) -> None:
+    unet = tiny_bundle.manifest.components["unet"]
+    features = replace(unet.outputs[0], name="deep_features")
+    cached = replace(unet, outputs=(*unet.outputs, features))
+    hint = missing_engine_hint(Path("b"), cached, backend="auto", precision="int8")
+    assert "sd-export build" not in hint
+    assert "without --feature-cache" in hint
 
 
 def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
