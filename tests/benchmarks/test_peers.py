@@ -20,7 +20,7 @@ from sd_bench.measurement import Settings
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, likeness
 from sd_bench.peers.contest import Turns, check_unchanged, measure_peers
-from sd_bench.peers.peer import PEERS, REFERENCE, WORKERS, Peer, find_peers, set_up
+from sd_bench.peers.peer import PEERS, REFERENCE, WORKERS, Peer, default_cache, find_peers, set_up
 from sd_bench.peers.ratio import paired_ratio
 from sd_bench.peers.worker import Worker, WorkerError
 from sd_engines.bundle import open_bundle
@@ -343,6 +343,15 @@ def test_every_peer_has_its_worker_and_its_requirements() -> None:
     for peer in PEERS:
         assert peer.worker.exists()
         assert (WORKERS / f"{peer.environment}.txt").exists()
+
+
+def test_where_environments_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below $XDG_CACHE_HOME where it is absolute, else ~/.cache."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_cache() == tmp_path / ".cache/sd-toolkit/peers"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    assert default_cache() == tmp_path / "kept/sd-toolkit/peers"
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from sd_engines.cache import cached_file
 from sd_engines.errors import ConfigError, SdError, nearest
 
 if TYPE_CHECKING:
@@ -114,9 +114,11 @@ ENVIRONMENTS: Final = tuple(dict.fromkeys(p.environment for p in PEERS if p.envi
 
 
 def default_cache() -> Path:
-    """Where environments and conversions are kept: below ``$XDG_CACHE_HOME``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sd-toolkit" / "peers"
+    """Where environments and conversions are kept; `ConfigError` where the user has no home."""
+    folder = cached_file("peers")
+    if folder is None:
+        raise ConfigError("there is no home to keep environments in", "Name one: --cache FOLDER.")
+    return folder
 
 
 def find_peers(names: Iterable[str], *, gpu: bool = False) -> list[Peer]:
