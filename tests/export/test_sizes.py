@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,18 +53,19 @@ def test_each_is_proven(sizes_bundle: Path) -> None:
         assert measured["end_to_end"].figure >= 0.999
 
 
-def test_engines_added_later_are_for_all(sizes_bundle: Path) -> None:
-    manifest = sd_export.build(sizes_bundle, backends=["openvino"])
+def test_engines_added_later_are_for_all(sizes_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(sizes_bundle, tmp_path / "bundle")
+    manifest = sd_export.build(bundle, backends=["openvino"])
     for size in manifest.all_sizes:
         engines = [engine for engine in size.engines if engine.backend == "openvino"]
         assert {engine.component for engine in engines} == size.components.keys()
         assert {engine.file for engine in engines} == {c.file for c in size.components.values()}
     request = Request("a red circle", seed=1, num_inference_steps=2, height=24, width=8)
-    with Pipeline.load(sizes_bundle, backend="openvino", threads=1) as pipeline:
+    with Pipeline.load(bundle, backend="openvino", threads=1) as pipeline:
         drawn = pipeline.generate(request).pixels
         pipeline.generate(Request("a red circle", seed=1, num_inference_steps=2))
         again = pipeline.generate(request).pixels
-    with Pipeline.load(sizes_bundle, backend="onnxruntime", threads=1, request=request) as pipeline:
+    with Pipeline.load(bundle, backend="onnxruntime", threads=1, request=request) as pipeline:
         other = pipeline.generate(request).pixels
     assert drawn.shape == (1, 24, 8, 3)
     assert np.array_equal(again, drawn)

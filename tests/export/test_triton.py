@@ -184,8 +184,10 @@ def server(repository: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-def test_the_python_model_draws(repository: Path, shapes_bundle: Path, server: StandIn) -> None:
-    folder = repository / "stable_diffusion"
+def test_the_python_model_draws(
+    repository: Path, shapes_bundle: Path, server: StandIn, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(repository / "stable_diffusion", tmp_path / "stable_diffusion")
     config = config_of(folder)
     manifest = folder / "1" / "bundle.json"
     on_gpu = json.loads(manifest.read_text())
