@@ -36,7 +36,8 @@ _BACKEND_PACKAGES = {
 }
 _RECORDS = "stages.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_HINT = "Make room on the disk, or name an --output on another one; nothing was left behind."
+_ROOM_HINT = "Make room on the disk, or name an --output on another one; nothing was left behind."
+_PLACE_HINT = "Name a place that can be written to; nothing was left behind."
 
 
 class NoRoomError(ExportError):
@@ -234,7 +235,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
             ) from error
         raise ExportError(
             f"{target} cannot be written: {error.strerror or error}",
-            _DISK_HINT,
+            _ROOM_HINT if error.errno in (*_FULL, None) else _PLACE_HINT,
             component="bundle",
             stage="save",
         ) from error

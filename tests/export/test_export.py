@@ -267,8 +267,10 @@ def test_what_is_no_bundle_is_not_replaced(smallest: Path, tmp_path: Path) -> No
 
 def test_an_unwritable_target_is_an_error(smallest: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="cannot be written"):
-        sd_export.export(smallest, tmp_path / "file" / "bundle")
+    for target in (tmp_path / "file" / "bundle", "/proc/nowhere/bundle"):
+        with pytest.raises(ExportError, match="cannot be written") as caught:
+            sd_export.export(smallest, target)
+        assert caught.value.hint.startswith("Name a place that can be written to")
 
 
 def test_a_tokenizer_of_another_model_is_refused(smallest: Path, tmp_path: Path) -> None:
