@@ -109,6 +109,8 @@ _FIELDS: Mapping[str, Mapping[str, _Kind]] = {
     },
     "checkpoint": {"max_noise_level": _NOISE_LEVEL},
 }
+OF_DEPTH: Mapping[str, _Kind] = {"size": _SIZE}
+"""What an image processor's fields may hold where it is a depth estimator's, DPT's own."""
 _FILES = {"feature_extractor": "preprocessor_config.json", "checkpoint": "model_index.json"}
 """Where these fields stand, if not in a config.json."""
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -124,13 +126,15 @@ None where that is not one value, and a config has to say it.
 """
 
 
-def checked_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def checked_config(
+    model: str, config: Mapping[str, Any], *, stricter: Mapping[str, _Kind] | None = None
+) -> dict[str, Any]:
     """``config`` of ``model``, with the libraries' defaults for fields that are read in any case.
 
-    `ExportError` for one of `_FIELDS` that holds what it may not.
+    `ExportError` for one of `_FIELDS` that holds what it may not, or one of ``stricter``.
     """
     config = {**_DEFAULTS.get(model, {}), **config}
-    for field, kind in _FIELDS.get(model, {}).items():
+    for field, kind in {**_FIELDS.get(model, {}), **(stricter or {})}.items():
         if field in config and not kind.holds(config[field]):
             file = _FILES.get(model, "config.json")
             raise ExportError(

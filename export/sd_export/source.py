@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.errors import ConfigError, ExportError, nearest
 from sd_engines.spec import Defaults
 from sd_export.checkpoint import TOKENIZER_FOLDERS, Checkpoint
-from sd_export.config_fields import checked_config
+from sd_export.config_fields import OF_DEPTH, checked_config
 from sd_export.family import (
     LATENT_CONSISTENCY,
     XL,
@@ -170,7 +170,9 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
         processor = folder / "feature_extractor" / "preprocessor_config.json"
         stated = read_json(processor, component="feature_extractor")
         stated = {name: value for name, value in stated.items() if value is not None}
-        configs["feature_extractor"] = checked_config("feature_extractor", stated)
+        configs["feature_extractor"] = checked_config(
+            "feature_extractor", stated, stricter=OF_DEPTH if DEPTH_ESTIMATOR in seers else None
+        )
     check_configs(configs, pipeline=str(index.get("_class_name")))
     if is_upscaler(configs):
         low_res = folder / LOW_RES_SCHEDULER

@@ -132,6 +132,15 @@ def test_a_missing_estimator_is_named(hybrid: Path, tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "copy"))
 
 
+def test_pictures_are_not_brought_to_an_edge(hybrid: Path, tmp_path: Path) -> None:
+    """Nor are they by DPT's processor in transformers; CLIP's does."""
+    processor = "feature_extractor/preprocessor_config.json"
+    folder = changed(hybrid, tmp_path / "copy", processor, {"size": {"shortest_edge": 32}})
+    words = r"^feature_extractor: load: in its preprocessor_config\.json size is .*height and width"
+    with pytest.raises(ExportError, match=words):
+        find_checkpoint(str(folder))
+
+
 def test_an_estimator_that_cannot_look(hybrid: Path, tmp_path: Path) -> None:
     processor = "feature_extractor/preprocessor_config.json"
     folder = changed(hybrid, tmp_path / "copy", processor, {"size": 48})
