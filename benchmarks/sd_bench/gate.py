@@ -25,8 +25,8 @@ from sd_bench.comparison import (
 from sd_bench.environment import environment
 from sd_bench.judgement import ABBA, check_enough, judge_pairs
 from sd_bench.latency import WARM_UP, measure_latency
+from sd_bench.measurable import measurable_bundle
 from sd_bench.sampler_process import SamplerProcess
-from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
 from sd_runtime.timing import clock
@@ -162,7 +162,7 @@ def _check_pairs(max_pairs: int) -> None:
 
 def _profile(bundle: Path, settings: Settings) -> dict[str, int]:
     """The shapes that ``bundle`` answers ``settings`` with; `ConfigError` where it cannot."""
-    return asdict(plan(settings.request(), open_bundle(bundle).manifest).profile)
+    return asdict(plan(settings.request(), measurable_bundle(bundle).manifest).profile)
 
 
 def _looks(max_pairs: int) -> Iterator[int]:

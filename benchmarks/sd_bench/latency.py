@@ -15,9 +15,9 @@ from sd_bench.ceiling import measure_ceilings
 from sd_bench.cold_start import measure_cold_start
 from sd_bench.environment import environment
 from sd_bench.gpu_memory import gpu_memory_bytes, held_on_gpus_bytes
+from sd_bench.measurable import measurable_bundle
 from sd_bench.measurement import Measurement, Sample
 from sd_bench.work import request_work
-from sd_engines.bundle import open_bundle
 from sd_engines.choice import fastest_engine
 from sd_engines.errors import ConfigError
 from sd_engines.memory import peak_memory_bytes, reset_peak_memory
@@ -35,9 +35,15 @@ WARM_UP, RUNS = 2, 10
 
 
 def open_pipeline(bundle: str | os.PathLike[str], settings: Settings) -> Pipeline:
-    """The pipeline that answers ``settings``, as `sd-run` opens it. Raises as `Pipeline.load`."""
+    """The pipeline that answers ``settings``, as `sd-run` opens it.
+
+    Raises as `measurable_bundle` and `Pipeline.load`.
+    """
     return Pipeline.load(
-        bundle, backend=settings.backend, threads=settings.threads, request=settings.request()
+        measurable_bundle(bundle),
+        backend=settings.backend,
+        threads=settings.threads,
+        request=settings.request(),
     )
 
 
@@ -108,7 +114,7 @@ def measure_latency(
             "Count at least one run; the others may be 0.",
         )
     if settings.backend == "auto":  # which may try every backend once: none of their memory counts
-        sized = open_bundle(bundle).at(settings.height, settings.width)
+        sized = measurable_bundle(bundle).at(settings.height, settings.width)
         fastest_engine(sized, "unet", threads=settings.threads)
     reset_peak_memory()
     held_before = held_on_gpus_bytes()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sd_bench.environment import environment
 from sd_bench.line import fit_line
 from sd_bench.load import Load, measure_peak_memory, sample_at_once
-from sd_engines.bundle import open_bundle
+from sd_bench.measurable import measurable_bundle
 from sd_engines.choice import fastest_engine
 from sd_engines.errors import ConfigError
 
@@ -141,7 +141,7 @@ def scaling_axes(
     no axis is left.
     """
     settings.request()
-    opened = [open_bundle(path) for path in bundles]
+    opened = [measurable_bundle(path) for path in bundles]
     checkpoints = {(b.manifest.model.source, b.manifest.model.revision) for b in opened}
     if len(checkpoints) > 1:
         names = ", ".join(sorted(source for source, _ in checkpoints))

@@ -37,13 +37,14 @@ def parity(
     from dataclasses import asdict
 
     check_package("torch", extra="export")
+    from sd_bench.measurable import measurable_bundle
     from sd_bench.parity import measure_parity
     from sd_runtime import Pipeline
     from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name
 
     names = [scheduler_name(name) for name in schedulers] or list(SCHEDULERS)
     rows = []
-    with Pipeline.load(bundle, backend=backend) as pipeline:
+    with Pipeline.load(measurable_bundle(bundle), backend=backend) as pipeline:
         for row in measure_parity(
             pipeline,
             prompt,

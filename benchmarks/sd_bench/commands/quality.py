@@ -33,6 +33,7 @@ def quality(
 ) -> None:
     """Score how well a bundle of the shipped checkpoint obeys held-out captions."""
     check_package("scipy", extra="bench")
+    from sd_bench.measurable import measurable_bundle
     from sd_bench.quality import measure_quality
     from sd_runtime import Pipeline
 
@@ -49,7 +50,7 @@ def quality(
         if pictures is not None:
             answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
 
-    with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
+    with Pipeline.load(measurable_bundle(bundle), backend=backend, threads=threads) as pipeline:
         score = measure_quality(pipeline, options, captions=captions, on_answer=on_answer)
     click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
 

@@ -44,6 +44,7 @@ def serve(
     from statistics import median
     from tempfile import TemporaryDirectory
 
+    from sd_bench.measurable import measurable_bundle
     from sd_bench.served import ServerProcess, overhead_ms, put_under_load
     from sd_runtime import Pipeline, Request
     from sd_runtime.command import raise_received_signal
@@ -58,7 +59,7 @@ def serve(
         for seed in range(8)
     ]
     arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
-    with Pipeline.load(bundle, backend=backend, threads=threads) as pipeline:
+    with Pipeline.load(measurable_bundle(bundle), backend=backend, threads=threads) as pipeline:
         expected = []
         for request in requests:
             raise_received_signal()

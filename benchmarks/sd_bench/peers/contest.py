@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from sd_bench.environment import environment
+from sd_bench.measurable import measurable_bundle
 from sd_bench.peers.captions import answer_captions, caption_questions
 from sd_bench.peers.checkpoint import checkpoint_folder, checkpoint_key, stage_checkpoint
 from sd_bench.peers.comparison import Comparison, Row, judge
@@ -73,7 +74,7 @@ def measure_peers(
     installed says so in its row. Raises `SdError` and its kin where the bundle, the checkpoint or
     the request is at fault, `WorkerError` where ours fails.
     """
-    bundle = open_bundle(bundle_path)
+    bundle = measurable_bundle(bundle_path)
     source = model or bundle.manifest.model.source
     folder.mkdir(parents=True, exist_ok=True)
     if not OURS.worker.exists():
