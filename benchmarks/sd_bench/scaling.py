@@ -47,7 +47,10 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one load took: every sample of every request, and the peak memory of processes."""
+    """What one load took: every sample of every request, and the peak memory of processes.
+
+    Samples of requests that began at once lie next to each other.
+    """
 
     samples: tuple[Sample, ...]
     peaks_memory_bytes: tuple[int, ...]
@@ -78,11 +81,18 @@ class Scaling:
         return [median(self.observations[load].peaks_memory_bytes) for load in axis.loads.values()]
 
     def pictures_per_s(self, axis: Axis) -> list[float]:
-        """Pictures finished in a second at each load of ``axis``, all its requests together."""
+        """At each load of ``axis``: its pictures over the time until the last of them is done.
+
+        That is the median of its turns; requests at once begin together.
+        """
         return [
-            1e3 * load.requests * load.settings.num_images / total_ms
-            for load, total_ms in zip(axis.loads.values(), self.totals_ms(axis), strict=True)
+            1e3 * load.requests * load.settings.num_images / median(self._turns_ms(load))
+            for load in axis.loads.values()
         ]
+
+    def _turns_ms(self, load: Load) -> list[float]:
+        totals_ms, at_once = self.observations[load].totals_ms, load.requests
+        return [max(totals_ms[i : i + at_once]) for i in range(0, len(totals_ms), at_once)]
 
     def time_line(self, axis: Axis) -> Line:
         """Milliseconds over ``axis``."""

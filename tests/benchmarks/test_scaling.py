@@ -183,8 +183,8 @@ def test_a_run(shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert axis["peak_memory_bytes"] == peaks
     one, two = summary["axes"][1]["peak_memory_bytes"]
     assert two - one > 28e6, "two pipelines hold the UNet's 28 MB twice"
-    assert summary["axes"][1]["pictures_per_s"][1] == pytest.approx(
-        2000 / summary["axes"][1]["total_ms"][1]
-    )
+    totals = [sample["stages_ms"]["total"] for sample in loads[1, 2]["samples"]]
+    until_both_are_done = median([max(totals[:2]), max(totals[2:])])
+    assert summary["axes"][1]["pictures_per_s"][1] == pytest.approx(2000 / until_both_are_done)
     text = (tmp_path / "a.svg").read_text("utf-8")
     assert ElementTree.fromstring(text).tag.endswith("svg")  # noqa: S314 - made by this test
