@@ -1,6 +1,6 @@
 """What two lists of latencies say about a regression: PASS, FAIL, or that they cannot tell.
 
-The ratio is new over base of the median latency, with its bootstrap interval:
+The ratio is new over base of the median latency, with its interval:
 
 - FAIL: the lower bound lies beyond the allowed regression. It is slower, as surely as asked.
 - PASS: the upper bound does not.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sd_bench.bootstrap import Interval, median_difference_interval, median_interval
+from sd_bench.interval import Interval, median_difference_interval, median_interval
 from sd_engines.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ ALLOWED_IN_PAIRS: Final = 0.025
 ALLOWED_APART: Final = 0.05
 """Twice as much: between two runs a machine drifts by some percent, which neither of them sees."""
 CONFIDENCE: Final = 0.98
-"""Two-sided: either bound lies on the wrong side of the true ratio in 1 of 100 runs."""
+"""Two-sided: of pairs, either bound lies on the wrong side of the true ratio in 1 of 100 runs; in 2
+at most where they go on until they are precise."""
 FEWEST_SAMPLES: Final = 8
 ABBA: Final = 2
 """Pairs that belong together: A B, then B A, so that a drift favours neither."""
@@ -95,12 +96,12 @@ def judge_pairs(
 ) -> Judgement:
     """Judge latencies taken in turns, ``base_ms[i]`` and ``new_ms[i]`` next to each other.
 
-    The median of the pairs' log-ratios; a bootstrap of A B B A quadruples. `ConfigError` for too
-    few, `ValueError` for lists of different lengths.
+    The median of the pairs' log-ratios, by `median_interval`. `ConfigError` for too few,
+    `ValueError` for lists of different lengths.
     """
     check_enough(len(base_ms), len(new_ms))
     log_ratios = [float(np.log(new / base)) for base, new in zip(base_ms, new_ms, strict=True)]
-    interval = median_interval(log_ratios, confidence=criterion.confidence, group=ABBA)
+    interval = median_interval(log_ratios, confidence=criterion.confidence)
     return _judgement(base_ms, new_ms, criterion, interval, paired=True)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import gmean
 
-from sd_bench.bootstrap import Interval
+from sd_bench.interval import Interval
 from sd_bench.judgement import Criterion, Judgement, Verdict, judge_apart, judge_pairs
 from sd_engines.errors import ConfigError
 
