@@ -55,6 +55,15 @@ def check_file(root: Path, name: str, size: int, *, hint: str = REMAKE_HINT) -> 
         raise BundleError(f"{path}: has {found} bytes, not {size}", hint)
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Whether the bytes of ``path`` are UTF-8, as JSON and programs in C++ want names to be."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """SHA-256 and size of files below ``root``, several at a time (hashlib releases the GIL)."""
     ordered = list(names)

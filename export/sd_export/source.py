@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, ExportError, nearest
+from sd_engines.files import is_utf8
 from sd_engines.spec import Defaults
 from sd_export.checkpoint import TOKENIZER_FOLDERS, Checkpoint
 from sd_export.config_fields import OF_DEPTH, checked_config
@@ -95,6 +96,11 @@ def local_path(
 
     A name that ends in one of ``suffixes`` is no id.
     """
+    if not is_utf8(model):
+        raise ConfigError(
+            f"the name {model} is not UTF-8, and a bundle names what it is made of",
+            "Rename it, or name it from its own folder.",
+        )
     path = Path(model).expanduser()
     if path.exists():
         return path

@@ -53,6 +53,18 @@ def test_auto_takes_the_fastest_that_is_installed(
     assert caught.value.hint == 'pip install "sd-toolkit[cpu]"'
 
 
+def test_a_folder_whose_name_is_not_utf8(tiny_bundle: Bundle) -> None:
+    needs("openvino")
+    needs("onnxruntime")
+    folder = tiny_bundle.path.rename(tiny_bundle.path.with_name(os.fsdecode(b"caf\xe9")))
+    bundle = Bundle(folder, tiny_bundle.manifest)
+    with pytest.raises(BackendError, match=r"path that is not UTF-8: .*model\.onnx") as caught:
+        open_engine(bundle, "unet", backend="onnxruntime")
+    assert "another backend" in caught.value.hint
+    with open_engine(bundle, "unet") as engine:
+        assert _name(engine) == "OpenVinoEngine"
+
+
 def test_auto_says_why_it_passes_over_a_stale_plan(
     tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -411,6 +411,17 @@ def test_a_single_file_that_lacks_a_weight_is_refused(
         find_checkpoint(str(tmp_path / "v1.safetensors"))
 
 
+def test_a_name_that_no_bundle_can_hold_is_refused(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(smallest, tmp_path / os.fsdecode(b"caf\xe9") / "checkpoint")
+    with pytest.raises(ConfigError, match="is not UTF-8") as caught:
+        find_checkpoint(str(folder))
+    assert "from its own folder" in caught.value.hint
+    monkeypatch.chdir(folder.parent)
+    assert find_checkpoint("checkpoint").source == "checkpoint"
+
+
 def test_not_a_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="no such file or folder"):
         find_checkpoint("./nowhere")
