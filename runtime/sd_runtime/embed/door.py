@@ -19,8 +19,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ConfigError, SdError
-from sd_engines.node import unique_object
 from sd_runtime.embed.context import QUEUE_SIZE, Context
+from sd_runtime.embed.options import options_from_json
 from sd_runtime.image import format_named
 from sd_runtime.refusal import RefusedError
 from sd_runtime.request import Request
@@ -192,7 +192,7 @@ class Door:
         for name in ("num_inference_steps", "num_images_per_prompt"):
             if getattr(request, name):
                 fields[name] = getattr(request, name)
-        options = _options(self._text(request.options_json, "options_json") or "{}")
+        options = options_from_json(self._text(request.options_json, "options_json") or "{}")
         twice = sorted(set(fields) & set(options))
         if twice:
             raise ConfigError(
@@ -287,14 +287,3 @@ def managed_tensor(array: Array) -> int:
     tensor = _PYTHON.PyCapsule_GetPointer(capsule, _DLPACK)
     _PYTHON.PyCapsule_SetName(capsule, _DLPACK_TAKEN)  # as the protocol says: it is ours now
     return int(tensor)
-
-
-def _options(text: str) -> dict[str, Any]:
-    """Fields of a `Request` from a JSON object; raises `ConfigError`."""
-    try:
-        options = json.loads(text, object_pairs_hook=unique_object)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"options_json cannot be read: {error}", "Give a JSON object.") from error
-    if not isinstance(options, dict):
-        raise ConfigError("options_json is no object", 'Give one, such as {"eta": 0.5}.')
-    return options

@@ -46,6 +46,31 @@ static void *wait_for_ever(void *job) {
   return NULL;
 }
 
+static __typeof__(&sd_job_submit) submit_job;
+
+struct submission {
+  sd_context *context;
+  const sd_request *request;
+};
+
+static void *submit(void *argument) {
+  const struct submission *asked = argument;
+  sd_job *job;
+  return submit_job(asked->context, asked->request, &job);
+}
+
+/* What a request comes to in a thread with as little stack as some servers give one. */
+static sd_status *submit_from_little_stack(sd_context *context, const sd_request *request) {
+  struct submission asked = {context, request};
+  pthread_attr_t little;
+  pthread_t thread;
+  void *status;
+  CHECK(pthread_attr_init(&little) == 0 && pthread_attr_setstacksize(&little, 256 << 10) == 0);
+  CHECK(pthread_create(&thread, &little, submit, &asked) == 0);
+  CHECK(pthread_join(thread, &status) == 0 && pthread_attr_destroy(&little) == 0);
+  return status;
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 4);
   signal(SIGINT, interrupted);
@@ -125,6 +150,13 @@ int main(int argc, char **argv) {
   FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "options_json");
   request.options_json = "[]";
   FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "no object");
+  char nested[2048] = "{\"eta\": ";
+  memset(nested + strlen(nested), '[', 900);
+  memset(nested + strlen(nested), ']', 900);
+  strcat(nested, "}");
+  request.options_json = nested;
+  submit_job = sd_job_submit;
+  FAILS(submit_from_little_stack(context, &request), SD_ERROR_CONFIG, "more than 16 deep");
   request.options_json = "{\"prompt\": \"a dog\"}";
   FAILS(sd_job_submit(context, &request, &job), SD_ERROR_CONFIG, "twice");
   request.options_json = "{\"etta\": 0}";
