@@ -34,7 +34,12 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pictures", type=_PATH, help="Keep pictures, latents and the peers' logs here.")
 @click.option("-o", "--output", type=_PATH, metavar="FILE.json", help="Everything, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--setup", "environment", help="Make this peer's own environment, and end.")
+@click.option(
+    "--setup",
+    "environment",
+    metavar="NAME",
+    help="Make the environment of this name that peers draw in, such as diffusers, and end.",
+)
 def peers(
     *,
     bundle: Path | None,
