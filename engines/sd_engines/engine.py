@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, get_arg
 from sd_engines.build_command import missing_engine_hint
 from sd_engines.entries import BACKENDS
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
-from sd_engines.files import is_utf8
 from sd_engines.spec import Precision
 
 if TYPE_CHECKING:
@@ -153,11 +152,6 @@ def load_engine(
             f"the weights of an engine of {engine.backend} are built into it",
             "Fuse the LoRA instead: sd-export … --lora FILE; or name another --backend, "
             "or another --precision than int8.",
-        )
-    if engine.backend == "onnxruntime" and not is_utf8(path):
-        raise BackendError(
-            f"ONNX Runtime opens no file with a path that is not UTF-8: {path}",
-            "Rename the folder, or name another backend.",
         )
     more = {"weights": weights} if weights else {}
     loaded: Engine = _module(engine.backend).load(

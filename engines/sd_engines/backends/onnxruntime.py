@@ -19,6 +19,7 @@ from sd_engines.border import MEMORY_HINT, computed_in, import_package
 from sd_engines.bundle import portable_entry
 from sd_engines.cores import usable_cores
 from sd_engines.errors import BackendError
+from sd_engines.files import is_utf8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,6 +101,11 @@ def load(
 
     `BackendError` where the package, the provider or memory is missing.
     """
+    if not is_utf8(path):
+        raise BackendError(
+            f"ONNX Runtime opens no file with a path that is not UTF-8: {path}",
+            "Rename the folder, or name another backend.",
+        )
     target = engine.target
     module = package(target)
     options = module.SessionOptions()
