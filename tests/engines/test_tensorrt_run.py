@@ -240,15 +240,20 @@ def test_tensorrt_is_captured_after_its_first_run() -> None:
     assert LAUNCHED == [7, 7]
 
 
-def test_closing_gives_all_buffers_back() -> None:
-    engine, _ = engine_of(tensorrt_rtx)
-    engine.bind(1)
+def test_closing_gives_all_buffers_and_the_plan_back() -> None:
+    engine, plan = engine_of(tensorrt_rtx)
+    gone = weakref.ref(plan)
+    del plan
+    binding = engine.bind(1)
     engine.bind(2).run()
     engine(sample=np.ones((1, 4), np.float32))
     assert len(MADE) == 3 * len(SPECS)
+    buffers = len(binding.inputs) + len(binding.outputs)
     engine.close()
     engine.close()
-    assert ALIVE == [0]
+    (alive,) = ALIVE
+    assert alive == buffers, "those that the caller still holds"
+    assert gone() is None
 
 
 def test_engines_of_one_stream_work_in_one_block_of_memory() -> None:

@@ -140,7 +140,8 @@ class TensorRtEngine(BoundEngine):
         )
 
     def _release(self) -> None:
-        del self._contexts, self._runtime
+        self._contexts.close()
+        self._runtime = None
         release(self._xp)
 
 

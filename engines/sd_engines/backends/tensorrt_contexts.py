@@ -19,7 +19,9 @@ class Contexts:
     """Makes contexts of ``plan``, which was deserialised from ``engine``."""
 
     def __init__(self, module: Any, plan: Any, engine: EngineEntry) -> None:
-        self._plan = plan
+        self._plan: Any = plan
+        self._config: Any = None
+        self._kernels: Any = None
         self._memory = module.ExecutionContextAllocationStrategy.USER_MANAGED
         self.capture_themselves = hasattr(module, "CudaGraphStrategy")
         if not self.capture_themselves:
@@ -52,3 +54,7 @@ class Contexts:
         if kernels != self._known:
             self._known = kernels
             write_cached(self._remembered, kernels)
+
+    def close(self) -> None:
+        """Let go of the plan, once no context is left."""
+        self._config = self._kernels = self._plan = None
