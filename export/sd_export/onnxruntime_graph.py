@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -43,9 +44,9 @@ def rewrite_for_onnxruntime(model: ir.Model) -> bool:
     """Change ``model`` in place and say so; it is left as it is where there is nothing to gain."""
     nodes = list(model.graph)
     norms = [node for node in nodes if node.op_type == "GroupNormalization"]
-    attentions = [node for node in nodes if node.op_type == "Attention"]
-    # one with a mask, as in a text encoder, would stay, and keep the graph at its opset
-    if not norms or any(len(node.inputs) > len("qkv") for node in attentions):
+    attentions = [node for node in nodes if _is_attention(node)]
+    left = set(nodes).difference(norms, attentions)
+    if not norms or not all(onnx.defs.has(node.op_type, _OPSET, node.domain) for node in left):
         return False
     constants = _Constants(model.graph)
     for node in norms:
@@ -55,6 +56,11 @@ def rewrite_for_onnxruntime(model: ir.Model) -> bool:
     RemoveUnusedNodesPass()(model)
     model.opset_imports.update({"": _OPSET, _DOMAIN: 1})
     return True
+
+
+def _is_attention(node: ir.Node) -> bool:
+    """Whether it is one of queries, keys and values alone: a text encoder's has a mask."""
+    return node.op_type == "Attention" and len(node.inputs) == len("qkv")
 
 
 class _Constants:

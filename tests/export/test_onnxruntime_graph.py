@@ -16,7 +16,7 @@ from sd_engines import open_bundle, open_engine
 from sd_engines.errors import BundleError
 from sd_export.onnx_export import external_places, save
 from sd_export.onnx_passes import to_half
-from sd_export.onnxruntime_graph import write_onnxruntime_graph
+from sd_export.onnxruntime_graph import rewrite_for_onnxruntime, write_onnxruntime_graph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +74,17 @@ def test_it_reads_the_weights_of_the_graph_beside_it(report: ExportReport, compo
 
 def test_a_graph_without_norms_has_no_other_form(report: ExportReport) -> None:
     assert not (report.path / "text_encoder" / OWN).exists()
+
+
+def test_a_graph_that_needs_its_opset_is_left_as_it_is(report: ExportReport) -> None:
+    model = ir.load(report.path / "unet/model.onnx")
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.resize_inputs(4)
+    attention.replace_input_with(3, attention.inputs[0])  # as if it were a mask
+    before = [node.op_type for node in model.graph]
+    assert not rewrite_for_onnxruntime(model)
+    assert [node.op_type for node in model.graph] == before
+    assert model.opset_imports == {"": 23}
 
 
 def test_it_is_what_onnx_runtime_runs_and_openvino_does_not(report: ExportReport) -> None:
