@@ -84,6 +84,8 @@ def test_the_exit_code_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("FAIL: total")
     assert main(["compare", *slower, "--stage", "png"]) == 0
     assert main(["compare", *slower, "--allowed-regression", "15"]) == 0
+    for confidence in ("50", "99.9"):  # the ends of what it takes
+        assert main(["compare", *slower, "--confidence", confidence]) == 1
     capsys.readouterr()
     unclear = files(tmp_path, measurement(WILD), measurement(WILD, seed=1))
     assert main(["compare", *unclear]) == 0

@@ -95,7 +95,7 @@ def criterion_of(
     return Criterion(
         stage=stage,
         allowed_regression=default if allowed_percent is None else allowed_percent / 100,
-        confidence=confidence_percent / 100,
+        confidence=round(confidence_percent / 100, 9),  # 99.9 / 100 is above 0.999
     )
 
 
