@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,8 +111,8 @@ class Step:
     num_steps: int
     timestep: float
     first_image: int
-    read_latents: Callable[[], Array]
-    decode_preview: Callable[[], NDArray[np.uint8]]
+    read_latents: Callable[[], Array] = field(repr=False)
+    decode_preview: Callable[[], NDArray[np.uint8]] = field(repr=False)
     result: Result | None = None
 
     @property
