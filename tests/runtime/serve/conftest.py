@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,14 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return Reply(error.code, dict(error.headers), error.read())
+
+    def send(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """A connection on which ``body`` was sent to ``path`` and nothing was read."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        return connection
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric over all series that have ``labels``; 0 where there is none yet."""

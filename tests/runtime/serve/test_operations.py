@@ -40,15 +40,6 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def sent(server: Server, body: dict[str, Any]) -> socket.socket:
-    """A connection on which ``body`` was sent and nothing was read."""
-    data = json.dumps(body).encode()
-    head = f"POST {DRAW} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
-
-
 def idle(server: Server) -> bool:
     return server.metric("sd_serve_running") + server.metric("sd_serve_queue_depth") == 0
 
@@ -84,7 +75,7 @@ def test_head_is_answered_as_load_balancers_ask(server: Server, path: str) -> No
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_drawing(server: Server, stream: bool) -> None:
     pictures = server.metric("sd_serve_pictures_total")
-    connection = sent(server, LONG | {"stream": stream})
+    connection = server.send(DRAW, LONG | {"stream": stream})
     until(lambda: server.metric("sd_serve_running") == 1)
     connection.close()
     until(lambda: idle(server))
@@ -92,9 +83,9 @@ def test_a_client_that_leaves_cancels_its_drawing(server: Server, stream: bool) 
 
 
 def test_a_full_queue_answers_429_and_clients_that_leave_make_room(server: Server) -> None:
-    connections = [sent(server, LONG)]
+    connections = [server.send(DRAW, LONG)]
     until(lambda: server.metric("sd_serve_running") == 1)
-    connections += [sent(server, LONG) for _ in range(8)]
+    connections += [server.send(DRAW, LONG) for _ in range(8)]
     until(lambda: server.metric("sd_serve_queue_depth") == 8)
     reply = server.ask(DRAW, SHORT)
     assert reply.status == 429
@@ -110,7 +101,7 @@ def test_a_full_queue_answers_429_and_clients_that_leave_make_room(server: Serve
 def test_requests_that_wait_together_share_a_batch(server: Server) -> None:
     joined = server.metric("sd_serve_joined_requests_total")
     alone = server.ask(DRAW, SHORT).json["data"][0]["recipe"]
-    blocker = sent(server, LONG)
+    blocker = server.send(DRAW, LONG)
     until(lambda: server.metric("sd_serve_running") == 1)
     replies: list[Reply] = []
     threads = [
@@ -170,7 +161,7 @@ def test_what_is_logged_while_drawing_has_the_ids_of_those_who_asked(
     long = SHORT | {"prompt": "a dog " * 60}
     with start(tiny_model.bundle, "--threads", 1, "--log-format", "json") as server:
         server.ask(DRAW, long, headers={"X-Request-Id": "alone"})
-        with sent(server, SHORT | {"num_inference_steps": 150, "n": 10}):
+        with server.send(DRAW, SHORT | {"num_inference_steps": 150, "n": 10}):
             until(lambda: server.metric("sd_serve_running") == 1)
             threads = [
                 threading.Thread(

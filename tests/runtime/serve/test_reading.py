@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +45,12 @@ def held(
         yield server, lambda: pipe.write_bytes(b"") and None
 
 
-def sent(server: Server, body: dict[str, Any]) -> socket.socket:
-    """A connection on which ``body`` was sent and nothing was read."""
-    data = json.dumps(body).encode()
-    head = f"POST {DRAW} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
+def asked_at_once(server: Server, *bodies: dict[str, Any]) -> Callable[[], list[Reply]]:
+    """Ask for each of ``bodies`` at the same time; what is returned waits for the replies."""
+    pool = ThreadPoolExecutor(len(bodies))
+    asked = [pool.submit(server.ask, DRAW, body) for body in bodies]
+    pool.shutdown(wait=False)
+    return lambda: [reply.result(60) for reply in asked]
 
 
 def waiting(server: Server) -> int:
@@ -64,20 +61,12 @@ def test_room_is_asked_before_pictures_are_decoded(
     held: tuple[Server, Callable[[], None]],
 ) -> None:
     server, go_on = held
-    replies: list[Reply] = []
-    threads = [
-        threading.Thread(target=lambda body=body: replies.append(server.ask(DRAW, body)))
-        for body in (BODY, BROKEN)
-    ]
-    for thread in threads:
-        thread.start()
+    replies = asked_at_once(server, BODY, BROKEN)
     until(lambda: waiting(server) == 2)
     for late in (BODY, BROKEN):
         assert server.ask(DRAW, late).status == 429
     go_on()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(reply.status for reply in replies) == [200, 400]
+    assert sorted(reply.status for reply in replies()) == [200, 400]
     until(lambda: idle(server))
     assert server.ask(DRAW, BODY).status == 200
 
@@ -86,7 +75,7 @@ def test_a_client_that_leaves_before_its_picture_is_decoded_makes_room(
     held: tuple[Server, Callable[[], None]],
 ) -> None:
     server, go_on = held
-    connections = [sent(server, BODY) for _ in range(2)]
+    connections = [server.send(DRAW, BODY) for _ in range(2)]
     until(lambda: waiting(server) == 2)
     for connection in connections:
         connection.close()
@@ -101,22 +90,14 @@ def test_pictures_are_not_decoded_for_a_server_that_ends(
     held: tuple[Server, Callable[[], None]],
 ) -> None:
     server, go_on = held
-    replies: list[Reply] = []
-    threads = [
-        threading.Thread(target=lambda body=body: replies.append(server.ask(DRAW, body)))
-        for body in (BODY, BROKEN)
-    ]
-    for thread in threads:
-        thread.start()
+    replies = asked_at_once(server, BODY, BROKEN)
     until(lambda: waiting(server) == 2)
     server.process.send_signal(signal.SIGTERM)
     with suppress(URLError, ConnectionError):
         while True:  # until it listens no more
             server.ask("/health/live")
     go_on()
-    for thread in threads:
-        thread.join(60)
-    assert [reply.status for reply in replies] == [503, 503]
+    assert [reply.status for reply in replies()] == [503, 503]
     assert server.process.wait(60) == 0
 
 
@@ -128,16 +109,8 @@ def test_large_pictures_that_are_sent_at_once_are_not_in_memory_at_once(
     with start(tiny_model.bundle, "--threads", 1) as server:
         assert server.ask(DRAW, BODY).status == 200
         before = peak_bytes(server)
-        replies: list[Reply] = []
-        threads = [
-            threading.Thread(target=lambda: replies.append(server.ask(DRAW, body)))
-            for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert [reply.status for reply in replies] == [200] * 8
+        replies = asked_at_once(server, *[body] * 8)
+        assert [reply.status for reply in replies()] == [200] * 8
         one = 4 * picture.width * picture.height  # as Pillow keeps it
         assert peak_bytes(server) - before < 6 * one
 
