@@ -96,9 +96,9 @@ def _unlisted(module: Any, gpu: str) -> str:
     """What more there is to say of a ``gpu`` that TensorRT-RTX does not list; it may run yet."""
     listed = getattr(module, "ComputeCapability", None)
     known = [name for name in getattr(listed, "__members__", ()) if name.startswith("SM")]
-    return (
-        f", which lists {', '.join(known)}; this GPU is {gpu}" if known and gpu not in known else ""
-    )
+    if gpu in known or not known:
+        return ""
+    return f", which lists {', '.join(known)}; this GPU is {gpu}"
 
 
 class TensorRtEngine(BoundEngine):

@@ -82,11 +82,10 @@ def build(
         raise failure(f"{backend} refuses the profile of {component}", log)
     timings, remembered = None, cached_file(f"{backend}-{module.__version__}-{target}.timings")
     if backend == "tensorrt":  # TensorRT-RTX measures nothing
-        known = read_cached(remembered)
-        timings = config.create_timing_cache(known) or config.create_timing_cache(b"")
-        if not config.set_timing_cache(timings, False):  # of another card of this capability
-            timings = config.create_timing_cache(b"")
-            config.set_timing_cache(timings, False)
+        for known in (read_cached(remembered), b""):  # it may be of another card, and is refused
+            timings = config.create_timing_cache(known)
+            if timings and config.set_timing_cache(timings, False):
+                break
     config.progress_monitor = monitor = _monitor(module, progress)
     plan = builder.build_serialized_network(network, config)
     if monitor.stopped_by is not None:
