@@ -29,6 +29,13 @@ _NO_LIMIT = 2**40  # bytes
 _ANGLES = ("Sin", "Cos")
 
 
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """``array`` as an initializer of ``graph``; that of this ``name`` where there is one."""
+    if name not in graph.initializers:
+        ir.tape.Tape(graph).initializer(ir.tensor(array, name=name))
+    return graph.initializers[name]
+
+
 def tidy(model: ir.Model) -> ir.Model:
     """Drop what tracing leaves: traces of source lines, dead nodes, constants stored twice."""
     _name_weights(model.graph)

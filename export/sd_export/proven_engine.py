@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, CertificateEntry, EngineEntry
@@ -156,8 +157,8 @@ def make_engine(
                 )
                 result.detail = f"{engine.version} {engine.target} {engine.precision}"
                 result.bytes = engine.bytes
-    folder = output_dir if engine.is_built else onnx_path.parent.parent
-    engine_path = folder / engine.file
+    beside = onnx_path.with_name(PurePosixPath(engine.file).name)
+    engine_path = output_dir / engine.file if engine.is_built else beside
     try:
         with log.stage(component, f"verify {backend}") as result:
             measured = verify_engine(

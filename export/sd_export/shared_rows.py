@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sd_engines.spec import BATCH, PICTURES
+from sd_export.onnx_passes import constant
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -117,13 +118,5 @@ def _repeats(graph: ir.Graph, ratio: ir.Node, rank: int) -> ir.Node:
     """``rank`` numbers: how many rows a picture has, then ones. A Tile's second input."""
     if rank == 1:
         return ir.node("Identity", [ratio.outputs[0]])
-    name = f"ones_{rank - 1}"
-    ones = ir.tensor(np.ones(rank - 1, np.int64), name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape([rank - 1]),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ones,
-    )
-    graph.register_initializer(value)
-    return ir.node("Concat", [ratio.outputs[0], value], attributes={"axis": 0})
+    ones = constant(graph, f"ones_{rank - 1}", np.ones(rank - 1, np.int64))
+    return ir.node("Concat", [ratio.outputs[0], ones], attributes={"axis": 0})

@@ -121,9 +121,7 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
     source = bundle.verified_engine(engine)
     shutil.copyfile(source, version / file_name)
     if engine.backend == "onnxruntime":
-        for name in entry.files:  # weights, which the graph names
-            if name.endswith(".onnx"):
-                continue
+        for name in (name for name in entry.files if not name.endswith(".onnx")):  # its weights
             shutil.copyfile(bundle.path / name, version / Path(name).name)
     config = [
         f'name: "{model.name}"',
