@@ -1,12 +1,13 @@
 """Latencies of a machine that drifts and is disturbed, and files of them, made up from a seed.
 
 Parts of the logarithm of a latency: what differs from run to run (normal), a drift that a sample
-shares with its neighbours (autoregressive, half gone after 23), and now and then a disturbance
-that only ever slows (exponential).
+shares with its neighbours (autoregressive, half gone after 23), now and then a disturbance that
+only ever slows (exponential), and what a process has all its life (normal).
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,12 @@ from scipy.signal import lfilter
 from sd_bench.measurement import Measurement, Sample, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
+
+    from sd_bench.gate import Sides
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Noise:
     memory: float = 0.97
     disturbed: float = 0.05
     disturbance: float = 0.15
+    process: float = 0.0
 
     def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """``count`` latencies in a row, in ms, around 300."""
@@ -43,17 +48,25 @@ class Noise:
 
 QUIET = Noise(jitter=0.01, drift=0.01, disturbed=0.02)
 NOISY = Noise()
+SHORT = Noise(jitter=0.03, process=0.015)
+"""Of requests of some 10 ms."""
 
 
-def samplers(
+def open_sides(
     noise: Noise, rng: np.random.Generator, *, slowdown: float, count: int
-) -> tuple[Callable[[], Sample], Callable[[], Sample]]:
+) -> Callable[[tuple[int, int]], AbstractContextManager[Sides]]:
     """Base and new on one machine, ``count`` samples between them; new is slower by a factor."""
     machine = iter(noise.draw(count, rng).tolist())
-    return (
-        lambda: Sample(0.0, {"total": next(machine)}, ()),
-        lambda: Sample(0.0, {"total": slowdown * next(machine)}, ()),
-    )
+
+    @contextmanager
+    def opened(order: tuple[int, int]) -> Iterator[Sides]:
+        base, new = np.exp(rng.normal(0, noise.process, 2)) * (1, slowdown)
+        yield (
+            lambda: Sample(0.0, {"total": base * next(machine)}, ()),
+            lambda: Sample(0.0, {"total": new * next(machine)}, ()),
+        )
+
+    return opened
 
 
 def measurement(

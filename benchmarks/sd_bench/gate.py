@@ -1,15 +1,16 @@
 """The gate's measuring: a bundle against a file of earlier samples, or two bundles in turns.
 
 In turns is the strong form. Base and new answer as A B B A, so whatever the machine does over
-seconds meets both alike, and their pairs go on only until the interval is narrow enough: Chow and
-Robbins' sequential interval of a given width (1965). Its width decides when to stop, never what it
-says.
+seconds meets both alike; their processes are opened anew every few pairs, so that what one process
+has by luck is not taken for its bundle's. Pairs go on only until the interval is narrow enough:
+Chow and Robbins' sequential interval of a given width (1965). Its width decides when to stop, never
+what it says.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from sd_bench.comparison import (
     stage_ms,
 )
 from sd_bench.environment import environment
-from sd_bench.judgement import ABBA, check_enough, judge_pairs
+from sd_bench.judgement import PAIRS_A_PROCESS, check_enough, judge_pairs
 from sd_bench.latency import WARM_UP, measure_latency
 from sd_bench.measurable import measurable_bundle
 from sd_bench.sampler_process import SamplerProcess
@@ -33,12 +34,17 @@ from sd_runtime.timing import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from typing import TypeAlias
 
     from sd_bench.judgement import Criterion, Judgement
     from sd_bench.latency import Sampler
     from sd_bench.measurement import Measurement, Sample, Settings
 
-FIRST_LOOK: Final = 24
+    TakeSample: TypeAlias = Callable[[], Sample]
+    Sides: TypeAlias = tuple[TakeSample, TakeSample]
+
+FIRST_LOOK: Final = 32
 MAX_PAIRS: Final = 240
 FEWEST_RUNS: Final = 20
 
@@ -97,34 +103,36 @@ def gate_in_turns(
     _check_pairs(max_pairs)
     check_profile(_profile(base, settings), _profile(new, settings))
     interpreters = (sys.executable if base_python is None else base_python, sys.executable)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="sd-bench-gate-")))
-        base_side, new_side = (
-            stack.enter_context(
-                SamplerProcess(
-                    bundle,
-                    settings,
-                    python=python,
-                    warm_up=WARM_UP,
-                    log=folder / f"{name}.log",
-                )
+    measured: list[Measurement] = []
+
+    with TemporaryDirectory(prefix="sd-bench-gate-") as folder:
+
+        def opened(side: int) -> SamplerProcess:
+            return SamplerProcess(
+                (base, new)[side],
+                settings,
+                python=interpreters[side],
+                warm_up=WARM_UP,
+                log=Path(folder) / f"{('base', 'new')[side]}.log",
             )
-            for name, bundle, python in zip(("base", "new"), (base, new), interpreters, strict=True)
-        )
-        base_samples, new_samples = take_turns(
-            base_side.sample,
-            new_side.sample,
-            criterion,
-            max_pairs=max_pairs,
-            on_pair=on_pair,
-        )
-        measured = (base_side.measurement_of(base_samples), new_side.measurement_of(new_samples))
-    return compare(*measured, criterion, paired=True)
+
+        @contextmanager
+        def open_sides(order: tuple[int, int]) -> Iterator[Sides]:
+            with ExitStack() as stack:
+                processes = {side: stack.enter_context(opened(side)) for side in order}
+                yield processes[0].sample, processes[1].sample
+                measured[:] = (processes[side].measurement_of(()) for side in (0, 1))
+
+        samples = take_turns(open_sides, criterion, max_pairs=max_pairs, on_pair=on_pair)
+    base_measured, new_measured = (
+        replace(measurement, samples=tuple(taken))
+        for measurement, taken in zip(measured, samples, strict=True)
+    )
+    return compare(base_measured, new_measured, criterion, paired=True)
 
 
 def take_turns(
-    base: Callable[[], Sample],
-    new: Callable[[], Sample],
+    open_sides: Callable[[tuple[int, int]], AbstractContextManager[Sides]],
     criterion: Criterion,
     *,
     max_pairs: int = MAX_PAIRS,
@@ -132,32 +140,49 @@ def take_turns(
 ) -> tuple[list[Sample], list[Sample]]:
     """Samples of both as A B B A, in pairs by index, until precise or ``max_pairs``.
 
-    Precise is `Judgement.precise`; it is looked at after 24 pairs and then at every quarter more.
-    All samples' ``started_s`` count from the first one. `ConfigError` for too few pairs.
+    ``open_sides`` makes what answers for the base and the new one, for `PAIRS_A_PROCESS` pairs; it
+    is told which to open first, 0 for the base, each as often as the other. Precise is
+    `Judgement.precise`; it is looked at after 32 pairs and then at every quarter more. All samples'
+    ``started_s`` count from the first one. `ConfigError` for too few pairs.
     """
     _check_pairs(max_pairs)
-    sides: tuple[list[Sample], list[Sample]] = ([], [])
+    samples: tuple[list[Sample], list[Sample]] = ([], [])
     looks = set(_looks(max_pairs))
-    began = clock()
-    for count in range(1, max_pairs + 1):
-        turns = [(base, sides[0]), (new, sides[1])]
-        for take, samples in turns if count % 2 else reversed(turns):
-            started_s = clock() - began
-            samples.append(replace(take(), started_s=started_s))
-        judgement = None
-        if count == 1 or count in looks:  # the first tells whether the stage is there at all
-            base_ms, new_ms = (stage_ms(samples, criterion.stage) for samples in sides)
-        if count in looks:
-            judgement = judge_pairs(base_ms, new_ms, criterion)
-        on_pair(count, judgement)
+    began: float | None = None
+    order = (0, 1)
+    for first in range(0, max_pairs, PAIRS_A_PROCESS):
+        with open_sides(order) as sides:
+            began = clock() if began is None else began
+            for count in range(first + 1, first + 1 + PAIRS_A_PROCESS):
+                for side in (0, 1) if count % 2 else (1, 0):
+                    started_s = clock() - began
+                    samples[side].append(replace(sides[side](), started_s=started_s))
+                if count == 1:  # the first tells whether the stage is there at all
+                    _both_ms(samples, criterion)
+                judgement = None
+                if count in looks:
+                    judgement = judge_pairs(*_both_ms(samples, criterion), criterion)
+                on_pair(count, judgement)
         if judgement is not None and judgement.precise:
             break
-    return sides
+        order = order[::-1]
+    return samples
+
+
+def _both_ms(
+    samples: tuple[list[Sample], list[Sample]], criterion: Criterion
+) -> tuple[list[float], list[float]]:
+    base, new = samples
+    return stage_ms(base, criterion.stage), stage_ms(new, criterion.stage)
 
 
 def _check_pairs(max_pairs: int) -> None:
-    if max_pairs < FIRST_LOOK or max_pairs % ABBA:
-        raise ConfigError(f"{max_pairs} pairs", f"Allow an even number, {FIRST_LOOK} or more.")
+    if max_pairs < FIRST_LOOK or max_pairs % PAIRS_A_PROCESS:
+        raise ConfigError(
+            f"{max_pairs} pairs",
+            f"Allow a multiple of {PAIRS_A_PROCESS}, {FIRST_LOOK} or more: as many are of one "
+            "process.",
+        )
 
 
 def _profile(bundle: Path, settings: Settings) -> dict[str, int]:
@@ -169,4 +194,4 @@ def _looks(max_pairs: int) -> Iterator[int]:
     count = FIRST_LOOK
     while count < max_pairs:
         yield count
-        count += max(ABBA, count // 4 // ABBA * ABBA)
+        count += count // 4 // PAIRS_A_PROCESS * PAIRS_A_PROCESS

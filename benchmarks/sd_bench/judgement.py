@@ -34,8 +34,10 @@ CONFIDENCE: Final = 0.98
 """Two-sided: of pairs, either bound lies on the wrong side of the true ratio in 1 of 100 runs; in 2
 at most where they go on until they are precise."""
 FEWEST_SAMPLES: Final = 8
-ABBA: Final = 2
-"""Pairs that belong together: A B, then B A, so that a drift favours neither."""
+PAIRS_A_PROCESS: Final = 4
+"""Pairs that belong together, A B, B A and again: of the same two processes, which differ from the
+next two by where their memory lies and their threads run. At 10 ms a request that is some percent.
+"""
 
 
 class Verdict(StrEnum):
@@ -96,12 +98,16 @@ def judge_pairs(
 ) -> Judgement:
     """Judge latencies taken in turns, ``base_ms[i]`` and ``new_ms[i]`` next to each other.
 
-    The median of the pairs' log-ratios, by `median_interval`. `ConfigError` for too few,
-    `ValueError` for lists of different lengths.
+    Each `PAIRS_A_PROCESS` of them say one thing, their median log-ratio; of these it is the median,
+    by `median_interval`. `ConfigError` for too few, `ValueError` for lists of different lengths.
     """
     check_enough(len(base_ms), len(new_ms))
     log_ratios = [float(np.log(new / base)) for base, new in zip(base_ms, new_ms, strict=True)]
-    interval = median_interval(log_ratios, confidence=criterion.confidence)
+    of_processes = [
+        float(np.median(log_ratios[first : first + PAIRS_A_PROCESS]))
+        for first in range(0, len(log_ratios), PAIRS_A_PROCESS)
+    ]
+    interval = median_interval(of_processes, confidence=criterion.confidence)
     return _judgement(base_ms, new_ms, criterion, interval, paired=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from latency_noise import QUIET, Noise, samplers
+from latency_noise import QUIET, Noise, open_sides
 from sd_bench.cli import main
 from sd_bench.gate import FIRST_LOOK, gate_by_file, gate_in_turns, take_turns
 from sd_bench.judgement import Criterion, Judgement, Verdict
@@ -20,6 +21,9 @@ from sd_bench.measurement import Sample, Settings, read_measurement
 from sd_engines.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sd_bench.gate import Sides
     from sd_bench.measurement import Measurement
 
 CRITERION = Criterion(allowed_regression=0.025)
@@ -34,13 +38,19 @@ def test_pairs_are_a_b_b_a_and_pair_by_index() -> None:
         asked.append(name)
         return Sample(99.0, {"total": ms}, ())
 
-    base, new = take_turns(
-        lambda: sampler("A", 1.0 + len(asked)), lambda: sampler("B", 1.0 + len(asked)), CRITERION,
-        max_pairs=24,
-    )  # fmt: skip
-    assert "".join(asked) == "ABBA" * 12
-    assert [round(s.stages_ms["total"]) for s in base[:4]] == [1, 4, 5, 8]
-    assert [round(s.stages_ms["total"]) for s in new[:4]] == [2, 3, 6, 7]
+    @contextmanager
+    def opened(order: tuple[int, int]) -> Iterator[Sides]:
+        asked.append(f"[{'AB'[order[0]]}{'AB'[order[1]]} ")
+        yield (
+            lambda: sampler("A", 1.0 + len(asked)),
+            lambda: sampler("B", 1.0 + len(asked)),
+        )
+        asked.append("] ")
+
+    base, new = take_turns(opened, CRITERION, max_pairs=32)
+    assert "".join(asked) == 4 * "[AB ABBAABBA] [BA ABBAABBA] "
+    assert [round(s.stages_ms["total"]) for s in base[:4]] == [2, 5, 6, 9]
+    assert [round(s.stages_ms["total"]) for s in new[:4]] == [3, 4, 7, 8]
     times = [s.started_s for pair in zip(base, new, strict=True) for s in pair]
     assert 0 <= times[0] == min(times)
     assert max(times) < 90, "the samplers' own clocks are replaced by one"
@@ -48,34 +58,34 @@ def test_pairs_are_a_b_b_a_and_pair_by_index() -> None:
 
 def test_turns_end_when_the_interval_is_narrow() -> None:
     seen: list[tuple[int, Judgement | None]] = []
-    for noise, end in ((QUIET, FIRST_LOOK), (Noise(jitter=0.3), 60)):
-        rng = np.random.default_rng(0)
+    for jitter, end in ((0.005, FIRST_LOOK), (0.3, 64)):
         base, new = take_turns(
-            *samplers(noise, rng, slowdown=1.0, count=200),
+            open_sides(Noise(jitter), np.random.default_rng(0), slowdown=1.0, count=200),
             CRITERION,
-            max_pairs=60,
+            max_pairs=64,
             on_pair=lambda *told: seen.append(told),
         )
         assert len(base) == len(new) == end
-    assert [count for count, _ in seen] == [*range(1, 25), *range(1, 61)]
+    assert [count for count, _ in seen] == [*range(1, 33), *range(1, 65)]
     looks = [(count, judgement.precise) for count, judgement in seen if judgement is not None]
-    assert looks[0] == (24, True)
-    assert looks[1:] == [(24, False), (30, False), (36, False), (44, False), (54, False)]
+    assert looks[0] == (32, True)
+    assert looks[1:] == [(32, False), (40, False), (48, False), (60, False)]
 
 
-def test_an_odd_number_of_pairs_is_refused() -> None:
-    with pytest.raises(ConfigError, match="25 pairs"):
-        take_turns(*samplers(QUIET, np.random.default_rng(0), slowdown=1, count=99), CRITERION,
-                   max_pairs=25)  # fmt: skip
-    with pytest.raises(ConfigError, match="25 pairs"):  # before a bundle is opened
-        gate_in_turns(Path("none"), Path("none"), CRITERION, settings=SETTINGS, max_pairs=25)
+@pytest.mark.parametrize("pairs", [28, 34])
+def test_pairs_that_do_not_fill_processes_are_refused(pairs: int) -> None:
+    sides = open_sides(QUIET, np.random.default_rng(0), slowdown=1, count=99)
+    with pytest.raises(ConfigError, match=f"{pairs} pairs"):
+        take_turns(sides, CRITERION, max_pairs=pairs)
+    with pytest.raises(ConfigError, match=f"{pairs} pairs"):  # before a bundle is opened
+        gate_in_turns(Path("none"), Path("none"), CRITERION, settings=SETTINGS, max_pairs=pairs)
 
 
 def test_a_stage_that_is_not_there_is_said_after_one_pair() -> None:
     counts: list[int] = []
     with pytest.raises(ConfigError, match="no stage 'vae_decoder'"):
         take_turns(
-            *samplers(QUIET, np.random.default_rng(0), slowdown=1, count=99),
+            open_sides(QUIET, np.random.default_rng(0), slowdown=1, count=99),
             Criterion(stage="vae_decoder", allowed_regression=0.025),
             on_pair=lambda count, judgement: counts.append(count),
         )
@@ -92,16 +102,16 @@ def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path, tmp_path: P
         shapes_bundle,
         GENEROUS,
         settings=SETTINGS,
-        max_pairs=24,
+        max_pairs=32,
         base_python=base_python,
     )
-    assert len(processes.read_text().split()) == 1, "the base answers from a process of its own"
+    assert len(processes.read_text().split()) == 8, "four pairs a process of the base's own"
     assert comparison.judgement.paired
     assert comparison.judgement.verdict is Verdict.PASS
     assert comparison.base.settings == comparison.new.settings == SETTINGS
-    assert len(comparison.base.samples) == len(comparison.new.samples) == 24
+    assert len(comparison.base.samples) == len(comparison.new.samples) == 32
     starts = [[s.started_s for s in side.samples] for side in (comparison.base, comparison.new)]
-    assert (np.diff(np.ravel(np.transpose(starts)).reshape(12, 4)[:, [0, 1, 3, 2]]) > 0).all()
+    assert (np.diff(np.ravel(np.transpose(starts)).reshape(16, 4)[:, [0, 1, 3, 2]]) > 0).all()
 
 
 def test_what_a_side_cannot_do_is_said(shapes_bundle: Path, tmp_path: Path) -> None:

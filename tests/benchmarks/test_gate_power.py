@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from latency_noise import NOISY, QUIET, Noise, samplers
+from latency_noise import NOISY, QUIET, SHORT, Noise, open_sides
 from sd_bench.comparison import stage_ms
 from sd_bench.gate import MAX_PAIRS, take_turns
 from sd_bench.judgement import (
@@ -32,7 +32,7 @@ def verdicts_in_pairs(noise: Noise, *, slowdown: float, seed: int) -> Counter[Ve
     verdicts: Counter[Verdict] = Counter()
     for _ in range(RUNS):
         base, new = take_turns(
-            *samplers(noise, rng, slowdown=slowdown, count=2 * MAX_PAIRS), IN_PAIRS
+            open_sides(noise, rng, slowdown=slowdown, count=2 * MAX_PAIRS), IN_PAIRS
         )
         judgement = judge_pairs(stage_ms(base, "total"), stage_ms(new, "total"), IN_PAIRS)
         verdicts[judgement.verdict] += 1
@@ -49,19 +49,19 @@ def verdicts_apart(noise: Noise, *, slowdown: float, seed: int, count: int) -> C
     )
 
 
-@pytest.mark.parametrize("noise", [QUIET, NOISY], ids=["quiet", "noisy"])
+@pytest.mark.parametrize("noise", [QUIET, NOISY, SHORT], ids=["quiet", "noisy", "short"])
 def test_a_slowdown_of_5_percent_is_caught_in_95_of_100_runs(noise: Noise) -> None:
     assert verdicts_in_pairs(noise, slowdown=1.05, seed=1)[Verdict.FAIL] >= 95
 
 
-@pytest.mark.parametrize("noise", [QUIET, NOISY], ids=["quiet", "noisy"])
+@pytest.mark.parametrize("noise", [QUIET, NOISY, SHORT], ids=["quiet", "noisy", "short"])
 def test_a_program_against_itself_alarms_in_2_of_100_runs_at_most(noise: Noise) -> None:
     verdicts = verdicts_in_pairs(noise, slowdown=1.0, seed=2)
     assert verdicts[Verdict.FAIL] <= 2
     assert verdicts[Verdict.PASS] >= 90
 
 
-@pytest.mark.parametrize("noise", [QUIET, NOISY], ids=["quiet", "noisy"])
+@pytest.mark.parametrize("noise", [QUIET, NOISY, SHORT], ids=["quiet", "noisy", "short"])
 def test_the_slowdown_that_is_allowed_alarms_in_2_of_100_runs_at_most(noise: Noise) -> None:
     """Either bound misses the true ratio in one; pairs that go on until they are precise in two."""
     verdicts = Counter[Verdict]()

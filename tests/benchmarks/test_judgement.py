@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import gmean
 
-from sd_bench.interval import Interval
+from sd_bench.interval import Interval, median_interval
 from sd_bench.judgement import Criterion, Judgement, Verdict, judge_apart, judge_pairs
 from sd_engines.errors import ConfigError
 
@@ -51,6 +51,15 @@ def test_pairs_cancel_what_both_sides_share() -> None:
     apart = judge_apart(weather.tolist(), (1.07 * weather).tolist(), CRITERION)
     assert apart.ratio.value == pytest.approx(1.07)
     assert apart.verdict is Verdict.INCONCLUSIVE
+
+
+def test_pairs_of_one_process_count_as_one() -> None:
+    luck = np.repeat(RNG.normal(0, 0.02, 10), 4)
+    few = judge_pairs([1.0] * 40, np.exp(luck).tolist(), CRITERION).ratio
+    of_ten = median_interval(luck[::4], confidence=CRITERION.confidence)
+    assert few == Interval(*np.exp([of_ten.value, of_ten.low, of_ten.high]).tolist())
+    shaken = luck + np.tile([0.0, 0.0, 0.0, 0.5], 10)  # one of four disturbed
+    assert judge_pairs([1.0] * 40, np.exp(shaken).tolist(), CRITERION).ratio == few
 
 
 def test_sides_swapped_give_the_reciprocal() -> None:

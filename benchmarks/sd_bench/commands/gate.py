@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-pairs",
-    type=click.IntRange(min=24),
-    help="At most, where BASE is a bundle; an even number. [default: 240]",
+    type=click.IntRange(min=32),
+    help="At most, where BASE is a bundle; a multiple of 4. [default: 240]",
 )
 @click.option(
     "--runs",
@@ -61,9 +61,10 @@ def gate(
 ) -> None:
     """Measure BUNDLE and judge it by BASE; exits 1 where BUNDLE is slower for sure.
 
-    BASE is another bundle: both answer in turns, A B B A, until the interval is narrow enough. A
-    slowdown of twice what is allowed is caught in 95 of 100 runs, and no change alarms in at most
-    2. With --base-python, another version of the toolkit runs it.
+    BASE is another bundle: both answer in turns, A B B A, in processes that are opened anew after
+    every four pairs, until the interval is narrow enough. A slowdown of twice what is allowed is
+    caught in 95 of 100 runs, and no change alarms in at most 2. With --base-python, another
+    version of the toolkit runs it.
 
     Or BASE is a file of sd-bench latency, made here with the same packages: BUNDLE is measured
     with its settings, and what the machine does differently since then is judged along.
