@@ -11,7 +11,7 @@ from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
 from sd_engines.engine import default_target
 from sd_engines.errors import BundleError
 from sd_engines.seal import add_engines
-from sd_export.graph_proof import bundle_proof
+from sd_export.graph_proof import bundle_proof, check_prover
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
 from sd_export.proven_engine import EngineOrder, recorded_engine
@@ -49,6 +49,7 @@ def build(
     """
     backends = tuple(dict.fromkeys(backends))
     check_request(backends, precision, calibration_prompts, workspace_bytes, target=target)
+    check_prover()
     path = Path(bundle_path).resolve()
     open_bundle(path)  # says why where it is none, before a work folder is made beside it
     _check_writable(path)

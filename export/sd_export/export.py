@@ -14,6 +14,7 @@ from sd_engines.memory import peak_memory_bytes
 from sd_engines.seal import seal
 from sd_engines.spec import Defaults, Profile
 from sd_export.checkpoint_files import stored_bytes
+from sd_export.graph_proof import check_prover
 from sd_export.job import RECORD_FILE, Job
 from sd_export.kind import UPSCALERS, Kind
 from sd_export.license import license_words
@@ -98,6 +99,7 @@ def export(
     """
     backends = tuple(dict.fromkeys(backends))
     check_request(backends, precision, calibration_prompts)
+    check_prover()
     if not 1 <= max_prompt_chunks <= _MAX_PROMPT_CHUNKS:
         raise ConfigError(
             f"--max-prompt-chunks {max_prompt_chunks} is not possible",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import CertificateEntry
 from sd_engines.engine import build_engine
+from sd_engines.errors import BackendError
 from sd_export.work import key_of
 
 if TYPE_CHECKING:
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
     from sd_export.progress import StageLog
     from sd_export.verify import Proof
     from sd_export.work import WorkFolder
+
+
+def check_prover() -> None:
+    """`BackendError` where ONNX Runtime is missing, before minutes of work that it has to prove."""
+    if find_spec("onnxruntime") is None:
+        raise BackendError(
+            "ONNX Runtime is not installed, by which every graph is proven, whatever runs it later",
+            'pip install "sd-toolkit[cpu]"',
+        )
 
 
 def verify_graph(

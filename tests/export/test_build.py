@@ -13,7 +13,7 @@ import pytest
 import sd_export
 from sd_engines.bundle import open_bundle
 from sd_engines.engine import open_engine
-from sd_engines.errors import BundleError, ConfigError, ExportError
+from sd_engines.errors import BackendError, BundleError, ConfigError, ExportError
 from sd_export import verify
 from sd_export.cli import main
 
@@ -55,6 +55,22 @@ def test_tensorrt_rtx_computes_the_unet_in_fp16_and_the_rest_in_tf32(bundle: Pat
     again = sd_export.build(bundle, backends=("tensorrt-rtx",), progress=events.append)
     assert again == manifest
     assert {e.state for e in events if e.stage == "build tensorrt-rtx"} == {"skipped"}
+
+
+def test_onnx_runtime_is_asked_for_before_the_work_that_it_proves(
+    bundle: Path, smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_export.graph_proof.find_spec", lambda name: None)
+    events: list[StageEvent] = []
+    with pytest.raises(BackendError, match="ONNX Runtime is not installed") as error:
+        sd_export.build(bundle, backends=("tensorrt-rtx",), progress=events.append)
+    assert error.value.hint == 'pip install "sd-toolkit[cpu]"'
+    with pytest.raises(BackendError, match="ONNX Runtime is not installed"):
+        sd_export.export(
+            smallest, tmp_path / "none", backends=("openvino",), progress=events.append
+        )
+    assert events == []
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_workspace(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
