@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from sd_runtime.timing import Timings
 
 Shape = tuple[int, ...]
-ITEM_BYTES: Final[Mapping[str, int]] = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+ITEM_BYTES: Final[Mapping[str, int]] = {
+    "fp32": 4,
+    "tf32": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "fp8": 1,
+    "int8": 1,
+}
 
 
 @dataclass(frozen=True)

@@ -231,14 +231,22 @@ def engine_entry(
 
 
 def engine_file(
-    component: str, entry: ComponentEntry, backend: str, *, version: str, target: str
+    component: str,
+    entry: ComponentEntry,
+    backend: str,
+    *,
+    version: str,
+    target: str,
+    precision: Precision | None = None,
 ) -> str:
     """Where an engine built of ``entry`` lies in its bundle.
 
-    That of ``unet/model.onnx`` is ``unet.engine``, that of ``unet/model-768x512.onnx`` beside it.
+    That of ``unet/model.onnx`` is ``unet.engine``, that of ``unet/model-768x512.onnx`` beside it,
+    and one in fp8 beside the one that is exact.
     """
     size = PurePosixPath(entry.file).stem.removeprefix("model")
-    return f"engines/{backend}-{version}-{target}/{component}{size}.engine"
+    kind = ".fp8" if precision == "fp8" else ""
+    return f"engines/{backend}-{version}-{target}/{component}{size}{kind}.engine"
 
 
 def portable_entry(

@@ -69,8 +69,8 @@ def fastest_engine(
 
     The first call for a bundle on a machine opens the candidates one after the other and runs
     each on one guided picture; where only one can run, nothing is measured. ``precision`` None is
-    any but int8, unless there is nothing else. `BundleError` for an altered bundle, `ConfigError`
-    for ``threads`` below 1.
+    any but fp8 and int8, unless there is nothing else. `BundleError` for an altered bundle,
+    `ConfigError` for ``threads`` below 1.
     """
     entries = listed_engines(bundle, component, precision=precision)
     if len(entries) < 2:

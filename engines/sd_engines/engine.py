@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias, get_arg
 from sd_engines.build_command import missing_engine_hint
 from sd_engines.entries import BACKENDS
 from sd_engines.errors import BackendError, BundleError, ConfigError, EngineMismatchError, nearest
-from sd_engines.spec import Precision
+from sd_engines.spec import LOSSY, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -179,7 +179,7 @@ def open_engine(
     ``backend`` "auto" takes the first of the bundle's engines, in the order of `BACKENDS`, that is
     installed, made for this machine and opens; ``prefer`` and its backend's others go before all,
     and `sd_engines.choice.fastest_engine` says which. ``precision`` None takes the first listed,
-    and int8 only where nothing else is: `listed_engines`.
+    and what is `LOSSY` only where nothing else is: `listed_engines`.
     `ConfigError` for an unknown backend, `BundleError` where the bundle lacks what is asked for,
     `EngineMismatchError` for an engine of another machine or version, `BackendError` where the
     backend does not start.
@@ -230,7 +230,7 @@ def listed_engines(
 ) -> list[EngineEntry]:
     """The engines of ``component`` to choose from, in the order of `BACKENDS`, GPUs before the CPU.
 
-    With ``precision`` None those in int8 are left out where there are others: nobody gets it who
+    With ``precision`` None what is `LOSSY` is left out where there are others: nobody gets it who
     did not ask for it, or make a bundle of nothing else. `ConfigError` for an unknown precision.
     """
     known = get_args(Precision)
@@ -244,7 +244,7 @@ def listed_engines(
         and precision in (None, entry.precision)
     ]
     if precision is None:
-        entries = [entry for entry in entries if entry.precision != "int8"] or entries
+        entries = [entry for entry in entries if entry.precision not in LOSSY] or entries
     return sorted(entries, key=lambda e: (BACKENDS.index(e.backend), e.target == "cpu"))
 
 

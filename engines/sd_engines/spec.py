@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
 """What an engine computes in. tf32: what a GPU's tensor cores make of fp32, products of as many
-digits as in fp16, added in fp32. int8: 8-bit weights and activations in products and convolutions,
-the rest in more."""
+digits as in fp16, added in fp32. fp8 (E4M3) and int8: 8-bit weights and activations in products and
+convolutions, the rest in more."""
+LOSSY: Final[tuple[Precision, ...]] = ("fp8", "int8")
+"""Those that nobody gets who did not ask for them, unless there is nothing else."""
 GRAPH_PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 """Those that a component's graph can be in."""
 BATCH = "batch"

@@ -11,6 +11,7 @@ from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
 from sd_engines.engine import default_target
 from sd_engines.errors import BundleError
 from sd_engines.seal import add_engines
+from sd_export.calibration import calibration_for
 from sd_export.graph_proof import bundle_proof, check_prover
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
@@ -43,7 +44,7 @@ def build(
     ``sm89`` or ``sm86+sm120`` for TensorRT-RTX; None takes its default. The reference of their
     certificate is the bundle's own ONNX in ONNX Runtime. ``workspace_bytes`` is the most that a
     layer of a TensorRT engine may work in. ``calibration_prompts`` are what an int8
-    engine draws to be calibrated; None takes `calibration.PROMPTS`. Raises `ConfigError`,
+    or fp8 engine draws to be calibrated; None takes `calibration.PROMPTS`. Raises `ConfigError`,
     `BundleError`, `BackendError`, or `ExportError` where an engine misses its tolerance; the bundle
     is then as it was.
     """
@@ -117,11 +118,7 @@ def _missing_engines(
     log: StageLog,
 ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
     """Engines that ``bundle`` lacks for its own size, and what was measured of them."""
-    calibration = None
-    if precision == "int8":
-        from sd_export.calibration import Calibration
-
-        calibration = Calibration.of(bundle.path, bundle.manifest, calibration_prompts)
+    calibration = calibration_for(precision, bundle.path, bundle.manifest, calibration_prompts)
     engines: list[EngineEntry] = []
     certificate: list[CertificateEntry] = []
     for component in components:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
@@ -29,11 +29,12 @@ from sd_runtime.timing import Timings
 from sd_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
+    from sd_engines.spec import Precision
     from sd_export.verify import Proof
     from sd_runtime.conditioning import PromptEmbeds
 
@@ -58,6 +59,9 @@ _GUIDANCE_SCALE = 3.0
 """At most. What overshoots at more guidance widens all ranges, and costs digits at any: 7.1e-2
 instead of 3.0e-2 for the shipped checkpoint, asked with 7.5."""
 _SEED = 20_220_822
+_DRAWN_BY: Final[Mapping[Precision | None, str]] = {"int8": "openvino", "fp8": "onnxruntime"}
+"""OpenVINO for its own engines, the faster of those that run on a processor; ONNX Runtime, which
+every export has, for TensorRT's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,20 @@ class Calibration:
     folder: Path
     manifest: Manifest
     prompts: tuple[str, ...]
+    backend: str
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest, prompts: Sequence[str] | None) -> Self:
-        """By a bundle's graphs; ``prompts`` None takes `PROMPTS`."""
-        return cls(folder=folder, manifest=manifest, prompts=tuple(prompts or PROMPTS))
+    def of(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        prompts: Sequence[str] | None,
+        *,
+        backend: str = "openvino",
+    ) -> Self:
+        """By a bundle's graphs; ``prompts`` None takes `PROMPTS`. ``backend`` is what draws."""
+        prompts = tuple(prompts or PROMPTS)
+        return cls(folder=folder, manifest=manifest, prompts=prompts, backend=backend)
 
     @property
     def digest(self) -> str:
@@ -90,7 +103,7 @@ class Calibration:
         """The UNet's inputs by name, on steps spread over one picture a prompt, guided or not.
 
         And those on all steps of a picture that no prompt asked for, with what the UNet gave for
-        them in fp32. `BackendError` where OpenVINO does not run the graphs.
+        them. `BackendError` where the backend does not run the graphs.
         """
         from sd_export.verify import Proof
 
@@ -122,12 +135,12 @@ class Calibration:
                         outputs.append(noise_pred)
                     elif (row + index) % every == 0:
                         inputs.append(seen)
-            version = unet.entry.version
+            ran = f"{unet.entry.precision}, {self.backend} {unet.entry.version}"
         release()
         return inputs, Proof(
             inputs={name: np.concatenate([i[name] for i in held_out]) for name in held_out[0]},
             reference={"noise_pred": np.concatenate(outputs)},
-            reference_name=f"the bundle's ONNX, fp32, openvino {version}, along a picture",
+            reference_name=f"the bundle's ONNX, {ran}, along a picture",
         )
 
     def _embeds(
@@ -152,21 +165,33 @@ class Calibration:
 
     def _engine(self, component: str) -> Engine:
         entry, profile = self.manifest.components[component], self.manifest.profile
-        path = self.folder / entry.file
         engine = build_engine(
-            "openvino",
-            path,
+            self.backend,
+            self.folder / entry.file,
             output_dir=self.folder,
             component=component,
             entry=entry,
             profile=profile,
         )
         return load_engine(
-            path,
+            self.folder / engine.file,
             component=entry,
             engine=engine,
             max_batch=profile.max_batch(component, entry.inputs),
         )
+
+
+def calibration_for(
+    precision: Precision | None,
+    folder: Path,
+    manifest: Manifest,
+    prompts: Sequence[str] | None,
+) -> Calibration | None:
+    """What an engine in ``precision`` is calibrated on, `Calibration.of`; None where on nothing."""
+    backend = _DRAWN_BY.get(precision)
+    if backend is None:
+        return None
+    return Calibration.of(folder, manifest, prompts, backend=backend)
 
 
 def _draw(

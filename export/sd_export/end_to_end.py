@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PIXELS_WITHIN_1 = 0.999
 """Least share of a picture's values within 1/255 of the reference, in fp32."""
-LATENTS_L2 = {"tf32": 5e-2, "fp16": 5e-2, "bf16": 2e-1, "int8": 3e-1}
+LATENTS_L2 = {"tf32": 5e-2, "fp16": 5e-2, "bf16": 2e-1, "fp8": 3e-1, "int8": 3e-1}
 """Largest relative L2 of the final latents, where the UNet computes in less than fp32."""
 _SEED = 20_220_822
 _PROMPT = "a red circle on a white background"

@@ -12,7 +12,7 @@ from sd_engines.bundle import MANIFEST_NAME, Manifest, open_bundle
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.seal import seal
-from sd_engines.spec import Defaults, Profile
+from sd_engines.spec import LOSSY, Defaults, Profile
 from sd_export.checkpoint_files import stored_bytes
 from sd_export.graph_proof import check_prover
 from sd_export.job import RECORD_FILE, Job
@@ -90,7 +90,7 @@ def export(
     times as many tokens as the text encoder. ``controlnets`` are Hub ids or folders of
     ControlNets, each for one control picture of a request. With ``feature_cache`` the UNet
     gives its deep features too, and a second, shallow one takes them: what a request's
-    ``cache_interval`` needs. ``calibration_prompts`` are what an int8 UNet draws to be
+    ``cache_interval`` needs. ``calibration_prompts`` are what an int8 or fp8 UNet draws to be
     calibrated; None takes `calibration.PROMPTS`. Raises
     `ConfigError` for what cannot be asked, `ExportError` for a checkpoint that is not one, is
     broken, or whose engines miss their tolerance, `BackendError` where a backend fails. Nothing is
@@ -159,9 +159,10 @@ def export(
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )
-            if precision == "int8":
+            if precision in LOSSY:
                 check_quantizable(
-                    "fp32",
+                    precision,
+                    graph="fp32",
                     from_text=checkpoint.kind in (Kind.TEXT, Kind.LDM3D),
                     feature_cache=feature_cache,
                 )

@@ -22,6 +22,7 @@ from sd_engines.bundle import (
 )
 from sd_engines.files import listed_files
 from sd_engines.memory import peak_memory_bytes
+from sd_export.calibration import calibration_for
 from sd_export.checkpoint_files import stored_bytes
 from sd_export.checkpoint_hashes import CheckpointHashes
 from sd_export.end_to_end import prove_end_to_end
@@ -209,11 +210,9 @@ class Job:
         onnx_path = self.work.bundle / entry.file
         engines: list[EngineEntry] = []
         certificate: list[CertificateEntry] = []
-        calibration = None
-        if self.precision == "int8":
-            from sd_export.calibration import Calibration
-
-            calibration = Calibration.of(self.work.bundle, manifest, self.calibration_prompts)
+        calibration = calibration_for(
+            self.precision, self.work.bundle, manifest, self.calibration_prompts
+        )
         proof = cache(
             partial(stored_proof, self.work, entry.file, reference_name=self._reference_name())
         )

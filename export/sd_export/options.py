@@ -22,12 +22,12 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--calibration-prompts",
             type=FILE,
-            help="For int8: what to draw to find its ranges, one prompt a line.",
+            help="For int8 and fp8: what to draw to find its ranges, one prompt a line.",
         ),
         click.option(
             "--precision",
-            help="fp32, fp16, bf16, tf32 for a GPU, or int8 for openvino. [default: what suits "
-            "the backends]",
+            help="fp32, fp16, bf16, tf32 for a GPU, fp8 for TensorRT, or int8 for openvino. "
+            "[default: what suits the backends]",
         ),
         click.option(
             "--backend",

@@ -5,7 +5,8 @@ pictures) and the text encoder's mask does too. On a GPU they are in tf32 then, 
 the digits of fp16, the reach of fp32. bf16 reaches as far, so OpenVINO, which converts as it
 compiles, takes it for them as well. A safety checker answers yes or no, and a depth estimator looks
 once: fp32.
-int8 is for the UNet in OpenVINO, beside the graph that it was made of; all else is fp32 then.
+int8 is for the UNet in OpenVINO, beside the graph that it was made of; all else is fp32 then. fp8
+is for the UNet in TensorRT; all else is as usual there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import TIME_IDS, Precision, is_halved
+from sd_engines.spec import LOSSY, TIME_IDS, Precision, is_halved
 from sd_export.family import REFINER_TIME_IDS
 from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from sd_engines.bundle import ComponentEntry
 
-_COARSENESS = ("fp32", "tf32", "fp16", "bf16", "int8")
+_COARSENESS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
 _OF_A_PICTURE = (("encoder_hidden_states", (1,)), (TIME_IDS, (REFINER_TIME_IDS,)))
@@ -74,12 +75,18 @@ def check_request(
             "int8 needs the package nncf, which is not installed",
             'pip install "sd-toolkit[int8]"',
         )
-    if calibration_prompts is not None and (precision != "int8" or not calibration_prompts):
+    if calibration_prompts is not None and (precision not in LOSSY or not calibration_prompts):
         raise ConfigError(
-            "calibration prompts are for --precision int8, at least one of them",
-            "Leave --calibration-prompts out, or add --precision int8.",
+            "calibration prompts are for --precision int8 or fp8, at least one of them",
+            "Leave --calibration-prompts out, or add one of these.",
         )
     portable = [backend for backend in backends if backend in PORTABLE_BACKENDS]
+    if precision == "fp8" and portable:
+        raise ConfigError(
+            f"fp8 is for TensorRT, not for {portable[0]}",
+            "Take --backend tensorrt or tensorrt-rtx alone; 8 bits on a processor are --backend "
+            "openvino --precision int8.",
+        )
     if workspace_bytes is not None and (portable or workspace_bytes < 1):
         raise ConfigError(
             f"a workspace of {workspace_bytes} bytes for {', '.join(portable or backends)}",
@@ -87,23 +94,26 @@ def check_request(
         )
 
 
-def check_quantizable(graph: Precision, *, from_text: bool, feature_cache: bool) -> None:
-    """`ConfigError` for a UNet of which no int8 engine can be made and measured."""
-    if graph != "fp32":
+def check_quantizable(
+    precision: Precision, *, graph: Precision, from_text: bool, feature_cache: bool
+) -> None:
+    """`ConfigError` for a UNet of which no engine in int8 or fp8 can be made and measured."""
+    if precision == "int8" and graph != "fp32":
         raise ConfigError(
             f"the bundle's unet is {graph}; int8 cannot be made of it",
             "Export the checkpoint again with --backend openvino --precision int8.",
         )
+    others = "bf16 or fp32" if precision == "int8" else "fp16"
     if not from_text:
         raise ConfigError(
-            "int8 is calibrated by drawing from text alone, and this UNet takes a picture",
-            "Take --precision bf16 or fp32.",
+            f"{precision} is calibrated by drawing from text alone, and this UNet takes a picture",
+            f"Take --precision {others}.",
         )
     if feature_cache:
         raise ConfigError(
-            "int8 is not for a UNet that caches its features: what its shallow one makes of "
-            "features in 8 bits has not been measured",
-            "Take --precision bf16 or fp32, or export a bundle without --feature-cache.",
+            f"{precision} is not for a UNet that caches its features: what its shallow one makes "
+            "of features in 8 bits has not been measured",
+            f"Take --precision {others}, or export a bundle without --feature-cache.",
         )
 
 
@@ -117,11 +127,14 @@ def graph_precision(
 ) -> Precision:
     """The precision of ``component``'s ONNX graph in the bundle.
 
-    fp32 unless fp16 is asked for, or nothing is and only GPU backends are: they compile what the
-    graph says, portable ones choose for themselves (bf16 is OpenVINO's choice, or a GPU build's).
+    fp32 unless fp16 is asked for, or fp8 or nothing is and only GPU backends are: they compile what
+    the graph says, portable ones choose for themselves (bf16 is OpenVINO's choice, or a GPU
+    build's).
     """
     portable = any(backend in PORTABLE_BACKENDS for backend in backends)
-    if is_halved(component) and (precision == "fp16" or (precision is None and not portable)):
+    if is_halved(component) and (
+        precision == "fp16" or (precision in (None, "fp8") and not portable)
+    ):
         return "fp16"
     return "fp32"
 
@@ -148,16 +161,17 @@ def engine_precision(
         )
     if backend == "onnxruntime" and not on_gpu:
         return None
-    if backend == "openvino" and precision == "int8" and component in QUANTIZED:
+    if precision in LOSSY and component in QUANTIZED:
         check_quantizable(
-            entry.precision,
+            precision,
+            graph=entry.precision,
             from_text=not any(
                 spec.name in CHANNEL_INPUTS[1:] or (spec.name, spec.shape[1:2]) in _OF_A_PICTURE
                 for spec in entry.inputs
             ),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
         )
-        return "int8"
+        return precision
     if backend == "openvino":
         return "bf16" if precision == "bf16" and component not in _EXACT else "fp32"
     if component in _EXACT:
@@ -166,7 +180,7 @@ def engine_precision(
         return "fp32" if precision == "fp32" else "tf32"
     if backend == "onnxruntime":
         return precision or ("tf32" if entry.precision == "fp32" else None)
-    return precision or "fp16"
+    return "fp16" if precision in (None, *LOSSY) else precision
 
 
 def _is_on_gpu(backend: str, target: str | None) -> bool:
@@ -177,8 +191,8 @@ def _made_of(graph: Precision, backend: str, *, on_gpu: bool) -> tuple[str, ...]
     """What ``backend`` makes of a UNet's graph in the precision ``graph``, that itself included."""
     if backend == "openvino":
         return (graph, "fp32", "bf16", "int8")  # int8 is refused where it is made
-    if graph != "fp32":
-        return (graph,)
     if backend == "onnxruntime":
-        return ("fp32", "tf32") if on_gpu else ("fp32",)
-    return ("fp32", "tf32", "fp16", "bf16")
+        return ("fp32", "tf32") if on_gpu and graph == "fp32" else (graph,)
+    if graph != "fp32":
+        return (graph, "fp8") if graph == "fp16" else (graph,)
+    return ("fp32", "tf32", "fp16", "bf16", "fp8")

@@ -1,13 +1,14 @@
 """One engine, built from a component's ONNX and compared with what it should compute.
 
-TensorRT computes in the graph's own types, so a half-precision engine of an fp32 graph is built
-from a converted copy, which is checked on the CPU and then dropped: fp16 in ONNX Runtime, bf16 in
-OpenVINO where it and the processor have that. What OpenVINO runs in 8 bits is made by
+TensorRT computes in the graph's own types, so an engine of fewer digits than the graph is built
+from a converted copy, which is checked on the CPU and then dropped: fp16 and fp8 in ONNX Runtime,
+bf16 in OpenVINO where it and the processor have that. What OpenVINO runs in 8 bits is made by
 `sd_export.int8`.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import PurePosixPath
@@ -59,7 +60,7 @@ class EngineOrder:
                 "precision": self.precision,
                 "batch_size": self.profile.batch_size,
                 "calibration": calibration.digest if calibration is not None else None,
-                "nncf": metadata.version("nncf") if calibration is not None else None,
+                "nncf": metadata.version("nncf") if self.precision == "int8" else None,
                 "target": self.target,
                 "workspace_bytes": self.workspace_bytes,
                 "versions": versions((self.backend,)),
@@ -110,7 +111,25 @@ def make_engine(
     certificate: list[CertificateEntry] = []
     converts = backend not in PORTABLE_BACKENDS and precision not in ("tf32", entry.precision)
     half = precision if converts else None
-    with half_graph(onnx_path, output_dir, component, half, log) as graph:
+    # ranges hold for a drawing's inputs, so 8 bits are compared on those, not on random ones
+    along_a_picture: Proof | None = None
+    with ExitStack() as stack:
+        if calibration is not None and precision == "fp8":
+            from sd_export.fp8 import calibrated_entry, fp8_graph
+
+            graph, along_a_picture = stack.enter_context(
+                fp8_graph(
+                    onnx_path,
+                    output_dir,
+                    component,
+                    entry=entry,
+                    profile=profile,
+                    calibration=calibration,
+                    log=log,
+                )
+            )
+        else:
+            graph = stack.enter_context(half_graph(onnx_path, output_dir, component, half, log))
         if half is not None:
             try:
                 certificate.append(
@@ -119,16 +138,14 @@ def make_engine(
                         component=component,
                         entry=converted_entry(graph, entry, half),
                         profile=profile,
-                        proof=proof,
+                        proof=lambda: along_a_picture or proof(),
                         log=log,
                     )
                 )
             except BackendError as error:
-                if half == "fp16":
+                if half != "bf16":
                     raise
                 log.skipped(component, "verify onnx", detail=f"cannot run here: {error.message}")
-        # int8 ranges hold for a drawing's inputs, so it is compared on those, not on random ones
-        along_a_picture = None
         if calibration is not None and precision == "int8":
             from sd_export.int8 import int8_engine
 
@@ -155,6 +172,8 @@ def make_engine(
                     target=order.target,
                     workspace_bytes=order.workspace_bytes,
                 )
+                if calibration is not None and precision == "fp8":
+                    engine = calibrated_entry(engine, entry, profile, calibration)
                 result.detail = f"{engine.version} {engine.target} {engine.precision}"
                 result.bytes = engine.bytes
     beside = onnx_path.with_name(PurePosixPath(engine.file).name)

@@ -95,7 +95,14 @@ def build(
     if timings is not None:
         write_cached(remembered, bytes(memoryview(timings.serialize())))
 
-    file = engine_file(component, entry, backend, version=module.__version__, target=target)
+    file = engine_file(
+        component,
+        entry,
+        backend,
+        version=module.__version__,
+        target=target,
+        precision=precision,
+    )
     path = output_dir / file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
