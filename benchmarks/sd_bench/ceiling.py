@@ -22,7 +22,7 @@ from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine, load_engine
 from sd_engines.entries import ComponentEntry
 from sd_engines.errors import BackendError
-from sd_engines.spec import BATCH, GRAPH_PRECISIONS, Profile, TensorSpec
+from sd_engines.spec import BATCH, GRAPH_PRECISIONS, LOSSY, Profile, TensorSpec
 from sd_runtime.arrays import copy_into, to_host
 from sd_runtime.timing import clock
 
@@ -130,13 +130,13 @@ def backend_product_flops(engine: EngineEntry, *, size: int, threads: int | None
 
 def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) -> Engine:
     """An engine as ``engine`` is, of one matrix product."""
-    # OpenVINO is told its precision, but for int8; the others find it in the graph, but for tf32.
-    told = engine.precision if engine.precision != "int8" else "fp32"
+    # OpenVINO is told its precision; the others find it in the graph, but for tf32; 8 bits all do.
+    told = engine.precision if engine.precision not in LOSSY else "fp32"
     in_graph = engine.precision in GRAPH_PRECISIONS and engine.backend != "openvino"
     precision = engine.precision if in_graph else "fp32"
     path = folder / "product.onnx"
-    if engine.precision == "int8":
-        _write_int8_product(path, size)
+    if engine.precision in LOSSY:
+        _write_8_bit_product(path, size, engine.precision)
     else:
         _write_product(path, size, precision)
     border = (BATCH, size, size)
@@ -186,12 +186,15 @@ def _write_product(path: Path, size: int, precision: str) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
 
 
-def _write_int8_product(path: Path, size: int) -> None:
+def _write_8_bit_product(path: Path, size: int, precision: str) -> None:
     """The same with ``a`` and ``b`` in 8 bits, as backends find it in a quantised graph."""
     onnx = import_package("onnx", extra="bench")
     helper, types = onnx.helper, onnx.TensorProto
+    inner = {"int8": types.INT8, "fp8": types.FLOAT8E4M3FN}[precision]
     shape = [BATCH, size, size]
-    weights = np.clip(_random(size, size) * 32, -127, 127).astype(np.int8)
+    scale = 1 / 32
+    weights = np.clip(_random(size, size) / scale, -127, 127)
+    weights = weights.astype(helper.tensor_dtype_to_np_dtype(inner))
     graph = helper.make_graph(
         [
             helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
@@ -203,9 +206,9 @@ def _write_int8_product(path: Path, size: int) -> None:
         [helper.make_tensor_value_info("a", types.FLOAT, shape)],
         [helper.make_tensor_value_info("product", types.FLOAT, shape)],
         [
-            helper.make_tensor("b", types.INT8, weights.shape, weights.tobytes(), raw=True),
-            helper.make_tensor("scale", types.FLOAT, [], [1 / 32]),
-            helper.make_tensor("zero", types.INT8, [], [0]),
+            helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True),
+            helper.make_tensor("scale", types.FLOAT, [], [scale]),
+            helper.make_tensor("zero", inner, [], bytes(1), raw=True),
         ],
     )
     opset = helper.make_opsetid("", 20)

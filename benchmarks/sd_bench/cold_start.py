@@ -69,6 +69,7 @@ def sd_run_command(bundle: Path, settings: Settings, *, output: Path) -> list[st
         "--cache-interval": settings.cache_interval,
         "--scheduler": settings.scheduler,
         "--backend": None if settings.backend == "auto" else settings.backend,
+        "--precision": settings.precision,
         "--threads": settings.threads,
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]

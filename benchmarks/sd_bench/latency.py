@@ -42,6 +42,7 @@ def open_pipeline(bundle: str | os.PathLike[str], settings: Settings) -> Pipelin
     return Pipeline.load(
         measurable_bundle(bundle),
         backend=settings.backend,
+        precision=settings.precision,
         threads=settings.threads,
         request=settings.request(),
     )

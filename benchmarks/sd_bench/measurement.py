@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from sd_engines.spec import Precision
+
 FORMAT: Final = "sd-bench latency"
 FORMAT_VERSION: Final = 1
 STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
@@ -29,7 +31,8 @@ PROMPT: Final = "a large red circle on the left and a small blue star in the top
 class Settings:
     """What is measured, in the words of `sd-run`; two measurements compare if these are equal.
 
-    ``height`` and ``width`` in pixels choose one of a bundle's sizes; None: its own.
+    ``height`` and ``width`` in pixels choose one of a bundle's sizes; None: its own. ``precision``
+    is asked of the UNet, where the bundle has several.
     """
 
     prompt: str = PROMPT
@@ -45,6 +48,7 @@ class Settings:
     height: int | None = None
     width: int | None = None
     backend: str = "auto"
+    precision: Precision | None = None
     threads: int | None = None
 
     def request(self) -> Request:

@@ -48,7 +48,9 @@ class SamplerProcess(Killable):
         except OSError as error:
             raise self._failed(str(error)) from error
         try:
-            self._ask({"bundle": str(bundle), "settings": asdict(settings), "warm_up": warm_up})
+            # What is None it need not know: another version may have fewer settings.
+            given = {name: value for name, value in asdict(settings).items() if value is not None}
+            self._ask({"bundle": str(bundle), "settings": given, "warm_up": warm_up})
         except BaseException:
             self.kill()
             raise

@@ -161,7 +161,9 @@ def scaling_axes(
         )
     if settings.backend == "auto":
         sized = opened[0].at(settings.height, settings.width)
-        engine = fastest_engine(sized, "unet", threads=settings.threads)
+        engine = fastest_engine(
+            sized, "unet", threads=settings.threads, precision=settings.precision
+        )
         settings = settings if engine is None else replace(settings, backend=engine.backend)
     base = Load(bundle=str(opened[0].path), settings=settings)
 

@@ -157,7 +157,7 @@ _FILE = click.Path(path_type=Path)
     help="Put on the engines when they are opened, not on a refiner's; repeatable.",
 )
 @click.option("--backend", help="One of the bundle's. [default: the fastest that runs here]")
-@click.option("--precision", help="The UNet's, of a bundle with several. [default: not int8]")
+@click.option("--precision", help="The UNet's, of a bundle with several. [default: not fp8, int8]")
 @click.option("--threads", type=click.IntRange(min=1), help="For backends on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no words, only errors.")

@@ -61,9 +61,12 @@ def test_the_product_is_taken_in_the_engines_precision(tiny_bundle: Bundle, tmp_
     assert errors["fp32"] < 1e-4 < errors["bf16"] < 1
 
 
-def test_the_product_is_taken_in_8_bits(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
-    engine = replace(unet_of(tiny_bundle, "openvino"), precision="int8")
+@pytest.mark.parametrize(("precision", "backend"), [("int8", "openvino"), ("fp8", "onnxruntime")])
+def test_the_product_is_taken_in_8_bits(
+    tiny_bundle: Bundle, tmp_path: Path, precision: Precision, backend: str
+) -> None:
+    pytest.importorskip(backend)
+    engine = replace(unet_of(tiny_bundle, backend), precision=precision)
     a = np.clip(ceiling._random(1, SIZE, SIZE), -3, 3)
     with ceiling._product(engine, SIZE, 1, tmp_path) as product:
         found = product(a=a)["product"]

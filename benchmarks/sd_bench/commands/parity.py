@@ -17,7 +17,14 @@ from sd_engines.border import check_package
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--prompt", default=PROMPT, show_default=True)
 @request_options(
-    without=("guidance_start", "guidance_stop", "cache_interval", "scheduler", "threads")
+    without=(
+        "guidance_start",
+        "guidance_stop",
+        "cache_interval",
+        "scheduler",
+        "precision",
+        "threads",
+    )
 )
 @click.option("--scheduler", "schedulers", multiple=True, help="[default: every name]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -18,7 +18,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--model", help="The checkpoint. [default: the one that the bundle names]")
 @click.option("--peer", "names", multiple=True, help="Only this one; may be repeated.")
 @prompt_options
-@request_options(without=("guidance_start", "guidance_stop", "cache_interval"), scheduler="euler")
+@request_options(
+    without=("guidance_start", "guidance_stop", "cache_interval", "precision"), scheduler="euler"
+)
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True)
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Warm pictures each."

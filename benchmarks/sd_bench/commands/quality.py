@@ -26,6 +26,7 @@ def quality(
     bundle: Path,
     captions: int,
     backend: str,
+    precision: Any,
     threads: int | None,
     pictures: Path | None,
     as_json: bool,
@@ -50,7 +51,9 @@ def quality(
         if pictures is not None:
             answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
 
-    with Pipeline.load(measurable_bundle(bundle), backend=backend, threads=threads) as pipeline:
+    with Pipeline.load(
+        measurable_bundle(bundle), backend=backend, precision=precision, threads=threads
+    ) as pipeline:
         score = measure_quality(pipeline, options, captions=captions, on_answer=on_answer)
     click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
 

@@ -19,12 +19,14 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "height": (int, "In pixels, one that the bundle has."),
     "width": (int, "In pixels."),
     "backend": (str, "Of the bundle."),
+    "precision": (str, "The UNet's, of a bundle with several."),
     "threads": (click.IntRange(min=1), "For backends on the CPU."),
 }
 _UNSET = {
     "scheduler": "the checkpoint's own",
     "height": "the bundle's own",
     "width": "the bundle's own",
+    "precision": "not fp8, int8",
     "threads": "every core",
 }
 _DEFAULTS = {
@@ -37,6 +39,7 @@ _DEFAULTS = {
     "height": None,
     "width": None,
     "backend": "auto",
+    "precision": None,
     "threads": None,
 }
 

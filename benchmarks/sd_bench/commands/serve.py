@@ -33,6 +33,7 @@ def serve(
     seconds: float,
     rounds: int,
     backend: str,
+    precision: Any,
     threads: int | None,
     as_json: bool,
     **options: Any,
@@ -58,8 +59,11 @@ def serve(
         Request(PROMPT, seed=seed, num_inference_steps=steps * (1 + seed % 4), **options)
         for seed in range(8)
     ]
-    arguments = ["--backend", backend, *(["--threads", str(threads)] if threads else [])]
-    with Pipeline.load(measurable_bundle(bundle), backend=backend, threads=threads) as pipeline:
+    chosen = {"--backend": backend, "--precision": precision, "--threads": threads}
+    arguments = [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    with Pipeline.load(
+        measurable_bundle(bundle), backend=backend, precision=precision, threads=threads
+    ) as pipeline:
         expected = []
         for request in requests:
             raise_received_signal()

@@ -18,6 +18,7 @@ from sd_runtime.work_stream import on_stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sd_engines.spec import Precision
     from sd_runtime.request import Request
     from sd_runtime.ticket import Progress, Ticket
     from sd_runtime.timing import Timings
@@ -33,6 +34,7 @@ class Context(Closing):
         bundle: str,
         *,
         backend: str = "auto",
+        precision: Precision | None = None,
         threads: int | None,
         queue_size: int,
         loras: Sequence[str] = (),
@@ -41,7 +43,9 @@ class Context(Closing):
         opened = drawable_bundle(bundle)
         check_served(opened.manifest)
         with on_stream(cuda_stream):
-            self._pipeline = Pipeline.load(opened, backend=backend, threads=threads, loras=loras)
+            self._pipeline = Pipeline.load(
+                opened, backend=backend, precision=precision, threads=threads, loras=loras
+            )
         self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()

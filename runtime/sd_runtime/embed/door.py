@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sd_engines.errors import ConfigError, SdError
 from sd_runtime.embed.context import QUEUE_SIZE, Context
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from sd_engines.engine import Array
+    from sd_engines.spec import Precision
     from sd_runtime.result import Result
     from sd_runtime.ticket import Progress, Ticket
 
@@ -119,6 +120,7 @@ class Door:
         self._contexts[self._address(context)] = Context(
             self._path(params.bundle),
             backend=self._text(params.backend, "backend") or "auto",
+            precision=cast("Precision | None", self._text(params.precision, "precision") or None),
             threads=params.threads or None,
             queue_size=params.queue_size or QUEUE_SIZE,
             loras=loras,

@@ -7,7 +7,7 @@ when it is needed, so that ``--help`` answers at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -52,6 +52,7 @@ _POSITIVE = click.IntRange(min=1)
     default="auto",
     help="One of the bundles'. [default: the fastest that runs here]",
 )
+@click.option("--precision", help="The UNet's, of a bundle with several. [default: not fp8, int8]")
 @click.option("--threads", type=_POSITIVE, help="For backends on the CPU.")
 @click.option(
     "--lora",
@@ -78,6 +79,7 @@ def serve_command(
     max_images: int,
     max_steps: int,
     backend: str,
+    precision: Any,
     threads: int | None,
     loras: tuple[str, ...],
     api_key_file: Path | None,
@@ -111,6 +113,7 @@ def serve_command(
         max_images=max_images,
         max_steps=max_steps,
         backend=backend,
+        precision=precision,
         threads=threads,
         loras=loras,
         api_key=api_key,

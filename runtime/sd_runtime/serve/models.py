@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sd_engines.bundle import Bundle
+    from sd_engines.spec import Precision
     from sd_runtime.request import Request
 
 
@@ -47,6 +48,7 @@ class Models(Closing):
         bundles: Sequence[Path],
         *,
         backend: str = "auto",
+        precision: Precision | None = None,
         threads: int | None = None,
         loras: Sequence[str] = (),
         max_images: int,
@@ -62,7 +64,12 @@ class Models(Closing):
             for bundle, request in checked:
                 pipeline = opened.enter_context(
                     Pipeline.load(
-                        bundle, backend=backend, threads=threads, request=request, loras=loras
+                        bundle,
+                        backend=backend,
+                        precision=precision,
+                        threads=threads,
+                        request=request,
+                        loras=loras,
                     )
                 )
                 offer = Offer.from_pipeline(pipeline, max_images=max_images, max_steps=max_steps)

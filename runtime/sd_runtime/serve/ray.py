@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sd_engines.errors import ConfigError
+from sd_engines.spec import Precision
 from sd_runtime.engine_room import EngineRoom
 from sd_runtime.serve.api_key import load_api_key
 from sd_runtime.serve.app import make_app
@@ -40,6 +41,7 @@ class ReplicaSettings(BaseModel):
 
     bundle: tuple[Path, ...] = Field(min_length=1)
     backend: str = "auto"
+    precision: Precision | None = None
     threads: int | None = Field(None, ge=1)
     loras: tuple[str, ...] = ()
     queue_size: int = Field(16, ge=1)
@@ -107,6 +109,7 @@ class Replica:
         self._models = Models.load(
             settings.bundle,
             backend=settings.backend,
+            precision=settings.precision,
             threads=settings.threads or settings.num_cpus or None,
             loras=settings.loras,
             max_images=settings.max_images,

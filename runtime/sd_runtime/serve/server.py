@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
+    from sd_engines.spec import Precision
+
 logger = logging.getLogger(__name__)
 SEND_TIMEOUT_S = 30
 """How long clients may take to fetch what is drawn once the server ends."""
@@ -40,6 +42,7 @@ class Settings:
     max_images: int
     max_steps: int
     backend: str
+    precision: Precision | None
     threads: int | None
     loras: tuple[str, ...]
     api_key: str | None
@@ -118,6 +121,7 @@ def serve(bundles: Sequence[Path], settings: Settings) -> int:
             Models.load(
                 bundles,
                 backend=settings.backend,
+                precision=settings.precision,
                 threads=settings.threads,
                 loras=settings.loras,
                 max_images=settings.max_images,

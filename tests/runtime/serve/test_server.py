@@ -44,6 +44,13 @@ def test_a_missing_bundle_is_exit_code_3(
     assert "Error: " in capsys.readouterr().err
 
 
+def test_a_precision_that_the_bundle_lacks(
+    tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_model.bundle), "--port", "0", "--precision", "int8"]) == 3
+    assert "has no int8 engine of unet" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_refused_before_anything_heavy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ typedef struct sd_open_params {
   /* A cudaStream_t for all work of the engines on a GPU, which must live until the context is
    * closed; NULL: one of their own. */
   void *cuda_stream;
+  const char *precision; /* "int8", ...: the UNet's, of a bundle with several; NULL: not fp8 or int8 */
 } sd_open_params;
 
 typedef struct sd_request {

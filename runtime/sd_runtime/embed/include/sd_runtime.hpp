@@ -191,6 +191,7 @@ struct OpenParams {
   std::function<void(sd_job*, const Preview&)> on_preview = {};
   std::vector<std::string> loras = {};  // each "FILE.safetensors" or "FILE.safetensors=SCALE"
   void* cuda_stream = nullptr;          // a cudaStream_t of the caller's, for the engines' work
+  std::string precision = {};           // the UNet's, of a bundle with several
 };
 
 // An open bundle. Its end cancels all jobs; their results stay.
@@ -214,6 +215,7 @@ class Context {
     loras.push_back(nullptr);
     open.loras = loras.data();
     open.cuda_stream = params_->cuda_stream;
+    open.precision = detail::pointer(params_->precision);
     sd_context* context = nullptr;
     detail::check(sd_context_open(&open, &context));
     context_.reset(context);

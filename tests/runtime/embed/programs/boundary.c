@@ -129,6 +129,11 @@ int main(int argc, char **argv) {
   params.backend = "abacus";
   FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "abacus");
   params.backend = "onnxruntime";
+  params.precision = "fp12";
+  FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "unknown precision 'fp12'");
+  params.precision = "fp8";
+  FAILS(sd_context_open(&params, &context), SD_ERROR_BUNDLE, "has no fp8 onnxruntime engine");
+  params.precision = NULL;
   const char *loras[] = {"/no/such/l\xc3\xb6ra.safetensors=0.5", NULL};
   params.loras = loras;
   FAILS(sd_context_open(&params, &context), SD_ERROR_CONFIG, "/no/such/l\xc3\xb6ra.safetensors");

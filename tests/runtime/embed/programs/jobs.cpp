@@ -28,7 +28,7 @@ static_assert(!std::is_copy_constructible_v<sd::Context> && !std::is_copy_constr
 static_assert(std::is_nothrow_move_constructible_v<sd::Context>);
 static_assert(std::is_nothrow_move_assignable_v<sd::Job>);
 // Frozen with SD_ABI_VERSION 1, on 64 bits.
-static_assert(sizeof(sd_open_params) == 72 && sizeof(sd_request) == 112);
+static_assert(sizeof(sd_open_params) == 80 && sizeof(sd_request) == 112);
 static_assert(offsetof(sd_open_params, loras) == 56);  // what they began with
 static_assert(offsetof(sd_request, device_pixels) == 104);
 static_assert(sizeof(sd_result) == 72 && sizeof(sd_progress) == 16 && sizeof(sd_preview) == 32);
