@@ -62,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is asked. ``engines`` are backends, ``BACKEND:TARGET`` where one is to be named."""
+    """What is asked. ``engines`` are backends, ``BACKEND:TARGET@PRECISION`` where that is named."""
 
     folder: Path
     checkpoint: Path | None
@@ -101,8 +101,11 @@ class Plan:
         command = _program("sd-export", "--quiet", "--model", str(model), *options)
         yield Step(name=f"{name} export", command=command, needs=needs)
         for engine in self.engines:
-            backend, _, target = engine.partition(":")
-            options = ("--backend", backend, *(("--target", target) if target else ()))
+            options = _chosen(engine)
+            if target := engine.partition("@")[0].partition(":")[2]:
+                options += ("--target", target)
+            if "@" in engine and model == SHAPES:  # its own words: it was taught no others
+                options += ("--calibration-prompts", str(SHAPES.with_name("captions.txt")))
             yield Step(
                 name=f"{name} build {engine}",
                 command=_program("sd-export", "build", "--quiet", bundle, *options),
@@ -111,14 +114,14 @@ class Plan:
 
     def _rightness(self, engine: str) -> Iterator[Step]:
         """Its score, and how it bears clients for a while."""
-        backend, shapes = engine.partition(":")[0], str(self.folder / "shapes.bundle")
-        options: tuple[str, ...] = ("--backend", backend, "--captions", str(self.captions))
+        shapes = str(self.folder / "shapes.bundle")
+        options = (*_chosen(engine), "--captions", str(self.captions))
         yield Step(
             name=f"quality {engine}",
             command=_program("sd-bench", "quality", shapes, *options),
             needs=(f"shapes build {engine}",),
         )
-        options = ("--backend", backend, "--clients", "8", "--seconds", "20")
+        options = (*_chosen(engine), "--clients", "8", "--seconds", "20")
         yield Step(  # hundreds of pictures: memory must be flat
             name=f"serve {engine}",
             command=_program("sd-bench", "serve", shapes, *options),
@@ -127,27 +130,25 @@ class Plan:
 
     def _speed(self, engine: str) -> Iterator[Step]:
         """Its latency by stage, and its throughput."""
-        backend, full = engine.partition(":")[0], str(self.folder / "full.bundle")
-        output, trace = (self.folder / f"{kind}-{backend}.json" for kind in ("latency", "trace"))
-        options: tuple[str, ...] = ("--backend", backend)
-        options += ("--output", str(output), "--trace", str(trace))
+        full = str(self.folder / "full.bundle")
+        output, trace = (self._result(kind, engine) for kind in ("latency", "trace"))
+        options = (*_chosen(engine), "--output", str(output), "--trace", str(trace))
         options += ("--num-inference-steps", str(self.num_inference_steps))
         yield Step(
             name=f"latency {engine}",
             command=_program("sd-bench", "latency", full, *options, "--cold-starts", "1"),
             needs=(f"full build {engine}",),
             result=output,
-            on_gpu=engine in ENGINES,
+            on_gpu=engine.startswith(("tensorrt", "onnxruntime:cuda")),
         )
         if self.batch_size > 1:
             yield self._throughput(engine)
 
     def _throughput(self, engine: str) -> Step:
         """Time and memory by pictures a request, up to a whole batch."""
-        backend = engine.partition(":")[0]
-        bundle, output = self.folder / "full.bundle", self.folder / f"scaling-{backend}.json"
+        bundle, output = self.folder / "full.bundle", self._result("scaling", engine)
         images = [n for n in (1, 2, 4, 8, 16) if n < self.batch_size] + [self.batch_size]
-        options: tuple[str, ...] = ("--backend", backend, "--images", ",".join(map(str, images)))
+        options = (*_chosen(engine), "--images", ",".join(map(str, images)))
         options += ("--steps", "1", "--requests", "1", "--runs", "3", "--memory-runs", "1")
         options += ("--num-inference-steps", str(self.num_inference_steps))
         options += ("--output", str(output))
@@ -157,6 +158,9 @@ class Plan:
             needs=(f"full build {engine}",),
             result=output,
         )
+
+    def _result(self, kind: str, engine: str) -> Path:
+        return self.folder / f"{'-'.join((kind, *_chosen(engine)[1::2]))}.json"
 
     def _peers(self) -> Step:
         output = self.folder / "peers.json"
@@ -251,6 +255,13 @@ def _skipped(step: Step, said: str) -> Outcome:
     return Outcome(name=step.name, command=" ".join(step.command), exit_code=None, said=said)
 
 
+def _chosen(engine: str) -> tuple[str, ...]:
+    """The options that name ``engine``."""
+    named, _, precision = engine.partition("@")
+    options = ("--backend", named.partition(":")[0])
+    return (*options, "--precision", precision) if precision else options
+
+
 def _python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
@@ -265,7 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="In place of a random one of full size.")
-    parser.add_argument("--engine", action="append", help=f"BACKEND or BACKEND:TARGET. {ENGINES}")
+    parser.add_argument("--engine", action="append", help=f"BACKEND:TARGET@PRECISION. {ENGINES}")
     parser.add_argument("--peer", action="append", default=[], help="As of sd-bench peers.")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--batch-size", type=int, default=1, help="Above 1: throughput as well.")

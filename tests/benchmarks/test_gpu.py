@@ -37,13 +37,16 @@ def plan(gpu: ModuleType, folder: Path, **changes: Any) -> Any:
 def test_every_step_needs_only_what_comes_before(
     gpu: ModuleType, tmp_path: Path, batch_size: int, more: set[str]
 ) -> None:
-    steps = plan(gpu, tmp_path, batch_size=batch_size).steps()
+    engines = (*gpu.ENGINES, "tensorrt@fp8")
+    steps = plan(gpu, tmp_path, engines=engines, batch_size=batch_size).steps()
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
+    results = [step.result for step in steps if step.result]
+    assert len(set(results)) == len(results)
     for index, step in enumerate(steps):
         assert set(step.needs) <= set(names[:index])
-    for engine in gpu.ENGINES:
-        asked = {name.split()[0] for name in names if name.endswith(engine)}
+    for engine in engines:
+        asked = {name.split()[0] for name in names if name.endswith(f" {engine}")}
         assert asked == {"full", "shapes", "latency", "quality", "serve", *more}
 
 
@@ -51,7 +54,11 @@ def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: 
     """A wrong option would only be found on the machine that is rare."""
     groups = {"sd-bench": cli, "sd-export": export_command}
     parsed = []
-    for step in plan(gpu, tmp_path, batch_size=8, peers=("diffusers-cuda-fp16",)).steps():
+    engines = (*gpu.ENGINES, "tensorrt@fp8", "tensorrt-rtx:sm89@fp8")
+    asked = plan(
+        gpu, tmp_path, engines=engines, batch_size=8, peers=("diffusers-cuda-fp16",)
+    ).steps()
+    for step in asked:
         program, *arguments = step.command
         group = groups.get(Path(program).name)
         if group is not None:
@@ -60,7 +67,21 @@ def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: 
             words = arguments if command is None else arguments[1:]
             (command or group).make_context(step.name, words)
             parsed.append(step.name)
-    assert len(parsed) == 2 + 6 * len(gpu.ENGINES) + 1
+    assert len(parsed) == 2 + 6 * len(engines) + 1
+
+
+def test_a_precision_is_built_and_measured(gpu: ModuleType, tmp_path: Path) -> None:
+    """Calibrated on captions where the checkpoint was taught no other words."""
+    steps = {s.name: s for s in plan(gpu, tmp_path, engines=["tensorrt-rtx:sm89@fp8"]).steps()}
+    name = "tensorrt-rtx:sm89@fp8"
+    for step in (f"{what} {name}" for what in ("quality", "serve", "latency", "full build")):
+        command = " ".join(steps[step].command)
+        assert "--backend tensorrt-rtx --precision fp8" in command
+        assert "captions.txt" not in command
+    assert steps[f"latency {name}"].on_gpu
+    command = " ".join(steps[f"shapes build {name}"].command)
+    assert "--precision fp8 --target sm89 --calibration-prompts" in command
+    assert "shapes/captions.txt" in command
 
 
 def python(gpu: ModuleType, name: str, code: str, **more: Any) -> Any:
