@@ -149,6 +149,7 @@ class Measurement:
                 document[name] = tuple(document.get(name, ()))
             measurement = cls(**document)
             check_fields(measurement)
+            _check_times(measurement.samples)
             return measurement
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, SdError):
@@ -157,6 +158,17 @@ class Measurement:
                 f"not a measurement of sd-bench: {error}",
                 "Make one: sd-bench latency BUNDLE --output FILE.",
             ) from error
+
+
+def _check_times(samples: Sequence[Sample]) -> None:
+    """`ValueError` that names the first time that is negative, or a request's that is 0."""
+    for index, sample in enumerate(samples):
+        times = {f"stages_ms.{name}": ms for name, ms in sample.stages_ms.items()}
+        for name in ("unet_steps_ms", "scheduler_steps_ms"):
+            times |= {f"{name}[{step}]": ms for step, ms in enumerate(getattr(sample, name))}
+        for name, ms in times.items():
+            if ms < 0 or (ms == 0 and name == "stages_ms.total"):
+                raise ValueError(f"samples[{index}].{name} is {ms!r}")
 
 
 def read_measurement(path: Path) -> Measurement:

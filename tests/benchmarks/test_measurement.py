@@ -100,9 +100,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ('"cpu": "a"', '"cpu": 7', "environment.cpu is 7"),
         ('"profile": {}', '"profile": []', "profile is []"),
         ('"process": 90.0', '"process": []', "cold_start_stages_ms[1].process is []"),
+        ('"total": 8.0', '"total": -8.0', "samples[1].stages_ms.total is -8.0"),
+        ('"total": 8.0', '"total": 0', "samples[1].stages_ms.total is 0"),
+        ('"png": 1.0', '"png": -1.0', "samples[0].stages_ms.png is -1.0"),
+        ("2.0,", "-2.0,", "samples[0].unet_steps_ms[0] is -2.0"),
     ],
 )
-def test_a_field_that_is_not_of_its_type_is_named(written: str, damaged: str, named: str) -> None:
+def test_a_field_of_another_kind_is_named(written: str, damaged: str, named: str) -> None:
     text = MEASUREMENT.to_json()
     assert text.count(written) == 1
     with pytest.raises(ConfigError) as refused:
