@@ -166,7 +166,9 @@ def check_controlnet(controlnet: FoundControlNet, configs: Mapping[str, Mapping[
     elif config.get("conditioning_channels", 3) != 3:
         problem = f"its pictures have {config.get('conditioning_channels')} channels, not 3"
     elif factor != vae_factor:
-        problem = f"it makes its pictures {factor} times smaller, the VAE {vae_factor} times"
+        problem = (
+            f"it makes one latent of {factor}×{factor} pixels, the VAE of {vae_factor}×{vae_factor}"
+        )
     if problem is not None:
         raise _error(f"{controlnet.source} does not fit the checkpoint: {problem}")
 

@@ -147,7 +147,7 @@ def test_it_loads_beside_a_single_file(found: Checkpoint, controlnet: Path) -> N
         ({"global_pool_conditions": True}, "pools its outputs"),
         ({"in_channels": 9}, "9 channels of latents"),
         ({"conditioning_channels": 1}, "1 channels, not 3"),
-        ({"conditioning_embedding_out_channels": [4, 8]}, "2 times smaller, the VAE 1 times"),
+        ({"conditioning_embedding_out_channels": [4, 8]}, "latent of 2×2 pixels, the VAE of 1×1"),
     ],
 )
 def test_one_that_does_not_fit_is_refused(
