@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_engines.spec import is_halved
+from sd_engines.spec import draws_from_text, is_halved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,8 @@ def missing_engine_hint(
 
 
 def _int8_hint(build: str, entry: ComponentEntry) -> str:
+    if not draws_from_text(entry.inputs):
+        return "Take another --precision: int8 is for UNets that draw from text alone."
     if any(spec.name == "deep_features" for spec in entry.outputs):
         return "Take another --precision, or export the checkpoint again without --feature-cache."
     options = "--backend openvino --precision int8"

@@ -52,10 +52,30 @@ MAX_TRAIN_TIMESTEPS: Final = 100_000
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Components that read prompts, in the order in which their embeddings lie side by side."""
 
+_UNET_INPUTS_OF_TEXT = (
+    *("sample", "timestep", "encoder_hidden_states"),
+    *(TIMESTEP_COND, POOLED_PROMPT_EMBEDS, TIME_IDS),
+)
+
 
 def is_halved(component: str) -> bool:
     """Whether the component's graph becomes half precision where that is asked for."""
     return component in ("unet", "unet_shallow") or component.startswith(CONTROLNET)
+
+
+def draws_from_text(unet_inputs: Iterable[TensorSpec]) -> bool:
+    """Whether a UNet of these inputs can draw from a prompt alone, with ControlNets or without.
+
+    Others are shown a picture, read one as one token in the place of a prompt, or refine one, and
+    are told five `TIME_IDS`, not six.
+    """
+    shapes = {spec.name: spec.shape[1:] for spec in unet_inputs}
+    residuals = {name for name in shapes if name.startswith((RESIDUAL, MID_RESIDUAL))}
+    return (
+        shapes.keys() - residuals <= {*_UNET_INPUTS_OF_TEXT}
+        and shapes.get("encoder_hidden_states", ())[:1] != (1,)
+        and shapes.get(TIME_IDS) in (None, (6,))
+    )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import LOSSY, TIME_IDS, Precision, is_halved
-from sd_export.family import REFINER_TIME_IDS
-from sd_runtime.task import CHANNEL_INPUTS, DEPTH_ESTIMATOR
+from sd_engines.spec import LOSSY, Precision, draws_from_text, is_halved
+from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 _COARSENESS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
 _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
-_OF_A_PICTURE = (("encoder_hidden_states", (1,)), (TIME_IDS, (REFINER_TIME_IDS,)))
-"""Inputs of a UNet, and the length of their axis 1, that tell it of a picture: in the place of a
-prompt, or how much people liked it."""
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
 
@@ -165,10 +161,7 @@ def engine_precision(
         check_quantizable(
             precision,
             graph=entry.precision,
-            from_text=not any(
-                spec.name in CHANNEL_INPUTS[1:] or (spec.name, spec.shape[1:2]) in _OF_A_PICTURE
-                for spec in entry.inputs
-            ),
+            from_text=draws_from_text(entry.inputs),
             feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
         )
         return precision

@@ -15,6 +15,7 @@ from sd_engines import open_bundle
 from sd_engines.build_command import build_command, missing_engine_hint
 from sd_engines.bundle import EngineEntry, engine_key, hash_files
 from sd_engines.errors import BundleError, EngineMismatchError
+from sd_engines.spec import TensorSpec
 from tiny_onnx import PROFILE, make_bundle, needs, stale_plan
 
 if TYPE_CHECKING:
@@ -266,6 +267,39 @@ def test_no_int8_is_made_of_a_unet_that_caches_its_features(tiny_bundle: Bundle)
     hint = missing_engine_hint(Path("b"), cached, backend="auto", precision="int8")
     assert "sd-export build" not in hint
     assert "without --feature-cache" in hint
+
+
+@pytest.mark.parametrize("graph", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("masked_image_latents", (4, 8, 8)),
+        ("depth_mask", (1, 8, 8)),
+        ("low_res_image", (3, 8, 8)),
+        ("encoder_hidden_states", (1, 16)),
+        ("time_ids", (5,)),
+    ],
+)
+def test_no_int8_is_made_of_a_unet_that_takes_a_picture(
+    tiny_bundle: Bundle, name: str, shape: tuple[int, ...], graph: Precision
+) -> None:
+    unet = tiny_bundle.manifest.components["unet"]
+    picture = TensorSpec(name, "float32", ("batch", *shape))
+    inputs = (*(spec for spec in unet.inputs if spec.name != name), picture)
+    entry = replace(unet, inputs=inputs, precision=graph)
+    hint = missing_engine_hint(Path("b"), entry, backend="auto", precision="int8")
+    assert hint == "Take another --precision: int8 is for UNets that draw from text alone."
+
+
+def test_int8_is_offered_for_a_unet_of_xl_with_controlnets(tiny_bundle: Bundle) -> None:
+    unet = tiny_bundle.manifest.components["unet"]
+    told = {"pooled_prompt_embeds": (8,), "time_ids": (6,), "timestep_cond": (8,)}
+    told |= {f"down_block_additional_residual_{index}": (8, 8, 8) for index in range(2)}
+    told |= {"mid_block_additional_residual": (8, 8, 8)}
+    more = [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in told.items()]
+    entry = replace(unet, inputs=(*unet.inputs, *more))
+    hint = missing_engine_hint(Path("b"), entry, backend="auto", precision="int8")
+    assert hint == "sd-export build b --backend openvino --precision int8"
 
 
 def test_manifest_on_disk_is_the_format(tiny_bundle: Bundle) -> None:
