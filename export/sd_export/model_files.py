@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.errors import ExportError
+from sd_runtime.option_values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -112,11 +113,21 @@ def read_scheduler(folder: Path, *, component: str) -> dict[str, Any]:
     """The config of a scheduler in ``folder``, as `read_json`, to be written as JSON again.
 
     diffusers writes a lambda_min_clipped of -Infinity, which JSON has not, and takes it where a
-    config is silent.
+    config is silent. `ExportError` for any other field that cannot be written.
     """
     config = read_json(folder / "scheduler_config.json", component=component)
     if config.get("lambda_min_clipped") == float("-inf"):
         del config["lambda_min_clipped"]
+    for name, value in config.items():
+        try:
+            json.dumps({name: value}, allow_nan=False, ensure_ascii=False, indent=2).encode()
+        except ValueError as error:
+            raise ExportError(
+                f"in its scheduler_config.json {name!r} is {shown(value)}, which no JSON holds",
+                "Download the checkpoint again.",
+                component=component,
+                stage="load",
+            ) from error
     return config
 
 

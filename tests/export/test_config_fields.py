@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +183,24 @@ def test_an_infinity_that_diffusers_writes_is_what_it_takes(folder: Path) -> Non
     config = json.loads(written, parse_constant=refuse_constant)
     again = DPMSolverMultistepScheduler.from_config(config)
     assert again.config.lambda_min_clipped == float("-inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "shown"),
+    [
+        ("steps_offset", "1e999", "inf"),
+        ("anything", '{"deeper": [-1e999]}', "{'deeper': [-inf]}"),
+        ("anything", '"\\ud800"', r"'\ud800'"),
+    ],
+)
+def test_what_no_bundle_can_hold_of_a_scheduler(
+    folder: Path, field: str, text: str, shown: str
+) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(f'{path.read_text().strip().removesuffix("}")}, "{field}": {text}}}')
+    words = f"in its scheduler_config.json '{field}' is {shown}, which no JSON holds"
+    with pytest.raises(ExportError, match=re.escape(words)):
+        find_checkpoint(str(folder))
 
 
 def test_of_vaes_and_controlnets_beside_it(smallest: Path, tmp_path: Path) -> None:
