@@ -142,11 +142,7 @@ class Manifest:
         node = Node(value, "")
         version = node.integer("format_version")
         if version != FORMAT_VERSION:
-            raise BundleError(
-                f"{MANIFEST_NAME}: format_version {version} is unknown; this is version "
-                f"{FORMAT_VERSION}",
-                f"Install the sd-toolkit that made it, or make it again. {REMAKE_HINT}",
-            )
+            raise wrong("format_version", f"{version} is unknown; this is version {FORMAT_VERSION}")
         manifest = cls(
             model=_model(node.node("model")),
             profile=_profile(node.node("profile")),
@@ -278,7 +274,7 @@ def _files_of(size: SizeEntry, where: str) -> dict[str, FileEntry]:
             engine.file not in (graph.file, graph.graph_for(engine.backend))
             or files[engine.file] != entry
         ):
-            raise wrong(at, f"is not the ONNX of {engine.component!r}")
+            raise wrong(at, f"{engine.file!r} is not the ONNX of {engine.component!r}")
     return files
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "bundle.json"
 REMAKE_HINT = "Make the bundle again: sd-export --model MODEL --output BUNDLE"
+OTHER_VERSION_HINT = f"Install the sd-toolkit that made it. Or: {REMAKE_HINT}"
+"""For what a manifest says: it may be right, and of a toolkit that knows more."""
 
 _T = TypeVar("_T")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -191,7 +193,7 @@ def wrong(where: str, problem: str) -> BundleError:
     """The error that names the field ``where``, such as ``engines[0].file``."""
     where = where if where.isprintable() else ascii(where)
     where = where if len(where) <= 300 else where[:300] + "…"
-    return BundleError(": ".join(filter(None, (MANIFEST_NAME, where, problem))), REMAKE_HINT)
+    return BundleError(": ".join(filter(None, (MANIFEST_NAME, where, problem))), OTHER_VERSION_HINT)
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

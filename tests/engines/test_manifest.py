@@ -115,7 +115,7 @@ HOSTILE = {
     ),
     "null defaults": (_set("model", "defaults", None), "model.defaults: must be an object"),
     "no version": (_drop("format_version"), "format_version: is missing"),
-    "newer version": (_set("format_version", 2), "format_version 2 is unknown"),
+    "newer version": (_set("format_version", 2), "format_version: 2 is unknown; this is"),
     "version as text": (_set("format_version", "1"), "format_version: must be a whole number"),
     "version as bool": (_set("format_version", True), "format_version: must be a whole number"),
     "unknown field": (_set("run_this", "rm"), "run_this: is unknown"),
@@ -170,7 +170,7 @@ HOSTILE = {
     "target": (_set("engines", 0, "target", "x"), r"engines\[0\].target: 'x' is none of onnxr"),
     "openvino on cuda": (_set("engines", 1, "target", "cuda"), "'cuda' is none of openvino's"),
     "engine path": (_set("engines", 0, "file", "/tmp/x.engine"), "no path of a file"),  # noqa: S108
-    "engine file": (_set("engines", 0, "file", "unet/model.onnx_data"), "is not the ONNX of"),
+    "engine file": (_set("engines", 0, "file", "unet/model.onnx_data"), "_data' is not the ONNX"),
     "engine component": (_set("engines", 0, "component", "vae"), "'vae' is not in the bundle"),
     "twice listed": (_file("unet/model.onnx"), "is listed twice"),
 }
@@ -183,8 +183,16 @@ def test_hostile(manifest: Manifest, name: str) -> None:
     change(data)
     with pytest.raises(BundleError, match=message) as caught:
         Manifest.from_json(json.dumps(data))
+    assert "Install the sd-toolkit that made it" in caught.value.hint
     assert "sd-export" in caught.value.hint
     assert len(str(caught.value)) < 1000
+
+
+def test_the_version_is_read_before_all_else(manifest: Manifest) -> None:
+    data = {"a_field_of_then": [], **json.loads(manifest.to_json()), "format_version": 2}
+    del data["profile"]
+    with pytest.raises(BundleError, match="format_version: 2 is unknown"):
+        Manifest.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ HOSTILE = {
     ),
     "engine": (
         lambda data: data["sizes"][0].update(engines=data["engines"]),
-        r"sizes\[0\].engines\[0\]: is not the ONNX of 'unet'",
+        r"sizes\[0\].engines\[0\]: .* is not the ONNX of 'unet'",
     ),
     "unknown": (lambda data: data["sizes"][0].update(files={}), r"sizes\[0\].files: is unknown"),
 }
