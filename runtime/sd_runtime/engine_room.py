@@ -5,7 +5,6 @@ It knows nothing of HTTP. Every door brings its requests here, and nothing else 
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from contextlib import closing, contextmanager
@@ -13,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sd_engines.closing import Closing
-from sd_engines.errors import SdError
 from sd_runtime.batch import join_requests, settings_of, split_result
 from sd_runtime.file_room import check_files
 from sd_runtime.plan import plan
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from sd_runtime.request import Request
     from sd_runtime.result import Result, Step
     from sd_runtime.timing import Timings
-
-logger = logging.getLogger(__name__)
 
 
 class EngineRoom(Closing):
@@ -226,8 +222,6 @@ class EngineRoom(Closing):
                 for ticket in _left(tickets):
                     self._draw([ticket])
                 return
-            if not isinstance(error, SdError):
-                logger.exception("a drawing failed for a reason that nobody foresaw")
             tickets[0].result.set_exception(error)
             return
         for ticket, part in zip(tickets, parts, strict=True):

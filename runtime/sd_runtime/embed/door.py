@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sd_runtime.result import Result
     from sd_runtime.ticket import Progress, Ticket
 
+logger = logging.getLogger(__name__)
+
 _REFUSALS = {
     "queue_full": (
         "SD_ERROR_BUSY",
@@ -227,6 +229,8 @@ class Door:
             packed, _kept_alive = self._packed(result, files)
             tensor = managed_tensor(result.device_pixels) if keeps_tensor else 0
         except BaseException as error:
+            if not isinstance(error, SdError):
+                logger.exception("a job failed for a reason that nobody foresaw")
             status = status_from(self, error)
             cancelled = self.lib.sd_status_code(status) == self.lib.SD_ERROR_CANCELLED
             context.count("cancelled" if cancelled else "failed")

@@ -197,6 +197,23 @@ def test_the_log_says_why_an_engine_failed(
     assert "model.onnx: is missing" in line["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_in_the_drawing_is_logged_once(
+    tiny_model: TinyModel, start: Callable[..., Any], stream: bool
+) -> None:
+    bug = "from sd_runtime import painter; painter.begin = None; "
+    body = {"prompt": "a cat", "num_inference_steps": 2, "stream": stream}
+    headers = {"X-Request-Id": "order-66"}
+    with start(tiny_model.bundle, "--threads", 1, "--log-format", "json", before=bug) as server:
+        reply = server.ask("/v1/images/generations", body, headers=headers)
+        assert b"internal_error" in reply.body
+        server.log_line("order-66")
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line["level"] == "error"]
+    assert line["request_id"] == "order-66"
+    assert "sd_runtime/painter.py" in line["traceback"]
+
+
 def test_every_line_of_the_log_is_an_object(
     tiny_model: TinyModel, start: Callable[..., Any]
 ) -> None:
