@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_engines.spec import draws_from_text, is_halved
+from sd_engines.spec import LOSSY, draws_from_text, is_halved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,8 +43,8 @@ def missing_engine_hint(
     compiles = backend.startswith("tensorrt")
     if precision is None:
         return f"{build} --backend {'onnxruntime' if backend == 'auto' else backend}"
-    if precision == "int8":
-        return _int8_hint(build, entry)
+    if precision in LOSSY:
+        return _quantized_hint(build, entry, backend if compiles else "tensorrt", precision)
     if precision == "fp16" and graph == "fp16" and not compiles:
         return f"{build} --backend onnxruntime"
     if (precision == "fp16" and not compiles) or (compiles and graph not in ("fp32", precision)):
@@ -57,12 +57,12 @@ def missing_engine_hint(
     return f"{build} --backend {backend} --precision {precision}"
 
 
-def _int8_hint(build: str, entry: ComponentEntry) -> str:
+def _quantized_hint(build: str, entry: ComponentEntry, compiles: str, precision: Precision) -> str:
     if not draws_from_text(entry.inputs):
-        return "Take another --precision: int8 is for UNets that draw from text alone."
+        return f"Take another --precision: {precision} is for UNets that draw from text alone."
     if any(spec.name == "deep_features" for spec in entry.outputs):
         return "Take another --precision, or export the checkpoint again without --feature-cache."
-    options = "--backend openvino --precision int8"
-    if entry.precision != "fp32":
+    options = f"--backend {'openvino' if precision == 'int8' else compiles} --precision {precision}"
+    if entry.precision not in (("fp32",) if precision == "int8" else ("fp32", "fp16")):
         return f"Export the checkpoint again with {options}."
     return f"{build} {options}"

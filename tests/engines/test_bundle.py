@@ -250,6 +250,14 @@ def test_the_command_that_makes_an_engine_anew(
             "int8",
             "Export the checkpoint again with --backend openvino --precision int8.",
         ),
+        ("fp16", "auto", "fp8", "--backend tensorrt --precision fp8"),
+        ("fp32", "tensorrt-rtx", "fp8", "--backend tensorrt-rtx --precision fp8"),
+        (
+            "bf16",
+            "onnxruntime",
+            "fp8",
+            "Export the checkpoint again with --backend tensorrt --precision fp8.",
+        ),
     ],
 )
 def test_what_to_do_where_an_engine_is_missing(
