@@ -157,3 +157,12 @@ def test_package_and_command_import_nothing_heavy(package: str) -> None:
     loaded = _loaded_by(f"import {package}" + (f", {package}.cli" if cli.exists() else ""))
     assert not loaded & HEAVY
     assert package != "sd_engines" or "numpy" not in loaded
+
+
+def test_every_licence_that_is_shipped_is_declared() -> None:
+    shipped = [p for package in ORDER for p in SOURCES[package].rglob("*LICENSE*")]
+    assert shipped, "CLIP's, beside its vocabulary"
+    names = {path.relative_to(ROOT).as_posix() for path in shipped}
+    assert names <= set(PROJECT["license-files"])
+    for path in shipped:
+        assert path.read_text("utf-8").split()[0] in PROJECT["license"].split(" AND ")
