@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sd_engines.border import check_package
 from sd_engines.errors import ConfigError
 from sd_export.bundle_commands import build_command, schedule_command, triton_command
 from sd_export.options import FILE, engine_options, prompts_of
+from sd_export.packages import check_packages
 from sd_export.terminal import described, show_certificate, shown_progress, size_words
 from sd_runtime.command import run_command
 
@@ -136,7 +136,7 @@ def export_command(
         return
     if not model:  # an unset variable is none
         raise ConfigError("--model is missing", "sd-export --model MODEL")
-    check_package("torch", extra="export")
+    check_packages()
     from sd_export import export
     from sd_export.usual import usual_backends, usual_output
 

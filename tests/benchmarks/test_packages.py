@@ -17,8 +17,10 @@ from sd_bench.cli import main
         (["gate", ".", "BUNDLE", "--html", "a.html"], "matplotlib", "bench"),
         (["quality", "BUNDLE"], "scipy", "bench"),
         (["parity", "BUNDLE"], "torch", "export"),
+        (["parity", "BUNDLE"], "diffusers", "export"),
         (["peers", "BUNDLE"], "scipy", "bench,export"),
         (["peers", "BUNDLE"], "torch", "bench,export"),
+        (["peers", "BUNDLE"], "safetensors", "bench,export"),
     ],
 )
 def test_a_package_that_is_not_there_is_said_before_a_bundle_is_opened(

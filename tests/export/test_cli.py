@@ -8,6 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,12 +19,12 @@ from sd_engines.spec import Defaults
 from sd_export.cli import main
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sd_export import ExportReport
 
 COMMAND = [sys.executable, "-c", "import sys; from sd_export.cli import main; sys.exit(main())"]
 NAMED = ["--backend", "onnxruntime"]
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+EXTRA = PROJECT["optional-dependencies"]["export"]
 
 
 def start(checkpoint: Path, output: Path, *options: str) -> subprocess.Popen[str]:
@@ -94,12 +96,16 @@ def test_errors_say_what_to_do_and_have_their_exit_code(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_machine_that_serves_is_told_what_an_export_needs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("requirement", EXTRA)
+def test_what_an_export_needs_is_said_before_it_begins(
+    requirement: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
+    package = requirement.partition(">")[0].replace("-", "_")
+    monkeypatch.setitem(sys.modules, package, None)
     assert main(["--model", "x", "--output", "b"]) == 4
-    assert 'pip install "sd-toolkit[export]"' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the package {package} is not installed" in said
+    assert 'pip install "sd-toolkit[export]"' in said
 
 
 def test_a_bundle_already_made_is_shown_as_json(

@@ -9,7 +9,6 @@ import click
 
 from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
-from sd_engines.border import check_package
 
 
 @click.command()
@@ -43,7 +42,9 @@ def parity(
     """Compare a bundle's pictures with diffusers' own, scheduler by scheduler."""
     from dataclasses import asdict
 
-    check_package("torch", extra="export")
+    from sd_export.packages import check_packages
+
+    check_packages()
     from sd_bench.measurable import measurable_bundle
     from sd_bench.parity import measure_parity
     from sd_runtime import Pipeline

@@ -65,8 +65,10 @@ def peers(
     import logging
     from tempfile import TemporaryDirectory
 
-    for package in ("scipy", "torch"):
-        check_package(package, extra="bench,export")
+    from sd_export.packages import check_packages
+
+    check_package("scipy", extra="bench,export")
+    check_packages(extra="bench,export")
     from sd_bench.environment import environment as fingerprint
     from sd_bench.measurement import Settings
     from sd_bench.peers.contest import Turns, measure_peers
