@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -166,3 +167,24 @@ def test_every_licence_that_is_shipped_is_declared() -> None:
     assert names <= set(PROJECT["license-files"])
     for path in shipped:
         assert path.read_text("utf-8").split()[0] in PROJECT["license"].split(" AND ")
+
+
+def test_type_checkers_know_the_names_that_are_loaded_late(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "from sd_engines import Bundle, open_bundel\n"
+        "from sd_runtime import Pipeline, Pipline\n"
+        "reveal_type(Pipeline.load)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir=/dev/null", "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": ":".join(str(path.parent) for path in SOURCES.values())},
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert [line.partition(" has ")[2] for line in lines if " error: " in line] == [
+        'no attribute "open_bundel"; maybe "open_bundle"?  [attr-defined]',
+        'no attribute "Pipline"; maybe "Pipeline"?  [attr-defined]',
+    ]
+    assert "sd_runtime.pipeline.Pipeline" in done.stdout
