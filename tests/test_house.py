@@ -22,7 +22,7 @@ SOURCES = {  # in the one order in which imports may run: each may import those 
 }
 ORDER = list(SOURCES)
 IMPORT_NAMES = {
-    "fastapi": ["fastapi", "pydantic", "starlette"],
+    "fastapi": ["fastapi", "pydantic"],
     "pillow": ["PIL"],
     "huggingface-hub": ["huggingface_hub"],
     "onnxruntime-gpu": ["onnxruntime"],
