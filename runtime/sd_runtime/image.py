@@ -125,7 +125,7 @@ def encode_image(
         image.save(buffer, "PNG", pnginfo=chunks, compress_level=4)
         return buffer.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _user_comment(parameters)
+    exif[_EXIF_IFD] = {_USER_COMMENT: _user_comment(parameters)}
     options: dict[str, Any] = (
         {"quality": 95, "subsampling": 0} if format_ == "JPEG" else {"lossless": True, "quality": 0}
     )
