@@ -231,6 +231,7 @@ def test_sa_solver_options(predictor_order: int, corrector_order: int, algorithm
         ("pndm", {"skip_prk_steps": False, "prediction_type": "v_prediction"}),
         ("ddpm", {"variance_type": "fixed_small_log"}),
         ("ddpm", {"variance_type": "fixed_large"}),
+        ("ddpm", {"variance_type": "fixed_large", "steps_offset": 0}),  # which ends at timestep 0
         ("euler", {"final_sigmas_type": "sigma_min"}),
         ("euler", {"interpolation_type": "log_linear"}),
         ("euler_karras", {"sigma_min": 0.1, "sigma_max": 10.0}),
@@ -248,6 +249,7 @@ def test_sa_solver_options(predictor_order: int, corrector_order: int, algorithm
         ("dpm++_2m", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
         ("dpm++_2m", {"solver_type": "bh2", "algorithm_type": "deis"}),
         ("lcm", {"original_inference_steps": 100, "timestep_scaling": 5.0}),
+        ("lcm", {"timestep_scaling": 0.001}),  # so small that the sample counts beside x₀
     ],
 )
 def test_options(name: str, options: dict[str, Any]) -> None:
@@ -362,6 +364,17 @@ def test_samplers_without_a_table_are_refused_by_name(name: str) -> None:
         ("dpm++_2m", {"use_flow_sigmas": True}, "flow-matching"),
         ("dpm++_2m", {"solver_type": "trapezoid"}, "trapezoid"),
         ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order 4"),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 4}, "solver_order 4"),
+        ("deis", {"solver_order": 4}, "solver_order 4"),
+        (
+            "DPMSolverMultistepScheduler",
+            {
+                "algorithm_type": "sde-dpmsolver",
+                "solver_order": 3,
+                "final_sigmas_type": "sigma_min",
+            },
+            "solver_order 3",
+        ),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "euler"}, "euler"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "sigma 0"),
         ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "earlier ones"),
