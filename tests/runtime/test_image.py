@@ -18,6 +18,7 @@ from sd_runtime.image import (
     encode_image,
     format_of,
     grid_of,
+    read_parameters,
     read_recipe_text,
 )
 
@@ -96,6 +97,13 @@ def test_no_recipe(tmp_path: Path, pixels: np.ndarray) -> None:
         read_recipe_text(plain)
 
 
+def test_a_comment_that_is_not_in_unicode_is_not_read_as_if_it_were() -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + b"a camera's words"
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=exif)
+    assert read_parameters(buffer.getvalue()) == ""
+
+
 def test_grid(pixels: np.ndarray) -> None:
     grid = grid_of([pixels, pixels // 2, pixels // 3], columns=2)
     assert grid.shape == (32, 48, 3)
@@ -103,6 +111,7 @@ def test_grid(pixels: np.ndarray) -> None:
     np.testing.assert_array_equal(grid[:16, 24:], pixels // 2)
     np.testing.assert_array_equal(grid[16:, :24], pixels // 3)
     assert (grid[16:, 24:] == 255).all()
+    np.testing.assert_array_equal(grid_of([pixels], columns=1), pixels)
 
 
 def test_nothing_is_replaced_before_all_is_written(tmp_path: Path) -> None:

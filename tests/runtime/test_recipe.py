@@ -95,6 +95,11 @@ def test_parameters_as_other_tools_read_them() -> None:
         {"depth_map": "ab"},
         {"image": "ab", "strength": "0.5"},
         {"image": "ab", "strength": 0.5, "mask": 7},
+        {"image": "ab", "prompt": "", "strength": 0.5, "noise_level": 20},
+        {"control_image": []},
+        {"control_image": [7]},
+        {"refiner": "tiny/refiner"},
+        {"high_noise_frac": 0.8},
     ],
 )
 def test_wrong_values_are_refused(change: dict[str, object]) -> None:
