@@ -18,6 +18,7 @@ from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError, ExportError
 from sd_export import verify, wrappers
 from sd_runtime import Pipeline, Request
+from sd_runtime.noise import NoiseStream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -206,6 +207,25 @@ def test_a_wrapper_that_leaves_its_model_is_refused(
     monkeypatch.setattr(wrappers.VaeEncoder, "forward", lambda self, seen: right(self, seen * 0.5))
     with pytest.raises(ExportError, match="vae_encoder: verify: relative_l2"):
         sd_export.export(smallest, tmp_path / "bundle")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [("fp32", "pixels_within_1 is 0"), ("fp16", "relative_l2 is 0.2")],
+)
+def test_a_picture_that_is_not_diffusers_is_refused(
+    smallest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Literal["fp32", "fp16"],
+    words: str,
+) -> None:
+    """Though every component is right."""
+    right = NoiseStream.normal
+    monkeypatch.setattr(NoiseStream, "normal", lambda self, shape: right(self, shape) * 1.25)
+    with pytest.raises(ExportError, match=f"end_to_end: verify: {words}"):
+        sd_export.export(smallest, tmp_path / "bundle", precision=precision)
     assert nothing_left(tmp_path)
 
 
