@@ -92,6 +92,15 @@ def test_the_table_says_the_same_as_the_report() -> None:
     assert figures["unet_steps_median_ms"] == [4.0, 6.0, 5.0, 5.0]
 
 
+@pytest.mark.parametrize(("copy", "shown"), [({"copy_bytes_per_s": 2e10}, "20.00"), ({}, "–")])
+def test_the_table_shows_the_ceilings_below_the_work(copy: dict[str, float], shown: str) -> None:
+    matmul = {"matmul_bf16_flops": 8e11, "matmul_fp32_flops": 4e11}
+    lines = table(replace(MEASUREMENT, ceilings=matmul | copy)).splitlines()
+    cells = [line.split() for line in lines[-4:]]
+    assert [row[:2] for row in cells[:2]] == [["unet", "bf16"], ["vae_decoder", "fp32"]]
+    assert cells[2:] == [["ceiling", "bf16", "0.800", shown], ["ceiling", "fp32", "0.400", shown]]
+
+
 def test_the_table_is_aligned() -> None:
     lines = table(MEASUREMENT).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("Latency"))
