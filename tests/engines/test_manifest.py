@@ -254,6 +254,14 @@ def test_the_targets_of_a_plan(manifest: Manifest) -> None:
             replace(manifest, engines=(replace(plan, target=target),)).to_json()
 
 
+def test_an_engine_is_of_no_other_file_though_that_is_listed(manifest: Manifest) -> None:
+    file = "unet/model.onnx_data"
+    listed = manifest.components["unet"].files[file]
+    engine = replace(manifest.engines[0], file=file, sha256=listed.sha256, bytes=listed.bytes)
+    with pytest.raises(BundleError, match=r"engines\[0\]: is not the ONNX of 'unet'"):
+        replace(manifest, engines=(engine,)).to_json()
+
+
 def test_an_int8_engine_has_a_file_of_its_own(manifest: Manifest) -> None:
     engine = int8_engine("unet")
     both = replace(manifest, engines=(*manifest.engines, engine))
