@@ -73,7 +73,7 @@ def fp8_graph(
             result.detail = f"{len(calibration.prompts)} prompts, {len(inputs)} steps"
         with log.stage(component, "convert to fp8") as result:
             model = ir.load(onnx_path)
-            to_fp8(model.graph, ranges)
+            to_fp8(model, ranges)
             if entry.precision == "fp32":
                 to_half(model, "fp16")
             saved = save(model, folder)
@@ -117,8 +117,9 @@ def quantized_layers(graph: ir.Graph) -> list[ir.Node]:
     ]
 
 
-def to_fp8(graph: ir.Graph, ranges: Mapping[str, float]) -> None:
+def to_fp8(model: ir.Model, ranges: Mapping[str, float]) -> None:
     """Put Q/DQ pairs before `quantized_layers`; ``ranges`` are of their inputs, by name."""
+    graph = model.graph
     rounded: dict[ir.Value, ir.Value] = {}
     for node in quantized_layers(graph):
         for index, value in enumerate((_input(node), _weight(node))):
@@ -127,6 +128,7 @@ def to_fp8(graph: ir.Graph, ranges: Mapping[str, float]) -> None:
                 graph.insert_before(node, pair)
                 (rounded[value],) = pair[-1].outputs
             node.replace_input_with(index, rounded[value])
+    RemoveUnusedNodesPass()(model)
 
 
 def _rounded(graph: ir.Graph, value: ir.Value, ranges: Mapping[str, float]) -> list[ir.Node]:

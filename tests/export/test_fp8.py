@@ -155,10 +155,12 @@ def test_weights_are_the_nearest_of_the_format(report: ExportReport, tmp_path: P
     model = ir.load(report.path / "unet/model.onnx")
     layers = quantized_layers(model.graph)
     exact = {node.name: node.inputs[1].const_value.numpy() for node in layers}  # type: ignore[union-attr]
-    to_fp8(model.graph, dict.fromkeys((node.inputs[0].name for node in layers), 3.0))  # type: ignore[arg-type, union-attr]
+    weights = {node.inputs[1].name for node in layers}  # type: ignore[union-attr]
+    to_fp8(model, dict.fromkeys((node.inputs[0].name for node in layers), 3.0))  # type: ignore[arg-type, union-attr]
     saved = onnx.load(save(model, tmp_path / "fp8")[0]).graph
     stored = {tensor.name: tensor for tensor in saved.initializer}
     made_by = {output: node for node in saved.node for output in node.output}
+    assert not stored.keys() & weights, "those that were rounded are gone"
     made = [node for node in saved.node if node.name in exact]
     assert len(made) == len(exact)
     for layer in made:
