@@ -91,8 +91,8 @@ class Pipeline(Closing):
 
         ``backend`` is one of the bundle's, or "auto" for the one whose UNet is fastest here, which
         is measured once and remembered (`sd_engines.choice`); ``threads`` bounds a CPU backend's.
-        ``precision`` is the UNet's, where the bundle has more than one; None is never int8 unless
-        there is nothing else.
+        ``precision`` is the UNet's, where the bundle has more than one; None is never fp8 or int8
+        unless there is nothing else.
         Engines that compile for a number of pictures do so when it is first asked for; given a
         ``request``, they do so here, side by side, and requests like it are answered at once.
         ``num_steps`` says how many UNet calls will be asked for in all, where that is known: "auto"
