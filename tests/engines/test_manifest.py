@@ -258,7 +258,9 @@ def test_an_engine_is_of_no_other_file_though_that_is_listed(manifest: Manifest)
     file = "unet/model.onnx_data"
     listed = manifest.components["unet"].files[file]
     engine = replace(manifest.engines[0], file=file, sha256=listed.sha256, bytes=listed.bytes)
-    with pytest.raises(BundleError, match=r"engines\[0\]: 'unet/model.onnx_data' is not the ONNX of 'unet'"):
+    with pytest.raises(
+        BundleError, match=r"engines\[0\]: 'unet/model.onnx_data' is not the ONNX of 'unet'"
+    ):
         replace(manifest, engines=(engine,)).to_json()
 
 
