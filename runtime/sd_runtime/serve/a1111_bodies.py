@@ -138,6 +138,10 @@ class TextToImage(Body):
         """Its picture as it was sent."""
         return None
 
+    def let_go(self) -> None:
+        """Keep its pictures no longer."""
+        self.alwayson_scripts = None
+
     def _check_prompt(self) -> None:
         if found := _EXTRA_NETWORK.search(self.prompt):
             raise ConfigError(
@@ -198,6 +202,12 @@ class ImageToImage(TextToImage):
     def starts_from(self) -> str:
         """Its picture as it was sent."""
         return self.init_images[0]
+
+    def let_go(self) -> None:
+        """Keep its pictures no longer."""
+        super().let_go()
+        self.init_images.clear()
+        self.mask = None
 
     def pictures(self) -> dict[str, Any]:
         """The picture and its mask, decoded, and the strength."""

@@ -60,11 +60,11 @@ class Access:
             try:
                 _check_site(scope["method"], headers)
                 self._check_key(scope["path"], headers)
-                body = await _read_body(headers, receive)
+                replayed = _replay(await _read_body(headers, receive), receive)
             except RefusedError as error:
                 await error_response(scope["path"], error)(scope, receive, send_noting)
             else:
-                await self._app(scope, _replay(body, receive), send_noting)
+                await self._app(scope, replayed, send_noting)
         finally:
             self._note(scope, status, clock() - start)
 
@@ -154,14 +154,12 @@ def _too_large() -> RefusedError:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A channel that gives ``body`` once more, then whatever comes: the client leaving."""
-    given = False
+    """A channel that gives ``body`` away, once, then whatever comes: the client leaving."""
+    held = [body]
 
     async def receive_again() -> Message:
-        nonlocal given
-        if given:
+        if not held:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": held.pop(), "more_body": False}
 
     return receive_again

@@ -37,4 +37,6 @@ class Body(BaseModel):
                 raise ConfigError(
                     f"{name} is {reprlib.repr(value)}, which this server cannot do", "Leave it out."
                 )
-        return {name: value for name, value in values.items() if value is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        values.clear()  # FastAPI keeps it until the answer
+        return given

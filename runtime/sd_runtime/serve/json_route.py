@@ -47,9 +47,16 @@ class JsonRoute(APIRoute):
 
 
 class _JsonRequest(Request):
+    """Keeps nothing that was sent once it is read, for a request may wait in the queue."""
+
+    async def body(self) -> bytes:
+        # FastAPI keeps it until the answer, and asks of JSON only whether there is any.
+        return (await super().body())[:1]
+
     async def json(self) -> Any:
         try:
-            return json.loads(await self.body(), object_pairs_hook=unique_object)
+            body, self._body = await super().body(), b""
+            return json.loads(body, object_pairs_hook=unique_object)
         except json.JSONDecodeError:
             raise
         except ValueError as error:

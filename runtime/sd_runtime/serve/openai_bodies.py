@@ -107,6 +107,10 @@ class Asked(Body):
         """What leads it, as it was sent."""
         raise NotImplementedError
 
+    def let_go(self) -> None:
+        """Keep its pictures no longer."""
+        raise NotImplementedError
+
 
 class Generation(Asked):
     """What to draw. A field that is null or left out means the default."""
@@ -126,6 +130,10 @@ class Generation(Asked):
     def control_sources(self) -> list[UploadFile | str] | None:
         """The control pictures in base64."""
         return None if self.control_images is None else [*self.control_images]
+
+    def let_go(self) -> None:
+        """Keep its pictures no longer."""
+        self.control_images = None
 
 
 class Edit(Asked):
@@ -182,6 +190,13 @@ class Edit(Asked):
     def control_sources(self) -> list[UploadFile | str] | None:
         """The control pictures, as files or in base64."""
         return self.control_images
+
+    def let_go(self) -> None:
+        """Keep its pictures no longer."""
+        for source in (self.image, self.mask, *(self.control_images or ())):
+            if source is not None and not isinstance(source, str):
+                source.file.close()
+        self.control_images = None
 
     def pictures(self) -> dict[str, Any]:
         """The picture and its mask, decoded, and the strength."""

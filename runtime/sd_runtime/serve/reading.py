@@ -36,6 +36,9 @@ class DrawingBody(Protocol):
     def request(self, offer: Offer) -> Request:
         """The same for a pipeline, its pictures decoded."""
 
+    def let_go(self) -> None:
+        """Keep its pictures no longer: they are decoded, and large."""
+
 
 async def read_request(
     body: DrawingBody, model: Model, room: EngineRoom, connection: Connection
@@ -48,7 +51,9 @@ async def read_request(
     if not body.brings_pictures:
         return body.request(model.offer)
     with room.kept_place():
-        return await in_turn(connection, lambda: _fitted(body, model, room))
+        request = await in_turn(connection, lambda: _fitted(body, model, room))
+        body.let_go()
+        return request
 
 
 async def in_turn(connection: Connection, read: Callable[[], Read]) -> Read:

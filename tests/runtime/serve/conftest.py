@@ -73,10 +73,12 @@ class Server:
             with error:
                 return Reply(error.code, dict(error.headers), error.read())
 
-    def send(self, path: str, body: dict[str, Any]) -> socket.socket:
+    def send(
+        self, path: str, body: dict[str, Any] | bytes, *, kind: str = "application/json"
+    ) -> socket.socket:
         """A connection on which ``body`` was sent to ``path`` and nothing was read."""
-        data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port))
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         return connection

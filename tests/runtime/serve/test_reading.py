@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import text
+from pictures import png, text
 
 from .test_operations import idle, until
 
@@ -108,15 +110,42 @@ def test_large_pictures_that_are_sent_at_once_are_not_in_memory_at_once(
     body = BODY | {"init_images": [text(picture)]}
     with start(tiny_model.bundle, "--threads", 1) as server:
         assert server.ask(DRAW, BODY).status == 200
-        before = peak_bytes(server)
+        before = memory_bytes(server, "VmHWM")
         replies = asked_at_once(server, *[body] * 8)
         assert [reply.status for reply in replies()] == [200] * 8
         one = 4 * picture.width * picture.height  # as Pillow keeps it
-        assert peak_bytes(server) - before < 6 * one
+        assert memory_bytes(server, "VmHWM") - before < 6 * one
 
 
-def peak_bytes(server: Server) -> int:
-    """The most memory that the server's process ever had."""
+@pytest.mark.parametrize("form", [False, True])
+def test_what_waits_is_no_longer_what_was_sent(
+    tiny_model: TinyModel, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, form: bool
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")  # what is freed leaves the process
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    sent = png(Image.fromarray(noise))
+    body: dict[str, Any] | bytes = BODY | {"init_images": [base64.b64encode(sent).decode()]}
+    path, kind = DRAW, "application/json"
+    if form:
+        part = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+        image = part.replace(b"\r\n\r\n", b'; filename="a.png"\r\n\r\n') % (b"image", sent)
+        body = part % (b"prompt", b"a cat") + image + b"--x--\r\n"
+        path, kind = "/v1/images/edits", "multipart/form-data; boundary=x"
+    long = {"prompt": "a cat", "num_inference_steps": 999, "n": 200}
+    limits = ("--max-images", 200, "--max-steps", 999)
+    with start(tiny_model.bundle, "--threads", 1, *limits) as server, ExitStack() as connections:
+        assert server.ask(DRAW, BODY).status == 200
+        before = memory_bytes(server, "VmRSS")
+        connections.enter_context(closing(server.send("/v1/images/generations", long)))
+        until(lambda: server.metric("sd_serve_running") == 1)
+        for _ in range(8):
+            connections.enter_context(closing(server.send(path, body, kind=kind)))
+        until(lambda: waiting(server) == 8)
+        until(lambda: memory_bytes(server, "VmRSS") - before < 4 * len(sent))
+
+
+def memory_bytes(server: Server, field: str) -> int:
+    """What the server's process has now ("VmRSS"), or had at most ("VmHWM")."""
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])
