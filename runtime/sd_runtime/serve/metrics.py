@@ -44,7 +44,7 @@ class Metrics:
         )
         self._queue_s = Histogram(
             "sd_serve_queue_seconds",
-            "What a drawn request waited",
+            "What a drawn request waited for its turn, its pictures decoded",
             ["model"],
             buckets=_REQUEST_BUCKETS_S,
             registry=registry,
