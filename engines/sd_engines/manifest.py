@@ -21,6 +21,7 @@ from sd_engines.node import (
     MANIFEST_NAME,
     REMAKE_HINT,
     Node,
+    check_depth,
     refuse_constant,
     relative_path,
     unique_object,
@@ -134,10 +135,11 @@ class Manifest:
             data = text.encode() if isinstance(text, str) else text
             if len(data) > MAX_MANIFEST_BYTES:
                 raise wrong("", f"larger than {MAX_MANIFEST_BYTES} bytes")
+            check_depth(decoded := data.decode())
             value = json.loads(
-                data.decode(), object_pairs_hook=unique_object, parse_constant=refuse_constant
+                decoded, object_pairs_hook=unique_object, parse_constant=refuse_constant
             )
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BundleError(f"{MANIFEST_NAME}: not valid JSON: {error}", REMAKE_HINT) from error
         node = Node(value, "")
         version = node.integer("format_version")

@@ -24,6 +24,11 @@ OTHER_VERSION_HINT = f"Install the sd-toolkit that made it. Or: {REMAKE_HINT}"
 
 _T = TypeVar("_T")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DEEPEST = 16
+"""More than any field has. Python's json recurses in C, as does who copies what it read, and a
+caller's thread may have little stack: its own limit is for threads of megabytes."""
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_BRACKET = re.compile(r"[\[\]{}]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -194,6 +199,15 @@ def wrong(where: str, problem: str) -> BundleError:
     where = where if where.isprintable() else ascii(where)
     where = where if len(where) <= 300 else where[:300] + "…"
     return BundleError(": ".join(filter(None, (MANIFEST_NAME, where, problem))), OTHER_VERSION_HINT)
+
+
+def check_depth(text: str) -> None:
+    """`ValueError` for JSON that is nested deeper than a thread of little stack can read."""
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

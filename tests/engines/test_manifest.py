@@ -203,7 +203,7 @@ def test_the_version_is_read_before_all_else(manifest: Manifest) -> None:
         ("[]", "must be an object"),
         ("null", "must be an object"),
         (b"\xff\xfe\x00", "not valid JSON: 'utf-8' codec"),
-        ("[" * 100_000, "not valid JSON: maximum recursion"),
+        ("[" * 100_000, "not valid JSON: it is nested more than 16 deep"),
         ('{"format_version": ' + "9" * 10_000 + "}", "not valid JSON: Exceeds the limit"),
     ],
     ids=lambda text: f"{text[:12]!r}",
@@ -219,6 +219,9 @@ def test_no_manifest_at_all(text: str | bytes, message: str) -> None:
         ('"format_version": 1, "format_version": 1', "not valid JSON: an object names one field"),
         ('"format_version": NaN', "not valid JSON: NaN is no JSON number"),
         ('"format_version": -Infinity', "not valid JSON: -Infinity is no JSON number"),
+        ('"x": ' + "[" * 16 + "]" * 16, "not valid JSON: it is nested more than 16 deep"),
+        ('"x": ' + "[" * 15 + "]" * 15, "format_version: is missing"),
+        (r'"x": "[[[[[[[[\"[[[[[[[[[["', "format_version: is missing"),
     ],
 )
 def test_json_is_read_strictly(manifest: Manifest, field: str, message: str) -> None:
