@@ -186,7 +186,7 @@ def _check_type(key: str, value: object, default: object) -> None:
     elif default is None:
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _wrong(key, value, f"is a {kinds[0].__name__}, such as {default!r}")
+        raise _wrong(key, value, f"is of type {kinds[0].__name__}, such as {default!r}")
 
 
 def _check_noise(config: Mapping[str, Any]) -> None:
