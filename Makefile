@@ -41,6 +41,7 @@ $(BUILD)/shapes.bundle/bundle.json: $(VENV)/.stamp
 	@$(BIN)/sd-export --model benchmarks/shapes/checkpoint --output $(BUILD)/shapes.bundle
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("$(PYTHON) is older than Python 3.11. Name a newer one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,bench,dev]"
 	@touch $@

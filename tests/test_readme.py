@@ -1,6 +1,11 @@
 """The README is true: its Python runs, its commands exist, its files are there."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -49,6 +54,31 @@ def test_options_that_are_named_exist(document: Path) -> None:
 def test_make_targets_that_the_readme_names_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b", README)) <= targets
+
+
+def test_make_leaves_no_environment_of_a_python_that_is_too_old(tmp_path: Path) -> None:
+    """Which the next `make`, with a newer one, would go on with."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old, python = tmp_path / "old", shlex.quote(sys.executable)
+    old.write_text(
+        f"""#!/bin/sh
+if [ "$1" = -c ]; then exec {python} -c "import sys; sys.version_info = (3, 10, 12); $2"; fi
+exec {python} "$@"
+"""
+    )
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "demo", f"PYTHON={old}"],
+        cwd=tmp_path,
+        env=os.environ | {"MAKEFLAGS": ""},  # not those of the make that runs the tests
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "older than Python 3.11" in done.stderr
+    assert "make demo PYTHON=python3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_python_of_the_readme_runs(
