@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SDIST = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]
 SOURCES = {  # in the one order in which imports may run: each may import those before it
     "sd_engines": ROOT / "engines/sd_engines",
     "sd_runtime": ROOT / "runtime/sd_runtime",
@@ -188,3 +191,13 @@ def test_type_checkers_know_the_names_that_are_loaded_late(tmp_path: Path) -> No
         'no attribute "Pipline"; maybe "Pipeline"?  [attr-defined]',
     ]
     assert "sd_runtime.pipeline.Pipeline" in done.stdout
+
+
+@pytest.mark.skipif(not ((ROOT / ".git").exists() and shutil.which("git")), reason="no clone")
+def test_a_source_distribution_is_what_a_clone_is() -> None:
+    """And holds no bundle that somebody made beside the README."""
+    always = {".gitignore", "LICENSE", "README.md", "pyproject.toml"}
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", ROOT, "ls-files"]
+    tracked = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = {path.partition("/")[0] for path in filter(None, tracked)}
+    assert {*SDIST["only-include"], *always} == names
