@@ -251,22 +251,25 @@ def comparison(
     diffusers = replace(find_peers([REFERENCE])[0], environment=None, modules=("diffusers",))
     failing = Peer(name="failing", worker=talker(folder), modules=("numpy",), prepared="failing")
     absent = replace(find_peers(["optimum-onnxruntime"])[0], environment="not-made")
-    found = measure_peers(
-        sizes_bundle,
-        Settings(
-            prompt="raise",
-            seed=5,
-            num_inference_steps=3,
-            scheduler="euler",
-            backend="onnxruntime",
-            threads=1,
-        ),
-        peers=[diffusers, failing, absent],
-        model=str(smallest),
-        turns=Turns(cold_starts=1, rounds=2, captions=2),
-        cache=folder / "cache",
-        folder=folder / "pictures",
+    settings = Settings(
+        prompt="raise",
+        seed=5,
+        num_inference_steps=3,
+        scheduler="euler",
+        backend="onnxruntime",
+        threads=1,
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONSAFEPATH", "1")  # workers find their protocol nevertheless
+        found = measure_peers(
+            sizes_bundle,
+            settings,
+            peers=[diffusers, failing, absent],
+            model=str(smallest),
+            turns=Turns(cold_starts=1, rounds=2, captions=2),
+            cache=folder / "cache",
+            folder=folder / "pictures",
+        )
     return found, folder
 
 

@@ -82,7 +82,7 @@ def enlist(
 
 def _variables(threads: int) -> dict[str, str]:
     """The worker's environment: as many threads for all, nothing fetched, nothing reported."""
-    foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    foreign = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if name not in foreign}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     switches = (
