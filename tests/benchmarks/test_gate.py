@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,7 +96,9 @@ def test_a_stage_that_is_not_there_is_said_after_one_pair() -> None:
 def test_two_bundles_take_turns_on_this_machine(shapes_bundle: Path, tmp_path: Path) -> None:
     processes = tmp_path / "processes"
     base_python = tmp_path / "python"
-    base_python.write_text(f'#!/bin/sh\necho $$ >> {processes}\nexec {sys.executable} "$@"\n')
+    base_python.write_text(
+        f'#!/bin/sh\necho $$ >> {processes}\nexec {shlex.quote(sys.executable)} "$@"\n'
+    )
     base_python.chmod(0o755)
     comparison = gate_in_turns(
         shapes_bundle,
