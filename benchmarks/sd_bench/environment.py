@@ -149,8 +149,8 @@ def nvidia_smi(*options: str) -> str:
 def _commit() -> str:
     """The checkout's commit, with "+" where tracked files differ; empty where there is none."""
     git = shutil.which("git")
-    folder = Path(__file__).parent
-    if git is None or not any((parent / ".git").exists() for parent in folder.parents[:3]):
+    folder = Path(__file__).parents[2]
+    if git is None or not (folder / ".git").exists():
         return ""
     commit = _output(git, "-C", str(folder), "rev-parse", "HEAD")
     changed = _output(git, "-C", str(folder), "status", "--porcelain", "--untracked-files=no")

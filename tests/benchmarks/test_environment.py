@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from sd_bench.environment import INFORMATIVE, difference, environment
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).parents[2]
 SMI = """#!/bin/sh
@@ -44,6 +42,24 @@ def test_the_commit_is_that_of_the_checkout() -> None:
         command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
         head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     assert environment().get("commit", "").removesuffix("+") == head
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_an_archive_has_not_the_commit_of_the_repository_that_it_lies_in(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks/sd_bench", tmp_path / "archive/benchmarks/sd_bench")
+    git = ["git", "-C", tmp_path, "-c", "user.name=Me", "-c", "user.email=me@localhost"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "theirs"], check=True)
+    code = "import sd_bench.environment as e; print(e.__file__, e.environment().get('commit'))"
+    folder = tmp_path / "archive/benchmarks"
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{folder}/sd_bench/environment.py None\n", done.stderr
 
 
 def test_a_fingerprint_compares_with_itself() -> None:
