@@ -76,6 +76,20 @@ def test_nothing_but_statuses_crosses_the_boundary(
     np.testing.assert_array_equal(drawn, expected)
 
 
+def test_an_environment_may_name_folders_in_any_letters(
+    library: Path, compiled: Callable[..., Path], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """As that of an editable install in Jürgen's home, in a program that sets no locale."""
+    home = tmp_path / "Jürgen"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    folders = [str(home), *filter(os.path.isdir, sys.path)]
+    (packages / "editable.pth").write_text("\n".join(folders), "utf-8")
+    program = compiled("opens.c", *link(library))
+    done = run(program, tiny_model.bundle, SD_RUNTIME_PYTHON=str(home / "bin" / "python"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 HOST = """
 import ctypes, sys, threading
 

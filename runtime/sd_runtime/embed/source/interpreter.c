@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <dlfcn.h>
+#include <locale.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -36,6 +37,9 @@ static sd_status *initialize(void) {
                       "build the library anew: python -m sd_runtime.embed FOLDER.");
   }
   show_python_symbols();
+  /* Before 3.13 Python reads .pth files in the locale's encoding, UTF-8 mode or not. */
+  locale_t utf8 = newlocale(LC_CTYPE_MASK, "C.UTF-8", (locale_t)0);
+  locale_t callers = uselocale(utf8); /* of this thread; where there is none, no change */
   PyPreConfig before;
   PyPreConfig_InitIsolatedConfig(&before);
   before.utf8_mode = 1; /* file names are UTF-8, whatever the program's locale */
@@ -48,6 +52,8 @@ static sd_status *initialize(void) {
     if (!PyStatus_Exception(status)) status = Py_InitializeFromConfig(&config);
     PyConfig_Clear(&config);
   }
+  uselocale(callers);
+  if (utf8 != (locale_t)0) freelocale(utf8);
   if (PyStatus_Exception(status))
     return status_new(SD_ERROR, status.err_msg == NULL ? "Python does not start" : status.err_msg,
                       "Does the environment's own python start?");
