@@ -11,7 +11,6 @@ from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
 from sd_engines.engine import default_target
 from sd_engines.errors import BundleError
 from sd_engines.seal import add_engines
-from sd_export.calibration import calibration_for
 from sd_export.graph_proof import bundle_proof, check_prover
 from sd_export.precision import check_request, engine_precision
 from sd_export.progress import StageLog, silent
@@ -118,6 +117,8 @@ def _missing_engines(
     log: StageLog,
 ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
     """Engines that ``bundle`` lacks for its own size, and what was measured of them."""
+    from sd_export.calibration import calibration_for  # and numpy, which --help does without
+
     calibration = calibration_for(precision, bundle.path, bundle.manifest, calibration_prompts)
     engines: list[EngineEntry] = []
     certificate: list[CertificateEntry] = []

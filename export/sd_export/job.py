@@ -22,7 +22,6 @@ from sd_engines.bundle import (
 )
 from sd_engines.files import listed_files
 from sd_engines.memory import peak_memory_bytes
-from sd_export.calibration import calibration_for
 from sd_export.checkpoint_files import stored_bytes
 from sd_export.checkpoint_hashes import CheckpointHashes
 from sd_export.end_to_end import prove_end_to_end
@@ -205,6 +204,8 @@ class Job:
         self, component: str, manifest: Manifest, log: StageLog
     ) -> tuple[list[EngineEntry], list[CertificateEntry]]:
         """Engines of all backends, and what was measured of them."""
+        from sd_export.calibration import calibration_for  # and numpy, which --help does without
+
         entry = manifest.components[component]
         profile = self._traced(component, manifest.profile)
         onnx_path = self.work.bundle / entry.file
