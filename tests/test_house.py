@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,10 @@ def test_a_source_distribution_is_what_a_clone_is() -> None:
     tracked = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")
     names = {path.partition("/")[0] for path in filter(None, tracked)}
     assert {*SDIST["only-include"], *always} == names
+
+
+@pytest.mark.parametrize("command", ["sd-export", "sd-run", "sd-serve", "sd-bench"])
+def test_every_command_says_its_version(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (entry,) = entry_points(group="console_scripts", name=command)
+    assert entry.load()(["--version"]) == 0
+    assert capsys.readouterr().out == f"{version('sd-toolkit')}\n"

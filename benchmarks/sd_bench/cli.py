@@ -29,6 +29,7 @@ class _Commands(click.Group):
 
 
 @click.group("sd-bench", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sd-toolkit", message="%(version)s")
 def cli() -> None:
     """Measure a bundle."""
 

@@ -35,10 +35,10 @@ def read_cached(path: Path | None) -> bytes:
         return b""
 
 
-def write_cached(path: Path | None, content: bytes) -> None:
-    """Keep ``content`` at ``path``, whole or not at all; where it cannot be, the log says so."""
+def write_cached(path: Path | None, content: bytes) -> bool:
+    """Keep ``content`` at ``path``, whole or not at all; whether it is, and why not in the log."""
     if path is None:
-        return
+        return False
     staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,3 +48,5 @@ def write_cached(path: Path | None, content: bytes) -> None:
         logger.info("%s is not kept: %s", path, error)
         with suppress(OSError):
             staging.unlink(missing_ok=True)
+        return False
+    return True

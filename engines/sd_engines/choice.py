@@ -235,4 +235,5 @@ def _remember(path: Path | None, paces: Mapping[str, Pace], warnings: Sequence[s
         "paces": {key: pace._asdict() for key, pace in paces.items()},
         "warnings": warnings,
     }
-    write_cached(path, (json.dumps(memory, indent=1) + "\n").encode())
+    if not write_cached(path, (json.dumps(memory, indent=1) + "\n").encode()):
+        logger.info("The next start measures again: it cannot be kept. Set XDG_CACHE_HOME.")

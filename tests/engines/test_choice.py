@@ -283,6 +283,7 @@ def test_no_place_to_remember(
         assert backend_of(tiny_bundle) == "onnxruntime"
     assert caplog.text.count("Measuring once") == 2
     assert caplog.text.count("is not kept") == 2
+    assert caplog.text.count("The next start measures again") == 2
 
 
 def test_where_it_is_remembered(
