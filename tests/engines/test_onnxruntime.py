@@ -53,6 +53,17 @@ def test_entry(tiny_bundle: Bundle) -> None:
     assert entry.file == "unet/model.onnx"
 
 
+def test_it_computes_in_the_callers_thread_alone_where_one_is_asked_for(
+    tiny_bundle: Bundle,
+) -> None:
+    added = []
+    for threads in (1, 2):
+        before = len(list(Path("/proc/self/task").iterdir()))
+        with open_engine(tiny_bundle, "unet", backend="onnxruntime", threads=threads):
+            added.append(len(list(Path("/proc/self/task").iterdir())) - before)
+    assert added[0] == 0 < added[1]
+
+
 def test_precision_is_the_graphs(tiny_bundle: Bundle) -> None:
     assert _build(tiny_bundle, precision="fp32").precision == "fp32"
     with pytest.raises(ConfigError, match="in the precision of the graph, fp32, not bf16"):

@@ -12,6 +12,7 @@ import pytest
 
 from sd_engines import open_engine
 from sd_engines.backends import openvino_package
+from sd_engines.cores import usable_cores
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, BundleError, ConfigError
 from sd_engines.seal import add_engines
@@ -41,6 +42,17 @@ def _entry(bundle: Bundle, precision: Precision | None) -> EngineEntry:
 
 def test_default_is_fp32_even_where_there_is_bf16(tiny_bundle: Bundle) -> None:
     assert _entry(tiny_bundle, None).precision == "fp32"
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="there is one core")
+def test_it_computes_in_as_many_threads_as_are_asked_for(tiny_bundle: Bundle) -> None:
+    found = []
+    for threads in (1, 2):
+        with open_engine(tiny_bundle, "unet", backend="openvino", threads=threads) as engine:
+            engine.bind(1)
+            ((moving, _),) = engine._compiled.values()  # type: ignore[attr-defined]
+            found.append(moving.get_property("INFERENCE_NUM_THREADS"))
+    assert found == [1, 2]
 
 
 @pytest.mark.skipif("BF16" not in capabilities, reason="this processor has no bf16")

@@ -63,6 +63,17 @@ def test_a_picture_is_resized_to_the_size_asked_for(sized_model: TinyModel) -> N
     assert np.array_equal(drawn[0].pixels, drawn[1].pixels)
 
 
+def test_engines_of_every_size_compute_in_one_thread_where_one_is_asked_for(
+    sized_model: TinyModel,
+) -> None:
+    """Those that open with the first picture to start from, too."""
+    before = len(list(Path("/proc/self/task").iterdir()))
+    with Pipeline.load(sized_model.bundle, backend="onnxruntime", threads=1) as pipeline:
+        for request in (IMAGE, replace(IMAGE, **HIGH)):
+            pipeline.generate(request)
+        assert len(list(Path("/proc/self/task").iterdir())) == before
+
+
 def test_a_size_that_the_bundle_has_not(sized_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match=r"draws 16×40, 24×16 .*, not 24×40") as caught:
         sized_model.pipeline.generate(replace(TEXT, height=24))
