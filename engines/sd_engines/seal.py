@@ -123,7 +123,7 @@ def add_engines(
         new = replace(added(kept), sizes=tuple(map(added, kept.sizes)))
         text = new.to_json()
         gone = listed_files(old).keys() - listed_files(new).keys()
-        if gone or new_files & listed_files(old).keys():
+        if new_files & listed_files(old).keys():
             _write_manifest(path, kept.to_json())
         for name in new_files:
             _fsync(staging / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, open_bundle
+from sd_engines.engine import listed_engines
 from sd_engines.errors import BundleError, ConfigError, ExportError, nearest
 from sd_engines.spec import STABLE_DIFFUSION_XL
 from sd_runtime.engines import drawing_components
@@ -88,7 +89,7 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
 def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
     """The engine of every component that is needed, of one backend, version and target.
 
-    Of several those that are listed first.
+    Of several the one that a pipeline takes: `listed_engines`.
     """
     if backend not in (None, *FILE_NAMES):
         raise ConfigError(
@@ -99,10 +100,10 @@ def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
     needed = [name for name in GRAPHS if name in required or name in manifest.components]
     for name in (backend,) if backend else FILE_NAMES:
         alike: dict[tuple[str, str], dict[str, EngineEntry]] = {}
-        for engine in manifest.engines:
-            if engine.backend == name:
+        for component in needed:
+            for engine in listed_engines(bundle, component, backend=name):
                 group = alike.setdefault((engine.version, engine.target), {})
-                group.setdefault(engine.component, engine)
+                group.setdefault(component, engine)
         for engines in alike.values():
             if engines.keys() >= set(needed):
                 return {component: engines[component] for component in needed}

@@ -49,7 +49,7 @@ def spaced_timesteps(
 
 
 def distilled_timesteps(
-    num_steps: int, *, original_inference_steps: int, num_train_timesteps: int, share: float = 1.0
+    num_steps: int, *, original_inference_steps: int, num_train_timesteps: int, share: float
 ) -> Array:
     """Evenly skipped timesteps of the distillation grid, or of the ``share`` at its end.
 

@@ -16,6 +16,7 @@ import numpy as np
 from sd_engines.border import shape_at
 from sd_engines.bundle import Bundle
 from sd_engines.closing import Closing
+from sd_engines.engine import listed_engines
 from sd_engines.errors import BackendError, SdError
 from sd_engines.files import read_manifest
 from sd_runtime.engine_set import EngineSet
@@ -55,8 +56,8 @@ class TritonPythonModel:
                 inputs=manifest.components[entry.component].inputs,
                 outputs=manifest.components[entry.component].outputs,
             )
-            for entry in manifest.engines
-            if entry.backend == backend and entry.component in GRAPHS
+            for component in GRAPHS
+            for entry in listed_engines(bundle, component, backend=backend)[:1]
         }
         tokenizer = Tokenizer.load(
             bundle.verified_path(TOKENIZER_OF["text_encoder"]),

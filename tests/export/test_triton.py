@@ -27,6 +27,7 @@ from sd_runtime import Pipeline, Request
 from sd_runtime.recipe import recipes_from_text
 
 if TYPE_CHECKING:
+    from sd_engines.spec import Precision
     from sd_export import ExportReport
 
 NUMPY = {"TYPE_FP32": "float32", "TYPE_INT64": "int64", "TYPE_BOOL": "bool"}
@@ -76,16 +77,23 @@ def test_every_graph_is_a_model(repository: Path, shapes_bundle: Path) -> None:
 
 
 def test_plans_are_of_one_gpu(report_of_2022: ExportReport, tmp_path: Path) -> None:
-    """Of those listed, the first that make up a whole; files stand in for plans."""
+    """The first that make up a whole, none that is lossy; files stand in for plans."""
     path, staging = shutil.copytree(report_of_2022.path, tmp_path / "bundle"), tmp_path / "staging"
     bundle = open_bundle(path)
-    listed = [("sm86", "unet"), *(("sm89", name) for name in bundle.manifest.components)]
+    listed: list[tuple[str, str, Precision]] = [
+        ("sm86", "unet", "fp32"),
+        ("sm89", "unet", "fp8"),
+        *(("sm89", name, "fp32") for name in bundle.manifest.components),
+        ("sm120", "unet", "fp32"),
+    ]
     engines = []
-    for target, component in [*listed, ("sm120", "unet")]:
+    for target, component, precision in listed:
         entry = bundle.manifest.components[component]
-        file = engine_file(component, entry, "tensorrt", version="11", target=target)
+        file = engine_file(
+            component, entry, "tensorrt", version="11", target=target, precision=precision
+        )
         (staging / file).parent.mkdir(parents=True, exist_ok=True)
-        (staging / file).write_text(target)
+        (staging / file).write_text(f"{target} {precision}")
         engines.append(
             engine_entry(
                 component,
@@ -94,7 +102,7 @@ def test_plans_are_of_one_gpu(report_of_2022: ExportReport, tmp_path: Path) -> N
                 "tensorrt",
                 version="11",
                 target=target,
-                precision="fp32",
+                precision=precision,
                 file=file,
                 built=hash_files(staging, [file])[file],
                 flags={},
@@ -104,7 +112,7 @@ def test_plans_are_of_one_gpu(report_of_2022: ExportReport, tmp_path: Path) -> N
     write_model_repository(path, tmp_path / "models", backend="tensorrt")
     plans = list((tmp_path / "models").glob("*/1/model.plan"))
     assert len(plans) > 2
-    assert {plan.read_text() for plan in plans} == {"sm89"}
+    assert {plan.read_text() for plan in plans} == {"sm89 fp32"}
 
 
 class StandIn(ModuleType):
