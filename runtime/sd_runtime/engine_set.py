@@ -69,7 +69,7 @@ class EngineSet(Closing):
 
         ``num_steps`` and ``meanwhile`` as in `open_engines`. Raises as `open_engines`.
         """
-        batches = {} if planned is None else first_batches(planned, bundle.manifest.profile)
+        batches = {} if planned is None else first_batches(planned, bundle.manifest)
         opened = open_engines(
             bundle,
             components_to_open(bundle, batches),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sd_engines.bundle import Bundle
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
-    from sd_engines.spec import Precision, Profile
+    from sd_engines.spec import Precision
     from sd_runtime.lora import Lora
     from sd_runtime.plan import Plan
     from sd_runtime.work_stream import WorkStream
@@ -72,43 +72,33 @@ def components_to_open(bundle: Bundle, batches: Mapping[str, Collection[Rows]]) 
     return names + [name for name, rows in batches.items() if rows and name.startswith(_ON_DEMAND)]
 
 
-def first_batches(plan: Plan, profile: Profile) -> dict[str, set[Rows]]:
+def first_batches(plan: Plan, manifest: Manifest) -> dict[str, set[Rows]]:
     """By component: how many rows its engine answers at once for the first pictures of ``plan``.
 
     And of how many pictures they are.
     """
-    pictures = min(plan.num_drawn, profile.batch_size)
+    pictures = min(plan.num_drawn, manifest.profile.batch_size)
     samples = {
         row: (pictures * (2 if row in plan.guided_rows else 1), pictures)
         for row in range(plan.table.num_rows)
     }
-    encoders = TEXT_ENCODERS if TIME_IDS in plan.unet_inputs else TEXT_ENCODERS[:1]
-    if plan.task.reads_image:
-        encoders = (IMAGE_ENCODER,)
     one = (1, 1)
+    readers = text_encoders(manifest) or (IMAGE_ENCODER,)
     upscales_pixels = plan.upscaling is not None and plan.upscaling.level is not None
-    pixels_alone = plan.task.reads_image or upscales_pixels
-    encodes = plan.request.image is not None and not pixels_alone
-    encoder = {ENCODER: {one}} if encodes else {}  # one at a time: `ImageEncoder`
-    if plan.task.feeds_depth and plan.request.depth_map is None:
-        encoder[DEPTH_ESTIMATOR] = {one}
-    controls = {
-        control.component: {samples[row] for row in control.rows} for control in plan.controls
+    encodes = plan.request.image is not None and not (plan.task.reads_image or upscales_pixels)
+    estimates = plan.task.feeds_depth and plan.request.depth_map is None
+    return {
+        **({ENCODER: {one}} if encodes else {}),  # one at a time: `ImageEncoder`
+        **({DEPTH_ESTIMATOR: {one}} if estimates else {}),
+        **{control.component: {samples[row] for row in control.rows} for control in plan.controls},
+        **{control.embedding: {one} for control in plan.controls},  # too: `ControlEncoder`
+        **{name: {one} for name in readers},  # each text on its own row: `PromptEncoder`
+        "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows}
+        | ({(pictures, pictures)} if plan.safety else set()),
+        "unet_shallow": {samples[row] for row in plan.shallow_rows},
+        "vae_decoder": {(pictures, pictures)},
+        "safety_checker": {(pictures, pictures)},
     }
-    embeddings = {control.embedding: {one} for control in plan.controls}  # so: `ControlEncoder`
-    return (
-        encoder
-        | controls
-        | embeddings
-        | {
-            **{name: {one} for name in encoders},  # each text on its own row: `PromptEncoder`
-            "unet": {batch for row, batch in samples.items() if row not in plan.shallow_rows}
-            | ({(pictures, pictures)} if plan.safety else set()),
-            "unet_shallow": {samples[row] for row in plan.shallow_rows},
-            "vae_decoder": {(pictures, pictures)},
-            "safety_checker": {(pictures, pictures)},
-        }
-    )
 
 
 def open_engines(

@@ -116,7 +116,7 @@ def test_the_first_batches_are_those_that_the_first_pictures_ask_for(
     manifest = open_bundle(guarded_model.bundle).manifest
     request = Request("a red circle", num_inference_steps=4, seed=1, **options)  # type: ignore[arg-type]
     planned = plan(request, manifest)
-    expected = first_batches(planned, manifest.profile)
+    expected = first_batches(planned, manifest)
     asked: dict[str, set[Rows]] = {}
     with Pipeline.load(guarded_model.bundle, backend="onnxruntime", request=request) as pipeline:
         for name, engine in pipeline._engines.opened.items():
@@ -134,7 +134,8 @@ def test_the_first_batches_of_a_shallow_unet(
     )
     asked: dict[str, set[Rows]] = {}
     with Pipeline.load(cached_bundle, backend="onnxruntime", request=request) as pipeline:
-        expected = first_batches(plan(request, pipeline.bundle.manifest), pipeline.profile)
+        manifest = pipeline.bundle.manifest
+        expected = first_batches(plan(request, manifest), manifest)
         for name, engine in pipeline._engines.opened.items():
             monkeypatch.setattr(engine, "bind", partial(_noted, asked, name, engine.bind))
         pipeline.generate(request)

@@ -55,7 +55,7 @@ def test_consistency_model_is_one_call_a_step(consistency_model: TinyModel) -> N
     assert manifest.profile.max_batch("unet", unet.inputs) == 2  # not twice, as guidance would
     planned = plan(Request(""), manifest)
     assert len(planned.guided_rows) == 0
-    assert first_batches(planned, manifest.profile)["unet"] == {(1, 1)}
+    assert first_batches(planned, manifest)["unet"] == {(1, 1)}
     result = consistency_model.pipeline.generate(Request("a cat", seed=0))
     assert len(result.timings.runs_ms("unet")) == 4
     (recipe,) = result.recipes

@@ -91,10 +91,10 @@ def test_nothing_leads_away_from_the_prompt_or_where_it_leads_away_anyway(
 def test_it_runs_within_the_batch_that_every_bundle_has(tiny_model: TinyModel) -> None:
     manifest = tiny_model.pipeline.bundle.manifest
     planned = plan(SHORT, manifest)
-    assert first_batches(planned, manifest.profile)["unet"] == {(2, 1), (1, 1)}
-    assert first_batches(plan(REQUEST, manifest), manifest.profile)["unet"] == {(4, 2), (2, 2)}
+    assert first_batches(planned, manifest)["unet"] == {(2, 1), (1, 1)}
+    assert first_batches(plan(REQUEST, manifest), manifest)["unet"] == {(4, 2), (2, 2)}
     off = plan(replace(SHORT, safety_guidance=None), manifest)
-    assert first_batches(off, manifest.profile)["unet"] == {(2, 1)}
+    assert first_batches(off, manifest)["unet"] == {(2, 1)}
     assert off.texts(SHORT.images()[0]) == planned.texts(SHORT.images()[0])[:2]
 
 
