@@ -33,13 +33,13 @@ _PREVIEWERS = ("preview_decoder", "vae_decoder")
 class Decoded(NamedTuple):
     """Pictures uint8 [n, H, W, 3], and depth maps uint16 [n, H, W] where the VAE paints them.
 
-    The pictures are where the VAE left them. ``flags`` are the safety checker's word on each; empty
+    The pictures are where the VAE left them. ``flags`` are the safety checker's word on each; None
     without one.
     """
 
     pixels: Array
     depth: NDArray[np.uint16] | None
-    flags: list[bool]
+    flags: list[bool] | None
 
 
 class Decoder:
@@ -54,7 +54,7 @@ class Decoder:
         self._prediction_type = manifest.model.prediction_type
         self._previewer = next(name for name in _PREVIEWERS if name in manifest.components)
         self._gives_depth = gives_depth(manifest)
-        self.checks = "safety_checker" in manifest.components
+        self._checks = "safety_checker" in manifest.components
 
     def draw(self, latents: Array, *, may_be_plain: bool = False, timings: Timings) -> Decoded:
         """What the latents show; black and of no depth where the safety checker flags it.
@@ -75,8 +75,8 @@ class Decoder:
             raise BackendError(
                 "the VAE decoder returned a picture of one single colour", PRECISION_HINT
             )
-        if not self.checks:
-            return Decoded(pixels, depth, [])
+        if not self._checks:
+            return Decoded(pixels, depth, None)
         with timings.measure("safety_checker"):
             checker = self._engine("safety_checker").bind(len(pixels))
             copy_into(checker.inputs["images"], pixels.astype(np.float32) / 255)

@@ -116,9 +116,7 @@ class Painter:
                     decoded.append(decoder.draw(row.latents, may_be_plain=is_tile, timings=timings))
                     latents.append(to_host(row.latents).copy())
                     if first + len(batch) == len(drawn):
-                        result = self._result(
-                            plan, decoded, latents, timings, start=start, checks=decoder.checks
-                        )
+                        result = self._result(plan, decoded, latents, timings, start=start)
                 yield Step(
                     index=(first // size) * num_rows + row.index,
                     num_steps=num_steps,
@@ -145,7 +143,6 @@ class Painter:
         timings: Timings,
         *,
         start: Any,
-        checks: bool,
     ) -> Result:
         pixels, depths, flags = zip(*decoded, strict=True)
         pictures = np.concatenate(pixels)
@@ -160,7 +157,7 @@ class Painter:
             pixels=on_host,
             device_pixels=pictures,
             latents=np.concatenate(latents),
-            nsfw_content_detected=tuple(chain.from_iterable(flags)) if checks else None,
+            nsfw_content_detected=None if flags[0] is None else tuple(chain(*flags)),
             recipes=tuple(self._recipe(image, plan) for image in plan.request.images()),
             timings=timings,
             depth=None if depths[0] is None else np.concatenate(depths),
