@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_runtime.image import check_file
+from sd_runtime.image import check_room
 from sd_runtime.recipe import recipe_of, text_from_recipes
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ def check_files(plan: Plan, manifest: Manifest, format_: str, *, loras: Sequence
     As `encode_image` finds too, once it is drawn. The plan's request is seeded.
     """
     if format_ != "JPEG":  # others hold recipes of any length
-        check_file(f"a {format_} file", format_, plan.size)
+        check_room(f"a {format_} file", format_, plan.size)
         return
     for recipe in longest_recipes(plan, manifest, loras=loras):
         text = text_from_recipes([recipe], columns=1)
-        check_file("a JPEG file", format_, plan.size, parameters=recipe.parameters(), recipe=text)
+        check_room("a JPEG file", format_, plan.size, parameters=recipe.parameters(), recipe=text)
 
 
 def longest_recipes(

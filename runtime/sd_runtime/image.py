@@ -60,20 +60,13 @@ def format_named(name: str) -> str:
 
 
 def check_room(
-    path: Path, height: int, width: int, *, parameters: str = "", recipe: str = ""
-) -> None:
-    """`ConfigError` where the format of ``path`` has no room for such a picture, or for its texts.
-
-    As `encode_image` finds too, once it is drawn.
-    """
-    size = height, width
-    check_file(path.name, format_of(path), size, parameters=parameters, recipe=recipe)
-
-
-def check_file(
     name: str, format_: str, size: tuple[int, int], *, parameters: str = "", recipe: str = ""
 ) -> None:
-    """The same for what is called ``name``, in a format of Pillow's."""
+    """`ConfigError` where the file ``name`` has no room for a picture of ``size``, or its texts.
+
+    ``format_`` is Pillow's name, ``size`` height and width. As `encode_image` finds too, once it is
+    drawn.
+    """
     most, (height, width) = _MOST_A_SIDE.get(format_), size
     if most is not None and max(height, width) > most:
         raise ConfigError(
@@ -113,7 +106,7 @@ def encode_image(
     from PIL import Image
 
     name = f"a {format_} file"
-    check_file(name, format_, pixels.shape[:2], parameters=parameters, recipe=recipe)
+    check_room(name, format_, pixels.shape[:2], parameters=parameters, recipe=recipe)
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if format_ == "PNG":

@@ -132,7 +132,8 @@ def _check_room(
 ) -> None:
     """`ConfigError` where a picture or its recipe will have no room in its file."""
     recipes: list[Recipe] = []
-    if format_of(paths[0]) == "JPEG":
+    format_ = format_of(paths[0])
+    if format_ == "JPEG":
         for planned in plans:
             recipes += longest_recipes(planned, manifest, loras=job.loras, refiner=refiner)
     if order.columns:
@@ -140,13 +141,13 @@ def _check_room(
         text = text_from_recipes(recipes, columns=order.columns)
         parameters = recipes[0].parameters() if recipes else ""
         size = rows * height, order.columns * width
-        check_room(paths[0], *size, parameters=parameters, recipe=text)
+        check_room(paths[0].name, format_, size, parameters=parameters, recipe=text)
         return
     sizes = [planned.size for planned in plans for _ in planned.request.images()]
     for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
         own = recipes[index : index + 1]
-        text = text_from_recipes(own, columns=1)
-        check_room(path, *size, parameters=own[0].parameters() if own else "", recipe=text)
+        parameters, text = own[0].parameters() if own else "", text_from_recipes(own, columns=1)
+        check_room(path.name, format_, size, parameters=parameters, recipe=text)
 
 
 def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from sd_engines.errors import ConfigError, SdError
 from sd_runtime.files import check_writable, output_paths, write_files
 from sd_runtime.image import (
-    FORMATS,
     check_room,
     encode_image,
     format_of,
@@ -63,7 +62,7 @@ def test_a_recipe_of_ten_thousand_characters(
 def test_what_jpeg_cannot_hold_is_refused(pixels: np.ndarray, texts: dict[str, str]) -> None:
     for refused in (
         lambda: encode_image(pixels, "JPEG", **texts),
-        lambda: check_room(Path("a.jpg"), 16, 24, **texts),
+        lambda: check_room("a.jpg", "JPEG", (16, 24), **texts),
     ):
         with pytest.raises(ConfigError, match=r"recipe is [78]\d+ bytes long") as error:
             refused()
@@ -186,11 +185,12 @@ def test_png_is_a_plain_png(pixels: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("name", "side"), [("a.webp", 16_384), ("a.jpg", 65_501)])
 def test_a_picture_too_large_for_its_format(name: str, side: int) -> None:
-    check_room(Path(name), side - 1, side - 1)
-    check_room(Path("a.png"), side, side)
+    format_ = format_of(Path(name))
+    check_room(name, format_, (side - 1, side - 1))
+    check_room("a.png", "PNG", (side, side))
     for height, width in ((1, side), (side, 1)):
         with pytest.raises(ConfigError, match=rf"{name}: {width}×{height} pixels, and") as error:
-            check_room(Path(name), height, width)
+            check_room(name, format_, (height, width))
         assert ".png" in error.value.hint
     with pytest.raises(ConfigError, match=f" file: {side}×1 pixels"):
-        encode_image(np.zeros((1, side, 3), np.uint8), FORMATS[Path(name).suffix])
+        encode_image(np.zeros((1, side, 3), np.uint8), format_)
