@@ -47,7 +47,7 @@ def fuse_loras(
     for lora in loras:
         file = lora.path.name
         with Weights((lora.path,), component=component) as weights:
-            notes = LoraNotes.read(weights.notes, component)
+            notes = LoraNotes.read(weights.notes, file, component=component)
             in_file = lora_layers(weights, file, components=components).get(component, {})
             found = model_layers(in_file, layers, file=file, component=component)
             for name, (spelling, keys) in found.items():

@@ -116,7 +116,7 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     opened = []
     for lora in loras:
         file = TensorFile.open(lora.path)
-        notes = LoraNotes.read(file.metadata, owner)
+        notes = LoraNotes.read(file.metadata, lora.path.name, component=owner)
         layers = lora_layers(file, lora.path.name, components=owners).get(owner, {})
         found = model_layers(layers, names, file=lora.path.name, component=owner)
         opened.append((lora, file, notes, found))

@@ -134,8 +134,8 @@ class LoraNotes:
     use_rslora: bool
 
     @classmethod
-    def read(cls, metadata: Mapping[str, str], component: str) -> Self:
-        """Of a file's ``metadata``, which may have none."""
+    def read(cls, metadata: Mapping[str, str], file: str, *, component: str) -> Self:
+        """Of the ``metadata`` of ``file``, which may have none."""
         try:
             noted: Mapping[str, Any] = json.loads(metadata.get(_METADATA, "{}"))
             alpha = noted.get(f"{component}.lora_alpha")
@@ -148,7 +148,7 @@ class LoraNotes:
                 use_rslora=bool(noted.get(f"{component}.use_rslora", False)),
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise lora_error(f"its {_METADATA} cannot be read: {error}") from error
+            raise lora_error(f"{file}: its {_METADATA} cannot be read: {error}") from error
 
     def strength(self, name: str, *, rank: int, alpha: float | None) -> float:
         """Layer ``name``'s factor; ``alpha`` is the file's own. Without any, it is 1."""

@@ -222,9 +222,12 @@ def test_a_lora_of_broken_parts(
 @pytest.mark.parametrize(
     ("noted", "message"),
     [
-        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "cannot be read: int too large"),
+        (
+            '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+            r"^a\.safetensors: its lora_adapter_metadata cannot be read: int too large",
+        ),
         ('{"unet.lora_alpha": Infinity}', "conv_in is not finite"),
-        ("[" * 100_000, "cannot be read: maximum recursion"),
+        ("[" * 100_000, r"^a\.safetensors: its .* cannot be read: maximum recursion"),
     ],
     ids=["large", "infinite", "deep"],
 )
