@@ -28,7 +28,8 @@ from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, sized_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
-from sd_runtime.table import SchedulerTable, compile_table, scheduler_name
+from sd_runtime.scheduler_config import scheduler_name
+from sd_runtime.table import SchedulerTable, compile_table
 from sd_runtime.task import (
     DEPTH_UPSCALING,
     LATENT_UPSCALING,

@@ -18,7 +18,7 @@ import numpy as np
 from sd_engines.errors import ConfigError
 from sd_runtime.linear_form import DEPTH
 from sd_runtime.samplers import sampler_rows
-from sd_runtime.scheduler_config import SCHEDULERS, effective_config, scheduler_name
+from sd_runtime.scheduler_config import effective_config, scheduler_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_runtime.rows import Rows
-
-__all__ = ["SCHEDULERS", "SchedulerTable", "compile_table", "scheduler_name"]
 
 _KEPT: Final = 64
 """Tables that are remembered: a request asks for its own anew, and most ask for the same."""
@@ -100,7 +98,7 @@ def compile_table(
 
     Args:
         scheduler_config: the checkpoint's ``scheduler_config.json``.
-        scheduler: a name of `SCHEDULERS`; None is the checkpoint's own ``_class_name``.
+        scheduler: a name that `scheduler_name` knows; None is the checkpoint's own ``_class_name``.
         num_inference_steps: 1 … num_train_timesteps.
         eta: 0 … 1, the noise of DDIM and TCD; the others have no such setting.
         strength: 0 … 1, the share of the steps that image-to-image runs, as its pipeline counts.

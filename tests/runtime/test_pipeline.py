@@ -22,7 +22,7 @@ from sd_engines.seal import seal
 from sd_runtime import Pipeline, Request
 from sd_runtime.image import read_recipe_text
 from sd_runtime.recipe import recipes_from_text
-from sd_runtime.table import SCHEDULERS
+from sd_runtime.scheduler_config import SCHEDULERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

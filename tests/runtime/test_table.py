@@ -12,9 +12,14 @@ import pytest
 
 from sampler_oracle import V1_CONFIG, relative_difference, run_table
 from sd_engines.errors import ConfigError
-from sd_runtime.scheduler_config import REFUSED, SCHEDULERS, effective_config
+from sd_runtime.scheduler_config import (
+    REFUSED,
+    SCHEDULERS,
+    effective_config,
+    scheduler_name,
+)
 from sd_runtime.scheduler_defaults import DEFAULTS
-from sd_runtime.table import compile_table, scheduler_name
+from sd_runtime.table import compile_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 

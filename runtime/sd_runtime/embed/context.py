@@ -11,7 +11,7 @@ from sd_engines.closing import Closing
 from sd_runtime.engine_room import EngineRoom
 from sd_runtime.pipeline import Pipeline
 from sd_runtime.scheduler_check import drawable_bundle
-from sd_runtime.table import SCHEDULERS
+from sd_runtime.scheduler_config import SCHEDULERS
 from sd_runtime.task import check_served
 from sd_runtime.work_stream import on_stream
 

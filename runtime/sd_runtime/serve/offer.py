@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from sd_engines.errors import ConfigError
 from sd_runtime.controlnet import controlnet_names
 from sd_runtime.plan import plan
-from sd_runtime.table import SCHEDULERS
+from sd_runtime.scheduler_config import SCHEDULERS
 from sd_runtime.task import plainest_request, reads_image, tasks_of
 
 if TYPE_CHECKING:

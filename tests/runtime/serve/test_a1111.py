@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from sd_runtime import Request
+from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name
 from sd_runtime.serve.a1111_bodies import ImageToImage, TextToImage
 from sd_runtime.serve.offer import Offer
-from sd_runtime.table import SCHEDULERS, scheduler_name
 
 if TYPE_CHECKING:
     from conftest import TinyModel
