@@ -73,11 +73,6 @@ class NoiseStream:
         return radius * math.cos(angle)
 
 
-def standard_normal(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The first draw of a seed: ``torch.randn(shape, generator=manual_seed(seed))``, float32."""
-    return NoiseStream(seed).normal(shape)
-
-
 def _box_muller(uniforms: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Normals from uniforms, per block of 16: 8 radii, then 8 angles; 8 cosines, then 8 sines."""
     halves = uniforms.reshape(-1, 2, _BLOCK // 2)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sd_engines.errors import ConfigError
 from sd_runtime.plan import plan
 from sd_runtime.task import check_served, plainest_request
@@ -34,14 +36,12 @@ def schedule_of(
 
     A ``strength`` makes it one of image-to-image. Raises as `plan` does.
     """
-    import numpy as np
-
     check_served(manifest)
     if manifest.model.requires_aesthetics_score:
         raise ConfigError(
             "a refiner has no schedule to hand on: its UNet is told one thing beside the prompt, "
             "and another beside the negative prompt",
-            "Draw with it in Python: sd-run BUNDLE PROMPT --image PICTURE.",
+            "Draw with it by sd-run BUNDLE PROMPT --image PICTURE, or in Python.",
         )
     request = plainest_request(manifest)
     if strength is not None and request.image is None:
