@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,8 @@ class Context(Closing):
         self._room = EngineRoom(self._pipeline, queue_size=queue_size, on_drawn=self._count_stages)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._stages: dict[str, list[float]] = {}
+        self._runs: Counter[str] = Counter()
+        self._total_ms: dict[str, float] = defaultdict(float)
 
     @property
     def draws_in_this_thread(self) -> bool:
@@ -90,9 +91,8 @@ class Context(Closing):
     def _count_stages(self, _tickets: Sequence[Ticket], timings: Timings) -> None:
         with self._lock:
             for name, total_ms in timings.totals_ms().items():
-                stage = self._stages.setdefault(name, [0, 0.0])
-                stage[0] += len(timings.runs_ms(name))
-                stage[1] += total_ms
+                self._runs[name] += len(timings.runs_ms(name))
+                self._total_ms[name] += total_ms
 
     def info(self) -> dict[str, Any]:
         """What the bundle is, and what it runs on."""
@@ -114,8 +114,8 @@ class Context(Closing):
                 "waiting": waiting,
                 **{name: self._counts[name] for name in names},
                 "stages": {
-                    name: {"runs": int(runs), "total_ms": round(total_ms, 3)}
-                    for name, (runs, total_ms) in self._stages.items()
+                    name: {"runs": self._runs[name], "total_ms": round(total_ms, 3)}
+                    for name, total_ms in self._total_ms.items()
                 },
             }
 
