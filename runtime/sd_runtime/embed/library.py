@@ -27,7 +27,6 @@ SOURCE = _HERE / "source"
 HEADER = INCLUDE / "sd_runtime.h"
 SYMBOLS = INCLUDE / "symbols.txt"
 _CFLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-fPIC", "-pthread")
-_ANSWERED_BY_PYTHON = ("open", "close", "info", "statistics", "submit", "cancel")
 
 
 def build_library(folder: Path) -> Path:
@@ -94,11 +93,7 @@ def _write_glue(path: Path) -> None:
     text = _declarations(
         SOURCE / "door.h", "/* Begin of what cffi reads. */", "/* End of what cffi reads. */"
     )
-    for name in _ANSWERED_BY_PYTHON:
-        text = text.replace(
-            f"sd_status *door_{name}(", f'extern "Python+C" sd_status *door_{name}('
-        )
-    ffi.cdef(text)
+    ffi.cdef(text.replace("sd_status *door_", 'extern "Python+C" sd_status *door_'))
     ffi.set_source(NATIVE_MODULE, '#include "door.h"')
     with contextlib.redirect_stdout(io.StringIO()):  # it says what it writes
         ffi.emit_c_code(str(path))

@@ -23,7 +23,7 @@ void job_succeed(sd_job *job, const sd_result *result, struct DLManagedTensor *d
 /* Takes the status, whose code says whether it was cancelled. */
 void job_fail(sd_job *job, sd_status *status);
 
-/* For Python: one pass over the parameters, whatever the caller's version of the struct. */
+/* Answered by Python, as all that begins with door_. Structs have been copied by params_copy. */
 sd_status *door_open(const sd_open_params *params, sd_context *context);
 sd_status *door_close(sd_context *context);
 sd_status *door_info(sd_context *context, char **json);
