@@ -155,7 +155,6 @@ class Request:
             )
         self._check_weights()
         check_safety_options(self)
-        check_texts("safety_concept", self.safety_concept or "")
         self._check_refining()
         self._take_pictures()
         self._take_control_numbers()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError, nearest
-from sd_runtime.option_values import shown
+from sd_runtime.option_values import check_texts, shown
 from sd_runtime.prompt_weighting import weighted_parts
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def check_safety_options(request: Request) -> None:
         raise ConfigError(
             f"safety_concept is {shown(concept)}", "Name what to lead away from, or leave it out."
         )
+    check_texts("safety_concept", concept)
     if request.prompt_weighting:
         weighted_parts(concept)
 
