@@ -117,32 +117,13 @@ class Request:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, kept(getattr(self, field.name)))
-        check_texts("prompt", self.prompt)
-        if self.negative_prompt is not None:
-            check_texts("negative_prompt", self.negative_prompt, optional=True)
-        if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(
-            self.prompts
-        ):
-            raise ConfigError(
-                f"{len(self.negative_prompt)} negative prompts for {len(self.prompts)} prompts",
-                "Give one negative prompt for all, or as many as there are prompts.",
-            )
+        self._check_prompts()
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
         check_whole("cache_interval", self.cache_interval, 1)
         for name in ("num_inference_steps", "height", "width"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
-        if isinstance(self.seed, tuple):
-            if len(self.seed) != self.num_images:
-                raise ConfigError(
-                    f"{len(self.seed)} seeds for {self.num_images} pictures",
-                    "Give one seed for the first picture, or as many as there are pictures.",
-                )
-            for seed in self.seed:
-                check_whole("seed", seed, 0, MAX_SEED)
-        elif self.seed is not None:
-            check_whole("seed", self.seed, 0, MAX_SEED)
-            check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
+        self._check_seed()
         if self.guidance_scale is not None:
             limit = MAX_GUIDANCE_SCALE
             check_real("guidance_scale", self.guidance_scale, -limit, limit)
@@ -163,6 +144,29 @@ class Request:
                 f"scheduler is {shown(self.scheduler)}, not a name",
                 "Leave it out for the checkpoint's own, or name one, such as 'euler'.",
             )
+
+    def _check_prompts(self) -> None:
+        check_texts("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            check_texts("negative_prompt", self.negative_prompt, optional=True)
+        if len(self.negative_prompts) != len(self.prompts):
+            raise ConfigError(
+                f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts",
+                "Give one negative prompt for all, or as many as there are prompts.",
+            )
+
+    def _check_seed(self) -> None:
+        if isinstance(self.seed, tuple):
+            if len(self.seed) != self.num_images:
+                raise ConfigError(
+                    f"{len(self.seed)} seeds for {self.num_images} pictures",
+                    "Give one seed for the first picture, or as many as there are pictures.",
+                )
+            for seed in self.seed:
+                check_whole("seed", seed, 0, MAX_SEED)
+        elif self.seed is not None:
+            check_whole("seed", self.seed, 0, MAX_SEED)
+            check_whole("seed of the last picture", self.seed + self.num_images - 1, 0, MAX_SEED)
 
     def _check_weights(self) -> None:
         check_flag("prompt_weighting", self.prompt_weighting)
