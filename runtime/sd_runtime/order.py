@@ -94,13 +94,7 @@ def order_of(job: Job, manifest: Manifest, *, refiner: Manifest | None = None) -
         if "seed" in job.options:
             requests = [replace(request, seed=None) for request in requests]
         columns = columns if len(recipes) > 1 else None
-        drawn_by = recipes[0]
-        unets = [engine for engine in manifest.engines if engine.component == "unet"]
-        if job.backend is None and drawn_by.backend in {engine.backend for engine in unets}:
-            backend = drawn_by.backend
-        for engine in unets:
-            if (engine.backend, engine.precision) == (backend, drawn_by.precision):
-                precision = precision or engine.precision
+        backend, precision = _engine_of(recipes[0], job, manifest)
     elif job.prompts_file is not None and job.prompts_file.suffix == ".jsonl":
         requests = requests_from_jsonl(job.prompts_file, options)
     else:
@@ -118,6 +112,21 @@ def order_of(job: Job, manifest: Manifest, *, refiner: Manifest | None = None) -
     if job.grid and columns is None:
         columns = math.ceil(math.sqrt(sum(request.num_images for request in requests)))
     return Order(tuple(requests), columns, backend, precision)
+
+
+def _engine_of(recipe: Recipe, job: Job, manifest: Manifest) -> tuple[str, Precision | None]:
+    """Backend and precision of the UNet that drew ``recipe``, as far as the bundle has them.
+
+    What ``job`` names comes first.
+    """
+    unets = [engine for engine in manifest.engines if engine.component == "unet"]
+    backend, precision = job.backend or "auto", job.precision
+    if job.backend is None and recipe.backend in {engine.backend for engine in unets}:
+        backend = recipe.backend
+    for engine in unets:
+        if (engine.backend, engine.precision) == (backend, recipe.precision):
+            precision = precision or engine.precision
+    return backend, precision
 
 
 def _warn_of_differences(
