@@ -102,46 +102,11 @@ def task_of(request: Request, manifest: Manifest) -> Task:
     if upscales(manifest):
         _check_encoder(manifest)
         return DEPTH_UPSCALING if gives_depth(manifest) else LATENT_UPSCALING
-    if request.noise_level is not None:
-        raise ConfigError(
-            f"noise_level is {request.noise_level}, and the bundle is no upscaler's",
-            "Leave it out; strength says how far to leave the picture of --image.",
-        )
-    feeds_depth = takes_depth(manifest)
-    if feeds_depth and (request.image is None or request.mask is not None):
-        raise ConfigError(
-            "the bundle's UNet is for depth to image: it takes a picture"
-            + (", and no mask" if request.mask is not None else ""),
-            "Give it alone: --image PICTURE; or with its depth, --depth-map MAP.",
-        )
-    if request.depth_map is not None and not feeds_depth:
-        raise ConfigError(
-            "a depth map, and the bundle's UNet sees none",
-            _MAKE_LARGER
-            if gives_depth(manifest)
-            else "Leave --depth-map out, or draw with the bundle of a depth-to-image checkpoint: "
-            "sd-export --model stabilityai/stable-diffusion-2-depth --output BUNDLE.",
-        )
-    feeds_mask = takes_mask(manifest)
-    if manifest.model.requires_aesthetics_score and request.image is None:
-        raise ConfigError(
-            "the bundle is a refiner: it does not begin a picture",
-            "Give it one: --image PICTURE; or draw with the bundle of the base model.",
-        )
-    if feeds_mask and request.mask is None:
-        raise ConfigError(
-            "the bundle's UNet is for inpainting: it takes a picture and a mask",
-            "Give both: --image PICTURE --mask MASK, white where it is to be repainted.",
-        )
+    _check_pictures(request, manifest)
     if request.image is None:
         return TEXT_TO_IMAGE
-    if gives_depth(manifest):
-        raise ConfigError(
-            "the bundle is of LDM3D, which draws from text alone",
-            _MAKE_LARGER,
-        )
     _check_encoder(manifest)
-    if feeds_depth:
+    if takes_depth(manifest):
         if DEPTH_ESTIMATOR not in manifest.components and request.depth_map is None:
             raise BundleError(
                 "the bundle has no depth_estimator, so it cannot tell the picture's depth",
@@ -153,12 +118,18 @@ def task_of(request: Request, manifest: Manifest) -> Task:
         return IMAGE_TO_IMAGE
     strength = request.strength_or(manifest.model.defaults)
     mixes_image = strength < 1  # at 1, diffusers inpaints from noise alone
-    if not feeds_mask:  # diffusers draws the masked picture's latents even so
+    if not takes_mask(manifest):  # diffusers draws the masked picture's latents even so
         return Task("inpainting", ("image", "noise", "unused"), mixes_image=mixes_image)
     draws: tuple[Draw, ...] = ("noise", "masked_image")
     if mixes_image:
         draws = ("image", *draws)
     return Task("inpainting", draws, mixes_image=mixes_image, feeds_mask=True)
+
+
+def unet_inputs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """What the UNet takes, by name; nothing without one, which is refused when it is opened."""
+    unet = manifest.components.get("unet")
+    return {} if unet is None else {spec.name: spec for spec in unet.inputs}
 
 
 def takes_mask(manifest: Manifest) -> bool:
@@ -183,7 +154,7 @@ def takes_depth(manifest: Manifest) -> bool:
 
 def gives_depth(manifest: Manifest) -> bool:
     """Whether the bundle is an LDM3D's, which draws how far things are beside the picture."""
-    decoder = manifest.components.get("vae_decoder")  # as above
+    decoder = manifest.components.get("vae_decoder")  # None as in `unet_inputs`
     return decoder is not None and any(spec.name == DEPTH for spec in decoder.outputs)
 
 
@@ -255,14 +226,47 @@ def _check_variation(request: Request) -> None:
             )
 
 
+def _check_pictures(request: Request, manifest: Manifest) -> None:
+    """`ConfigError` for pictures that the bundle has no use for, or does not draw without.
+
+    The bundle is neither an upscaler's nor one that draws variations.
+    """
+    if request.noise_level is not None:
+        raise ConfigError(
+            f"noise_level is {request.noise_level}, and the bundle is no upscaler's",
+            "Leave it out; strength says how far to leave the picture of --image.",
+        )
+    feeds_depth = takes_depth(manifest)
+    if feeds_depth and (request.image is None or request.mask is not None):
+        raise ConfigError(
+            "the bundle's UNet is for depth to image: it takes a picture"
+            + (", and no mask" if request.mask is not None else ""),
+            "Give it alone: --image PICTURE; or with its depth, --depth-map MAP.",
+        )
+    if request.depth_map is not None and not feeds_depth:
+        raise ConfigError(
+            "a depth map, and the bundle's UNet sees none",
+            _MAKE_LARGER
+            if gives_depth(manifest)
+            else "Leave --depth-map out, or draw with the bundle of a depth-to-image checkpoint: "
+            "sd-export --model stabilityai/stable-diffusion-2-depth --output BUNDLE.",
+        )
+    if manifest.model.requires_aesthetics_score and request.image is None:
+        raise ConfigError(
+            "the bundle is a refiner: it does not begin a picture",
+            "Give it one: --image PICTURE; or draw with the bundle of the base model.",
+        )
+    if takes_mask(manifest) and request.mask is None:
+        raise ConfigError(
+            "the bundle's UNet is for inpainting: it takes a picture and a mask",
+            "Give both: --image PICTURE --mask MASK, white where it is to be repainted.",
+        )
+    if request.image is not None and gives_depth(manifest):
+        raise ConfigError("the bundle is of LDM3D, which draws from text alone", _MAKE_LARGER)
+
+
 def _check_encoder(manifest: Manifest) -> None:
     if ENCODER not in manifest.components:
         raise BundleError(
             "the bundle has no vae_encoder, so it cannot start from a picture", REMAKE_HINT
         )
-
-
-def unet_inputs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """What the UNet takes, by name; nothing without one, which is refused when it is opened."""
-    unet = manifest.components.get("unet")
-    return {} if unet is None else {spec.name: spec for spec in unet.inputs}
