@@ -13,7 +13,7 @@ from sd_export.family import is_xl
 from sd_export.kind import Kind
 from sd_export.load import clip_tokenizer, load_model, quiet
 from sd_export.wrappers import vae_scaling_factor
-from sd_runtime.plan import pipeline_scheduler_config
+from sd_runtime.scheduler_config import pipeline_scheduler_config
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 from sd_runtime.upscaling import DEFAULT_NOISE_LEVEL
 

@@ -23,7 +23,7 @@ def write_small_files(checkpoint: Checkpoint, bundle: Path) -> dict[str, FileEnt
     """
     from sd_export.load import load_tokenizer
     from sd_runtime.pipeline import TOKENIZER_OF
-    from sd_runtime.plan import pipeline_scheduler_config
+    from sd_runtime.scheduler_config import pipeline_scheduler_config
     from sd_runtime.table import compile_table
 
     config = pipeline_scheduler_config(checkpoint.configs["scheduler"], family=checkpoint.family)

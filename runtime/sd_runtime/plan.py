@@ -13,14 +13,11 @@ import numpy as np
 
 from sd_engines.errors import ConfigError
 from sd_engines.spec import (
-    LDM3D_UPSCALER,
     LOW_RES_LATENTS,
     NOISE_LEVEL,
     STABLE_DIFFUSION_XL,
     TIME_IDS,
     TIMESTEP_COND,
-    X2_UPSCALER,
-    X4_UPSCALER,
 )
 from sd_runtime.conditioning import guidance_scale_embedding, time_ids
 from sd_runtime.control_options import NO_CONTROL
@@ -28,7 +25,7 @@ from sd_runtime.controlnet import Control, controls_of
 from sd_runtime.noise import NoiseStream
 from sd_runtime.refiner import HIGH_NOISE_FRAC, sized_refiner
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_safety_guidance
-from sd_runtime.scheduler_config import scheduler_name
+from sd_runtime.scheduler_config import pipeline_scheduler_config, scheduler_name
 from sd_runtime.table import SchedulerTable, compile_table
 from sd_runtime.task import (
     DEPTH_UPSCALING,
@@ -242,19 +239,6 @@ def _plan(
         upscaling=upscaling,
         reads_prompt=task is not LATENT_UPSCALING or scale != 0,  # as its pipeline in diffusers
     )
-
-
-def pipeline_scheduler_config(
-    scheduler_config: Mapping[str, Any], *, family: str
-) -> dict[str, Any]:
-    """The config as diffusers' pipeline of the ``family`` corrects it.
-
-    Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
-    whatever a checkpoint says; of Stable Diffusion XL and of upscalers diffusers takes its word.
-    """
-    if family in (STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER, LDM3D_UPSCALER):
-        return {**scheduler_config, "clip_sample": False}
-    return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
 def max_prompt_chunks(manifest: Manifest) -> int:

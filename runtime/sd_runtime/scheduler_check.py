@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_engines.node import wrong
-from sd_runtime.plan import pipeline_scheduler_config
+from sd_runtime.scheduler_config import pipeline_scheduler_config
 from sd_runtime.table import compile_table
 from sd_runtime.upscaling import low_res_level
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import MAX_TRAIN_TIMESTEPS
+from sd_engines.spec import (
+    LDM3D_UPSCALER,
+    MAX_TRAIN_TIMESTEPS,
+    STABLE_DIFFUSION_XL,
+    X2_UPSCALER,
+    X4_UPSCALER,
+)
 from sd_runtime.option_values import shown
 from sd_runtime.scheduler_defaults import DEFAULTS, SIGMAS
 
@@ -111,6 +117,19 @@ def scheduler_name(name: str) -> str:
             f"Use another; known: {', '.join(sorted(SCHEDULERS))}.",
         )
     raise ConfigError(f"unknown scheduler {name!r}", nearest(folded, SCHEDULERS))
+
+
+def pipeline_scheduler_config(
+    scheduler_config: Mapping[str, Any], *, family: str
+) -> dict[str, Any]:
+    """The config as diffusers' pipeline of the ``family`` corrects it.
+
+    Latents are not pixels, so nothing clips them. Leading timesteps start at 1, as in training,
+    whatever a checkpoint says; of Stable Diffusion XL and of upscalers diffusers takes its word.
+    """
+    if family in (STABLE_DIFFUSION_XL, X2_UPSCALER, X4_UPSCALER, LDM3D_UPSCALER):
+        return {**scheduler_config, "clip_sample": False}
+    return {**scheduler_config, "clip_sample": False, "steps_offset": 1}
 
 
 def effective_config(scheduler_config: Mapping[str, Any], name: str) -> dict[str, Any]:

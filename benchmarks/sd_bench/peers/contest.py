@@ -26,8 +26,8 @@ from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
 from sd_runtime.noise import NoiseStream
-from sd_runtime.plan import pipeline_scheduler_config, plan
-from sd_runtime.scheduler_config import effective_config
+from sd_runtime.plan import plan
+from sd_runtime.scheduler_config import effective_config, pipeline_scheduler_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
