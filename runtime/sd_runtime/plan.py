@@ -28,14 +28,13 @@ from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS, check_sa
 from sd_runtime.scheduler_config import pipeline_scheduler_config, scheduler_name
 from sd_runtime.table import SchedulerTable, compile_table
 from sd_runtime.task import (
-    DEPTH_UPSCALING,
     LATENT_UPSCALING,
     REFINING,
-    UPSCALING,
     Task,
     takes_noise_level,
     task_of,
     unet_inputs,
+    upscales,
 )
 from sd_runtime.upscaling import fitting, noise_level_of, upscaling_of
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.manifest import Manifest
-    from sd_engines.spec import Profile
+    from sd_engines.spec import ModelSpec, Profile
     from sd_runtime.request import ImageRequest, Request
     from sd_runtime.safety_options import SafetyConfig
     from sd_runtime.upscaling import Upscaling
@@ -157,7 +156,7 @@ def _plan(
 ) -> Plan:
     """What ``request`` comes to on one bundle, from a share of the steps on or up to one."""
     upscaling = upscaling_of(request, manifest) if task.by_tiles else None
-    upscales = task in (UPSCALING, LATENT_UPSCALING, DEPTH_UPSCALING)
+    is_upscaler = upscales(manifest)
     if request.cache_interval > 1 and "unet_shallow" not in manifest.components:
         raise ConfigError(
             f"cache_interval is {request.cache_interval}, and the bundle has no shallow UNet",
@@ -168,27 +167,22 @@ def _plan(
     steps, scale = request.num_inference_steps, request.guidance_scale
     steps = model.defaults.num_inference_steps if steps is None else steps
     scale = model.defaults.guidance_scale if scale is None else scale
-    from_noise = task.reads_image or upscales
+    from_noise = task.reads_image or is_upscaler
     strength = 1.0 if from_noise else request.strength_or(model.defaults)
-    negative = request.negative_prompt
-    if not model.force_zeros_for_empty_prompt:  # then None is empty text
-        if isinstance(negative, tuple):
-            negative = tuple(text or "" for text in negative)
-        else:
-            negative = negative or ""
     request = replace(
         request,
-        negative_prompt=negative,
+        negative_prompt=_negative_prompt(request, model),
         num_inference_steps=steps,
         guidance_scale=scale,
         strength=None if request.image is None or from_noise else strength,
-        noise_level=noise_level_of(request, manifest) if upscales else None,
+        noise_level=noise_level_of(request, manifest) if is_upscaler else None,
     )
     safety = None
     if request.safety_guidance is not None:
         safety = SAFETY_STRENGTHS[request.safety_guidance]
         request = replace(request, safety_concept=request.safety_concept or SAFETY_CONCEPT)
     widths = _unet_input_widths(manifest)
+    is_distilled = TIMESTEP_COND in widths
     config = pipeline_scheduler_config(model.scheduler, family=model.family)
     if request.mask is not None and model.family != STABLE_DIFFUSION_XL:
         config["skip_prk_steps"] = True  # as diffusers' StableDiffusionInpaintPipeline corrects it
@@ -199,7 +193,7 @@ def _plan(
         num_inference_steps=steps,
         eta=request.eta,
         strength=strength,
-        keeps_steps=TIMESTEP_COND in widths and request.mask is None and not request.control_image,
+        keeps_steps=is_distilled and request.mask is None and not request.control_image,
         denoising_start=denoising_start,
     )
     table = compiled(denoising_end=denoising_end)
@@ -207,19 +201,10 @@ def _plan(
     if LOW_RES_LATENTS in widths:  # Karras et al. 2022 (arXiv:2206.00364), table 1
         told = np.log(table.sigma[:-1] / table.alpha[:-1]) / 4
         table = replace(table, timesteps=told)
-    width = widths.get(TIMESTEP_COND)
-    unet_inputs: dict[str, NDArray[Any]] = {}
-    negative_unet_inputs: dict[str, NDArray[np.float32]] = {}
-    if width is not None:
+    if is_distilled:
         _check_distilled(request)
-        unet_inputs[TIMESTEP_COND] = guidance_scale_embedding(scale, width)[None]
-    if TIME_IDS in widths:
-        is_refiner = model.requires_aesthetics_score
-        ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
-        unet_inputs[TIME_IDS], negative_unet_inputs[TIME_IDS] = ids[None], negative_ids[None]
-    if takes_noise_level(manifest):
-        unet_inputs[NOISE_LEVEL] = np.array([request.noise_level])
-    guided_rows = request.guided_rows(table.num_rows) if width is None else range(0)
+    beside_prompt, beside_negative = _told(request, manifest, guidance_scale=scale)
+    guided_rows = range(0) if is_distilled else request.guided_rows(table.num_rows)
     if safety is not None:
         check_safety_guidance(request, is_guided=bool(guided_rows))
     return Plan(
@@ -232,13 +217,41 @@ def _plan(
         table=table,
         guided_rows=guided_rows,
         shallow_rows=request.shallow_rows(table.num_rows),
-        unet_inputs=unet_inputs,
-        negative_unet_inputs=negative_unet_inputs,
+        unet_inputs=beside_prompt,
+        negative_unet_inputs=beside_negative,
         controls=controls_of(request, manifest, table.num_rows, of_rows=of_rows),
         safety=safety,
         upscaling=upscaling,
         reads_prompt=task is not LATENT_UPSCALING or scale != 0,  # as its pipeline in diffusers
     )
+
+
+def _negative_prompt(request: Request, model: ModelSpec) -> str | tuple[str | None, ...] | None:
+    """That of ``request``; None is empty text, but where the model was trained on zeros."""
+    negative = request.negative_prompt
+    if model.force_zeros_for_empty_prompt:
+        return negative
+    if isinstance(negative, tuple):
+        return tuple(text or "" for text in negative)
+    return negative or ""
+
+
+def _told(
+    request: Request, manifest: Manifest, *, guidance_scale: float
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.float32]]]:
+    """What the UNet is told besides the texts, and what in its place beside a negative prompt."""
+    told: dict[str, NDArray[Any]] = {}
+    negative: dict[str, NDArray[np.float32]] = {}
+    widths = _unet_input_widths(manifest)
+    if TIMESTEP_COND in widths:
+        told[TIMESTEP_COND] = guidance_scale_embedding(guidance_scale, widths[TIMESTEP_COND])[None]
+    if TIME_IDS in widths:
+        is_refiner = manifest.model.requires_aesthetics_score
+        ids, negative_ids = time_ids(manifest.profile, is_refiner=is_refiner)
+        told[TIME_IDS], negative[TIME_IDS] = ids[None], negative_ids[None]
+    if takes_noise_level(manifest):
+        told[NOISE_LEVEL] = np.array([request.noise_level])
+    return told, negative
 
 
 def max_prompt_chunks(manifest: Manifest) -> int:
