@@ -49,18 +49,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
     order = order_of(job, manifest, refiner=refiner)
     seeds = order.seeds
     paths = output_paths(job.output, seeds[:1] if order.columns else seeds)
-    for path in paths:
-        format_of(path)
-    pictures = [*paths, *(map(depth_path, paths) if gives_depth(manifest) else ())]
-    for path in pictures:
-        check_writable(path)
-    if job.save_latents:
-        check_writable(job.save_latents)
-        if job.save_latents.resolve() in {path.resolve() for path in pictures}:
-            raise ConfigError(
-                f"{job.save_latents} is both --output and --save-latents",
-                "Name another file for the latents.",
-            )
+    _check_places(job, paths, manifest)
     plans = [plan(request, manifest, refiner=refiner) for request in order.requests]
     if (order.columns or job.save_latents) and len({planned.size for planned in plans}) > 1:
         raise ConfigError(
@@ -120,6 +109,22 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         report = _report(job, results, paths, flags, timings, total_ms)
         # The clock is the machine's: whoever started this process can tell how long that took.
         click.echo(json.dumps({**report, "started_s": start}))
+
+
+def _check_places(job: Job, paths: Sequence[Path], manifest: Manifest) -> None:
+    """`ConfigError` where a file could not be written, or would be two things."""
+    for path in paths:
+        format_of(path)
+    pictures = [*paths, *(map(depth_path, paths) if gives_depth(manifest) else ())]
+    for path in pictures:
+        check_writable(path)
+    if job.save_latents:
+        check_writable(job.save_latents)
+        if job.save_latents.resolve() in {path.resolve() for path in pictures}:
+            raise ConfigError(
+                f"{job.save_latents} is both --output and --save-latents",
+                "Name another file for the latents.",
+            )
 
 
 def _check_room(
