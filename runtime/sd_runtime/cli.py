@@ -191,7 +191,7 @@ def run(
     """
     import logging
 
-    from sd_runtime.lora import find_lora
+    from sd_runtime.lora import find_loras
 
     level = logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -222,7 +222,7 @@ def run(
             backend=backend,
             precision=precision,
             threads=threads,
-            loras=tuple(map(find_lora, loras)),
+            loras=find_loras(loras),
         )
         draw_folder(folder_job, as_json=as_json, quiet=quiet)
         return
@@ -245,7 +245,7 @@ def run(
         backend=backend,
         precision=precision,
         threads=threads,
-        loras=tuple(map(find_lora, loras)),
+        loras=find_loras(loras),
     )
     draw(job, as_json=as_json, quiet=quiet)
 
