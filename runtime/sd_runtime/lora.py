@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,31 +114,27 @@ def fused_weights(bundle: Bundle, component: str, loras: Sequence[Lora]) -> dict
     whole = table if component == owner else LayerTable.open(bundle, owner)
     xl = bundle.manifest.model.family == STABLE_DIFFUSION_XL
     names = {*whole.layers, *(_unread_layers(whole.layers) if xl else ())}
-    opened = []
+    changes: dict[str, list[tuple[Lora, partial[NDArray[np.float32]]]]] = {}
     for lora in loras:
-        file = TensorFile.open(lora.path)
-        notes = LoraNotes.read(file.metadata, lora.path.name, component=owner)
-        layers = lora_layers(file, lora.path.name, components=owners).get(owner, {})
-        found = model_layers(layers, names, file=lora.path.name, component=owner)
-        opened.append((lora, file, notes, found))
+        file, file_name = TensorFile.open(lora.path), lora.path.name
+        notes = LoraNotes.read(file.metadata, file_name, component=owner)
+        layers = lora_layers(file, file_name, components=owners).get(owner, {})
+        found = model_layers(layers, names, file=file_name, component=owner)
+        for name, (spelling, keys) in found.items():
+            change = partial(
+                lora_change, keys, file.read, layer=spelling, file=file_name, notes=notes
+            )
+            changes.setdefault(name, []).append((lora, change))
     fused = {}
     for name in table.layers:  # one weight at a time in float32
-        changes = [(lora, file, notes, f[name]) for lora, file, notes, f in opened if name in f]
-        if not changes:
+        if name not in changes:
             continue
         weight = table.read(name).copy()
         with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-            for lora, file, notes, (spelling, keys) in changes:
-                weight += np.float32(lora.scale) * lora_change(
-                    keys,
-                    file.read,
-                    layer=spelling,
-                    file=lora.path.name,
-                    notes=notes,
-                    shape=weight.shape,
-                )
+            for lora, change in changes[name]:
+                weight += np.float32(lora.scale) * change(shape=weight.shape)
             stored = table.stored(name, weight)
-        check_changed(name, stored, [lora for lora, *_ in changes])
+        check_changed(name, stored, [lora for lora, _ in changes[name]])
         fused[table.initializer(name)] = stored
     return fused
 
