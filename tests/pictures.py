@@ -1,4 +1,4 @@
-"""Pictures: as requests over HTTP carry them, and beside those that diffusers draws."""
+"""Pictures: in their files, as requests over HTTP carry them, and beside those of diffusers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
+
+from sd_runtime.image import read_recipe_text
+from sd_runtime.recipe import recipes_from_text
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from pathlib import Path
 
-    from sd_runtime import Pipeline, Request
+    from sd_runtime import Pipeline, Recipe, Request
     from sd_runtime.result import Result
 
 
@@ -25,6 +29,18 @@ def png(picture: Image.Image) -> bytes:
 def text(picture: Image.Image) -> str:
     """The file in base64."""
     return base64.b64encode(png(picture)).decode()
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """Those of the file."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def recipe_in(path: Path) -> Recipe:
+    """That of the file of one picture."""
+    (recipe,), _ = recipes_from_text(read_recipe_text(path))
+    return recipe
 
 
 def assert_drawn_alike(pipeline: Pipeline, oracle: Any, request: Request, **inputs: Any) -> Result:

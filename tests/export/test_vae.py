@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compvis import original_state
+from pictures import recipe_in
 from sd_engines.errors import ConfigError, ExportError, SdError
 from sd_export.load import load_model
 from sd_export.source import find_checkpoint
 from sd_export.vae import with_vae
 from sd_runtime import Pipeline, Request
-from sd_runtime.image import read_recipe_text
-from sd_runtime.recipe import recipes_from_text
 from tiny import make_checkpoint
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def test_pictures_are_those_of_diffusers_with_that_vae(
         assert pipeline.bundle.manifest.model.vae == str(other / "vae")
         result, encoded = pipeline.generate(request), pipeline.generate(again)
     (path,) = result.save(tmp_path / "cat.png")
-    (recipe,), _ = recipes_from_text(read_recipe_text(path))
+    recipe = recipe_in(path)
     assert recipe.vae == str(other / "vae")
     assert f"VAE: {other / 'vae'}" in recipe.parameters()
 

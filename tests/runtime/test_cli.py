@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pictures import pixels_of, recipe_in
 from sd_engines.bundle import open_bundle, portable_entry
 from sd_engines.seal import seal
 from sd_runtime import Request
 from sd_runtime.cli import main
-from sd_runtime.image import read_recipe_text
-from sd_runtime.recipe import recipes_from_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,11 +43,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def test_a_prompt_becomes_a_picture(
@@ -110,7 +104,7 @@ def test_prompts_from_a_file(tiny_model: TinyModel, folder: Path) -> None:
     Path("prompts.txt").write_text("a cat\n\n  a dog  \na horse\n")
     arguments = ["--prompts-file", "prompts.txt", "-o", "out.png", "--seed", "5", *FAST, "-q"]
     assert main([str(tiny_model.bundle), *arguments]) == 0
-    recipes = [recipes_from_text(read_recipe_text(Path(f"out-{i}.png")))[0][0] for i in range(3)]
+    recipes = [recipe_in(Path(f"out-{i}.png")) for i in range(3)]
     assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [
         ("a cat", 5),
         ("a dog", 6),
@@ -126,7 +120,7 @@ def test_prompts_with_options_of_their_own(tiny_model: TinyModel, folder: Path) 
     )
     arguments = ["--prompts-file", "prompts.jsonl", "-o", "out.png", "--seed", "5", *FAST]
     assert main([str(tiny_model.bundle), *arguments]) == 0
-    recipes = [recipes_from_text(read_recipe_text(Path(f"out-{i}.png")))[0][0] for i in range(4)]
+    recipes = [recipe_in(Path(f"out-{i}.png")) for i in range(4)]
     assert [recipe.seed for recipe in recipes] == [5, 50, 6, 7]
     assert [recipe.num_inference_steps for recipe in recipes] == [1, 2, 2, 2]
     assert recipes[0].guidance_scale == 1
@@ -149,18 +143,24 @@ def test_a_grid_and_its_recipe(tiny_model: TinyModel, folder: Path) -> None:
     assert np.abs(difference).max() <= 1, "batches of two and of one round differently"
 
 
+@pytest.fixture
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the engines are opened."""
+
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("it opened the engines")
+
+    monkeypatch.setattr("sd_runtime.job.Pipeline.load", draw)
+
+
 @pytest.mark.parametrize("options", [["a", "--num-images", "70", "--grid"], ["a cat " * 6000]])
 def test_what_has_no_room_in_its_file_is_not_drawn(
     tiny_model: TinyModel,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    no_engines: None,
     options: list[str],
 ) -> None:
-    def draw(*_: object, **__: object) -> None:
-        raise AssertionError("it opened the engines")
-
-    monkeypatch.setattr("sd_runtime.job.Pipeline.load", draw)
     assert main([str(tiny_model.bundle), *options, "--output", "a.jpg", *FAST]) == 2
     assert "a.jpg: its recipe is" in capsys.readouterr().err
 
@@ -169,12 +169,8 @@ def test_a_picture_that_is_made_too_large_for_its_format_is_not_drawn(
     upscaler_model: TinyModel,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    no_engines: None,
 ) -> None:
-    def draw(*_: object, **__: object) -> None:
-        raise AssertionError("it opened the engines")
-
-    monkeypatch.setattr("sd_runtime.job.Pipeline.load", draw)
     Image.new("RGB", (4096, 8)).save("wide.png")
     arguments = [str(upscaler_model.bundle), "a cat", "--image", "wide.png", *FAST]
     assert main([*arguments, "--output", "a.webp"]) == 2
@@ -199,7 +195,7 @@ def test_a_recipe_with_changes(tiny_model: TinyModel, folder: Path) -> None:
     assert main([bundle, "a cat", "-o", "a.png", "--seed", "4", *FAST]) == 0
     arguments = ["--from-image", "a.png", "-o", "b.png", "--seed", "9", "--guidance-scale", "2"]
     assert main([bundle, *arguments]) == 0
-    (recipe,), _ = recipes_from_text(read_recipe_text(Path("b.png")))
+    recipe = recipe_in(Path("b.png"))
     assert (recipe.prompt, recipe.seed, recipe.guidance_scale) == ("a cat", 9, 2)
     assert recipe.num_inference_steps == 2
 
@@ -246,12 +242,12 @@ def test_a_recipe_with_another_picture_warns(
     change = ["--from-image", "text.png", "--image", "in.png", "--strength", "0.5"]
     assert main([bundle, *change, "-o", "a.png", "--threads", "1"]) == 0
     assert "made from another" not in caplog.text
-    (recipe,), _ = recipes_from_text(read_recipe_text(Path("a.png")))
+    recipe = recipe_in(Path("a.png"))
     assert (recipe.seed, recipe.strength, recipe.mask) == (4, 0.5, None)
     again = ["--from-image", "a.png", "--image", "text.png", "--strength", "1"]
     assert main([bundle, *again, "-o", "b.png", "--threads", "1"]) == 0
     assert "a.png was made from another image than text.png" in caplog.text
-    (recipe,), _ = recipes_from_text(read_recipe_text(Path("b.png")))
+    recipe = recipe_in(Path("b.png"))
     assert recipe.strength == 1
 
 
@@ -263,7 +259,7 @@ def test_pictures_named_in_a_file_of_prompts(tiny_model: TinyModel, inputs: Path
     )
     arguments = ["--prompts-file", "prompts.jsonl", "-o", "out.png", "--seed", "5", *FAST]
     assert main([str(tiny_model.bundle), *arguments]) == 0
-    recipes = [recipes_from_text(read_recipe_text(Path(f"out-{i}.png")))[0][0] for i in range(3)]
+    recipes = [recipe_in(Path(f"out-{i}.png")) for i in range(3)]
     assert [recipe.strength for recipe in recipes] == [0.8, 0.5, None]
     assert [recipe.image is None for recipe in recipes] == [False, False, True]
 
@@ -315,7 +311,7 @@ def test_a_recipe_keeps_its_backend(tiny_model: TinyModel, folder: Path) -> None
         )
     first, again = (
         [
-            recipes_from_text(read_recipe_text(folder / f"{name}{ending}.png"))[0][0].backend
+            recipe_in(folder / f"{name}{ending}.png").backend
             for name in ("onnxruntime", "openvino", "auto")
         ]
         for ending in ("", "2")
@@ -490,7 +486,7 @@ def test_lines_end_where_json_lines_end(tiny_model: TinyModel, folder: Path) -> 
     Path("one.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\r\n")
     arguments = ["--prompts-file", "one.jsonl", "-o", "a.png", "--seed", "1", *FAST]
     assert main([str(tiny_model.bundle), *arguments]) == 0
-    (recipe,), _ = recipes_from_text(read_recipe_text(Path("a.png")))
+    recipe = recipe_in(Path("a.png"))
     assert recipe.prompt == prompt
 
 

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from controlnets import control_picture, control_request
+from pictures import recipe_in
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import ConfigError
 from sd_runtime import Pipeline
 from sd_runtime.cli import main
 from sd_runtime.controlnet import controlnet_names
-from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
-from sd_runtime.recipe import Recipe, recipes_from_text
+from sd_runtime.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,7 +140,7 @@ def test_a_recipe_needs_the_control_pictures_again(
     asked = [*pictures, *scales, "--control-guidance-end=0.8", "--seed=1"]
     asked += ["--num-inference-steps=3", "--quiet"]
     assert main([bundle, "a cat", "--output", first, *asked]) == 0
-    (recipe,), _ = recipes_from_text(read_recipe_text(tmp_path / "first.png"))
+    recipe = recipe_in(tmp_path / "first.png")
     assert recipe.controlnet_conditioning_scale == (0.7, 1.5)
     assert 'ControlNet 1: "Weight: 1.5, Guidance Start: 0, Guidance End: 0.8"' in (
         recipe.parameters()

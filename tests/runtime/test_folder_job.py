@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from pictures import pixels_of, recipe_in
 from sd_runtime import Request
 from sd_runtime.cli import main
 from sd_runtime.files import claimed_folder
-from sd_runtime.image import read_recipe_text
 from sd_runtime.lora import Lora
 from sd_runtime.picture_job import picture_jobs
-from sd_runtime.recipe import recipes_from_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,11 +38,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("jobs.jsonl").write_text(JOBS)
     return tmp_path
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def files_in(folder: Path) -> dict[str, tuple[int, int]]:
@@ -94,7 +87,7 @@ def test_jobs_become_named_pictures(
     )
     np.testing.assert_array_equal(pixels_of(folder / "out" / names[1]), pair.pixels[0])
     np.testing.assert_array_equal(pixels_of(folder / "out" / names[2]), pair.pixels[1])
-    recipe = recipes_from_text(read_recipe_text(folder / "out" / names[1]))[0][0]
+    recipe = recipe_in(folder / "out" / names[1])
     alone = tiny_model.pipeline.generate(first).recipes[0]
     assert recipe.digest == alone.digest
     assert names[1][9:25] == recipe.digest[:16]
@@ -121,7 +114,7 @@ def test_resume_draws_what_is_not_there(
     after = files_in(out)
     assert sorted(after) == sorted(before)
     assert after[cat] == before[cat]
-    assert recipes_from_text(read_recipe_text(out / stranger))[0][0].seed == 2
+    assert recipe_in(out / stranger).seed == 2
 
     Path("jobs.jsonl").write_text(JOBS.replace("a dog", "a horse"))
     assert run(tiny_model.bundle, "--resume", "-q") == 0
@@ -150,7 +143,7 @@ def test_a_killed_run_goes_on(tiny_model: TinyModel, folder: Path) -> None:
     after = files_in(out)
     assert len(after) == 40
     assert {name: after[name] for name in before} == before, "none was made twice"
-    prompts = [recipes_from_text(read_recipe_text(out / name))[0][0].prompt for name in after]
+    prompts = [recipe_in(out / name).prompt for name in after]
     assert sorted(prompts) == sorted(f"cat {i}" for i in range(40))
 
 

@@ -16,12 +16,11 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from pictures import recipe_in
 from sd_engines.bundle import hash_files, open_bundle, portable_entry
 from sd_engines.errors import BackendError, BundleError, ConfigError
 from sd_engines.seal import seal
 from sd_runtime import Pipeline, Request
-from sd_runtime.image import read_recipe_text
-from sd_runtime.recipe import recipes_from_text
 from sd_runtime.scheduler_config import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def test_a_recipe_draws_the_same_pixels(tiny_model: TinyModel, tmp_path: Path) -
     request = Request("a cat", negative_prompt="red", seed=9, num_inference_steps=2)
     result = tiny_model.pipeline.generate(request)
     (path,) = result.save(tmp_path / "cat.png")
-    (recipe,), _ = recipes_from_text(read_recipe_text(path))
+    recipe = recipe_in(path)
     assert recipe == result.recipes[0]
     assert recipe.scheduler
     assert recipe.backend == "onnxruntime"
@@ -153,7 +152,7 @@ def test_several_pictures_are_saved_with_their_own_recipes(
     request = Request("a cat", seed=9, num_images_per_prompt=2, num_inference_steps=1)
     paths = tiny_model.pipeline.generate(request).save(tmp_path / "cat.webp")
     assert [path.name for path in paths] == ["cat-0.webp", "cat-1.webp"]
-    seeds = [recipes_from_text(read_recipe_text(path))[0][0].seed for path in paths]
+    seeds = [recipe_in(path).seed for path in paths]
     assert seeds == [9, 10]
 
 

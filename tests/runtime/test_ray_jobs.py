@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pictures import recipe_in
 from sd_engines.errors import BackendError, ExportError, SdError
 from sd_runtime.cli import main
-from sd_runtime.image import read_recipe_text
-from sd_runtime.recipe import recipes_from_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +78,7 @@ def test_a_killed_worker_costs_no_picture(
     lines = [*"".join(printed).splitlines(), *rest.splitlines()]
     assert sorted(lines) == sorted(map(str, out.iterdir())), "each is named once, no other is left"
     assert {path: path.stat().st_ino for path in before} == before, "none was written twice"
-    drawn = [recipes_from_text(read_recipe_text(path))[0][0] for path in out.iterdir()]
+    drawn = [recipe_in(path) for path in out.iterdir()]
     assert sorted(recipe.prompt for recipe in drawn) == sorted(prompts)
     assert sorted(recipe.seed for recipe in drawn) == list(range(NUM_JOBS))
 

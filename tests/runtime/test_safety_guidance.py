@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 
+from pictures import recipe_in
 from safe import safe_expected, safe_pipeline
 from sd_engines.errors import ConfigError
 from sd_runtime import Request
 from sd_runtime.cli import main
 from sd_runtime.engines import first_batches
-from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
-from sd_runtime.recipe import recipes_from_text
 from sd_runtime.safety_options import SAFETY_CONCEPT, SAFETY_STRENGTHS
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def test_the_command_line_and_the_recipe_know_it(
     arguments = [str(tiny_model.bundle), "--threads", "1"]
     asked = ["a cat", "--seed", "7", "--num-inference-steps", "3", "--safety-guidance", "max"]
     assert main([*arguments, *asked, "--output", str(path)]) == 0
-    (recipe,), _ = recipes_from_text(read_recipe_text(path))
+    recipe = recipe_in(path)
     assert (recipe.safety_guidance, recipe.safety_concept) == ("max", SAFETY_CONCEPT)
     assert "Safety guidance: max" in recipe.parameters()
     (expected,) = tiny_model.pipeline.generate(SHORT).recipes

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pictures import recipe_in
 from sd_engines.errors import BundleError, ConfigError
 from sd_engines.manifest import SizeEntry
 from sd_engines.spec import Defaults
@@ -17,7 +18,6 @@ from sd_export.triton import write_model_repository
 from sd_runtime import Request
 from sd_runtime.cli import main
 from sd_runtime.embed.context import Context
-from sd_runtime.image import read_recipe_text
 from sd_runtime.plan import plan
 from sd_runtime.recipe import recipes_from_text, text_from_recipes
 from sd_runtime.schedule import schedule_of
@@ -202,7 +202,7 @@ def test_sd_run_makes_a_picture_larger(
     shared = [str(upscaler_model.bundle), "--image", "small.png", "--threads", "1", "--quiet"]
     options = ["--noise-level", "30", "--num-inference-steps", "2", "--seed", "5"]
     assert main([*shared, "a cat", *options, "--output", "large.png"]) == 0
-    (recipe,), _ = recipes_from_text(read_recipe_text(tmp_path / "large.png"))
+    recipe = recipe_in(tmp_path / "large.png")
     assert (recipe.height, recipe.width) == (52, 80)
     assert (recipe.noise_level, recipe.strength) == (30, None)
     assert "Noise level: 30" in recipe.parameters()
