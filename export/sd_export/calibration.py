@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
     from sd_export.verify import Proof
-    from sd_runtime.conditioning import PromptEmbeds
+    from sd_runtime.conditioning import Encoded, PromptEmbeds, Texts
 
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -143,9 +143,7 @@ class Calibration:
             reference_name=f"the bundle's ONNX, {ran}, along a picture",
         )
 
-    def _embeds(
-        self, texts: Sequence[tuple[str | None, ...]]
-    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+    def _embeds(self, texts: Sequence[Texts]) -> Encoded:
         """What is read for each picture, encoded."""
         with ExitStack() as opened:
             encoders = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from sd_runtime.timing import Timings
     from sd_runtime.tokenizer import Tokenizer
 
+Texts: TypeAlias = "tuple[str | None, ...]"
+"""What one picture's UNet sees at once, as `Plan.texts` says; None is zeros."""
+Encoded: TypeAlias = "Mapping[Texts, tuple[PromptEmbeds, ...]]"
+"""What was made of the texts of some pictures."""
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """What diffusers tells a refiner of the picture to draw, and of the one not to."""
 
@@ -68,18 +72,17 @@ class PromptEncoder:
 
     def encode(
         self,
-        groups: Sequence[tuple[str | None, ...]],
+        groups: Sequence[Texts],
         *,
         prompt_weighting: bool = False,
         timings: Timings,
-    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+    ) -> Encoded:
         """Group of texts → their embeddings [max_chunks · 77, d], on the engine's device.
 
-        A group is what one picture's UNet sees at once: its shorter texts are padded to as many
-        chunks as its longest. Where that is fewer than ``max_chunks``, all are repeated, which
-        attention does not notice; a number that does not divide ``max_chunks`` is padded to the
-        next that does. With ``prompt_weighting`` the texts are those of `weighted_parts`. None,
-        beside a text or more, becomes zeros.
+        The shorter texts of a group are padded to as many chunks as its longest. Where that is
+        fewer than ``max_chunks``, all are repeated, which attention does not notice; a number that
+        does not divide ``max_chunks`` is padded to the next that does. With ``prompt_weighting``
+        the texts are those of `weighted_parts`. One of a group at least is not None.
         """
         embeds = {}
         for group in dict.fromkeys(groups):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sd_engines.engine import Array
-    from sd_runtime.conditioning import PromptEmbeds
+    from sd_runtime.conditioning import Encoded
     from sd_runtime.decoder import Decoded
     from sd_runtime.denoise import Row
     from sd_runtime.engine_set import EngineSet
@@ -167,7 +167,7 @@ class Painter:
         self,
         batch: Sequence[ImageRequest],
         plan: Plan,
-        embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
+        embeds: Encoded,
         timings: Timings,
     ) -> Iterator[Row]:
         sources: list[Source] = []
@@ -226,7 +226,7 @@ class Painter:
         noise: Sequence[NoiseStream],
         batch: Sequence[ImageRequest],
         plan: Plan,
-        embeds: Mapping[tuple[str | None, ...], tuple[PromptEmbeds, ...]],
+        embeds: Encoded,
         timings: Timings,
     ) -> Iterator[Row]:
         texts = [embeds[plan.texts(image)] for image in batch]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sd_engines.engine import Engine
+    from sd_runtime.conditioning import Encoded, Texts
     from sd_runtime.input_image import InputImage
     from sd_runtime.timing import Timings
 
@@ -30,9 +31,7 @@ class PictureReader:
         self._engine = engine
         self._known: Recent[str, PromptEmbeds] = Recent(64)
 
-    def encode(
-        self, image: InputImage, groups: Sequence[tuple[str | None, ...]], *, timings: Timings
-    ) -> dict[tuple[str | None, ...], tuple[PromptEmbeds, ...]]:
+    def encode(self, image: InputImage, groups: Sequence[Texts], *, timings: Timings) -> Encoded:
         """As `PromptEncoder.encode`, but every text is ``image``, and None is zeros beside it."""
         read = self._known.get(image.sha256, partial(self._read, image, timings))
         self._known.trim()

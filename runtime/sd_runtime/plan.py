@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from sd_engines.manifest import Manifest
     from sd_engines.spec import ModelSpec, Profile
+    from sd_runtime.conditioning import Texts
     from sd_runtime.request import ImageRequest, Request
     from sd_runtime.safety_options import SafetyConfig
     from sd_runtime.upscaling import Upscaling
@@ -81,7 +82,7 @@ class Plan:
     upscaling: Upscaling | None = None
     reads_prompt: bool = True
 
-    def texts(self, image: ImageRequest) -> tuple[str | None, ...]:
+    def texts(self, image: ImageRequest) -> Texts:
         """What the UNet reads for a picture: its prompt, and with guidance the negative one.
 
         Last what it is to be led away from, if anything.
