@@ -72,3 +72,15 @@ def test_a_recipe_fills_in_every_field_that_a_drawing_reads(server: Server) -> N
 
     assert {"prompt", "image", "control"} <= fields("request") <= fields("useRecipe")
     assert "name" in fields("useRecipe")  # the model
+
+
+def test_a_picture_of_the_gallery_is_shown_with_all_that_is_shown_of_a_new_one(
+    server: Server,
+) -> None:
+    html = server.ask("/").body.decode()
+    found = re.search(r"^function show\((\w+)\) \{(.*?)^\}", html, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    read = set(re.findall(rf"\b{found[1]}\.(\w+)", found[2]))
+    assert {"recipe", "size", "nsfw_content_detected"} <= read
+    (given,) = re.findall(r"\bshow\(\{(.*?)\}\)", html, re.DOTALL)
+    assert "...picture" in given or read <= set(re.findall(r"(\w+):", given))
