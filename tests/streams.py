@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from sd_runtime import pipeline
+
 if TYPE_CHECKING:
     import pytest
+
+    from sd_engines import Bundle
+    from sd_engines.entries import EngineEntry
 
 
 class Array(np.ndarray):  # type: ignore[type-arg]
@@ -59,6 +65,16 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         assert self._stack().pop() is self
+
+
+def put_engines_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines take their engines to be there when they choose a stream."""
+    listed_engines = pipeline.listed_engines
+
+    def as_on_a_gpu(bundle: Bundle, component: str, **options: Any) -> list[EngineEntry]:
+        return [replace(e, target="cuda") for e in listed_engines(bundle, component, **options)]
+
+    monkeypatch.setattr(pipeline, "listed_engines", as_on_a_gpu)
 
 
 def put_in_place_of_cupy(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool = True) -> None:

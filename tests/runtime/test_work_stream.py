@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sd_runtime import Pipeline, Request, pipeline
+from sd_runtime import Pipeline, Request
 from sd_runtime.work_stream import NO_STREAM, on_stream, work_stream
-from streams import Stream, put_in_place_of_cupy
+from streams import Stream, put_engines_on_a_gpu, put_in_place_of_cupy
 from tiny_onnx import stale_plan
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from conftest import TinyModel
     from sd_engines import Bundle
-    from sd_engines.entries import EngineEntry
 
 ON_A_GPU = [stale_plan("fp32")]
 
@@ -56,12 +54,7 @@ def test_a_steps_latents_are_complete_on_any_stream(
 ) -> None:
     """The default stream, on which a caller reads them, does not wait for the pipeline's own."""
     put_in_place_of_cupy(monkeypatch)
-    listed_engines = pipeline.listed_engines
-
-    def as_on_a_gpu(bundle: Bundle, component: str, **options: Any) -> list[EngineEntry]:
-        return [replace(e, target="cuda") for e in listed_engines(bundle, component, **options)]
-
-    monkeypatch.setattr(pipeline, "listed_engines", as_on_a_gpu)
+    put_engines_on_a_gpu(monkeypatch)
     monkeypatch.setattr(Stream, "waited_for", 0)
     with Pipeline.load(tiny_model.bundle, backend="onnxruntime") as loaded:
         for step in loaded.stream(Request("a cat", num_inference_steps=3)):

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sd_engines.errors import BackendError, ConfigError
-from sd_runtime import Request, engines, pipeline
+from sd_runtime import Request, engines
 from sd_runtime.decoder import Decoder
 from sd_runtime.embed.context import Context
-from streams import Stream, put_in_place_of_cupy
+from streams import Stream, put_engines_on_a_gpu, put_in_place_of_cupy
 
 if TYPE_CHECKING:
     from conftest import TinyModel
-    from sd_engines import Bundle
     from sd_engines.engine import Engine
-    from sd_engines.entries import EngineEntry
 
 
 def test_the_engines_work_on_the_callers_stream(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_in_place_of_cupy(monkeypatch)
-    open_engine, listed_engines, draw = engines.open_engine, pipeline.listed_engines, Decoder.draw
-
-    def as_on_a_gpu(bundle: Bundle, component: str, **options: Any) -> list[EngineEntry]:
-        return [replace(e, target="cuda") for e in listed_engines(bundle, component, **options)]
-
+    put_engines_on_a_gpu(monkeypatch)
+    open_engine, draw = engines.open_engine, Decoder.draw
     opened_on, drawn_on, between = set(), set(), set()
 
     def watched_open(*arguments: Any, **options: Any) -> Engine:
@@ -40,7 +34,6 @@ def test_the_engines_work_on_the_callers_stream(
         drawn_on.add(Stream.current().ptr)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "listed_engines", as_on_a_gpu)
     monkeypatch.setattr(engines, "open_engine", watched_open)
     monkeypatch.setattr(Decoder, "draw", watched_draw)
     with Context(str(tiny_model.bundle), threads=1, queue_size=1, cuda_stream=0x5EED) as context:

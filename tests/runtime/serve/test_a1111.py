@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pictures import png
 from sd_runtime import Request
 from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name
 from sd_runtime.serve.a1111_bodies import ImageToImage, TextToImage
@@ -26,13 +27,7 @@ if TYPE_CHECKING:
     from .conftest import Reply, Server
 
 
-def plain_png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PLAIN = plain_png()
+PLAIN = png(Image.new("RGB", (2, 2)))
 BODY = {"prompt": "a cat", "negative_prompt": "red", "seed": 5, "steps": 3, "cfg_scale": 4}
 
 
