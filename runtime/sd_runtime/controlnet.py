@@ -137,10 +137,10 @@ def controls_of(
     ``of_rows``, those of a refiner among them, as diffusers counts; one of scale 0 on none, and is
     left out. Raises `ConfigError` where pictures and ControlNets are not as many.
     """
-    names = [name for name in manifest.components if name.startswith(CONTROLNET)]
     images = request.control_image
     if images is None:
         return ()
+    names = [name for name in manifest.components if name.startswith(CONTROLNET)]
     if not names:
         raise ConfigError(
             "a control picture, and the bundle has no ControlNet",
@@ -174,7 +174,6 @@ class Residuals:
         self._unet_inputs = binding.inputs
         self._controlnets = controlnets
         self._names = [n for n in binding.inputs if n.startswith((RESIDUAL, MID_RESIDUAL))]
-        self._zero = False
         self._clear()
 
     def update(self, row: int) -> bool:
@@ -189,15 +188,16 @@ class Residuals:
                     self._unet_inputs[name][...] = binding.outputs[name]
                 else:
                     self._unet_inputs[name][...] += binding.outputs[name]
-        if not running and not self._zero:
+        if running:
+            self._is_clear = False
+        elif not self._is_clear:
             self._clear()
-        self._zero = not running
         return bool(running)
 
     def _clear(self) -> None:
         for name in self._names:
             self._unet_inputs[name][...] = 0
-        self._zero = True
+        self._is_clear = True
 
 
 def _rows_between(start: float, end: float, num_rows: int) -> frozenset[int]:
