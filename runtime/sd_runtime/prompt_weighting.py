@@ -78,7 +78,7 @@ def weighted_parts(prompt: str) -> tuple[tuple[str, float], ...]:
         else:
             parts.append((text, weight))
     for text, weight in parts:
-        if abs(weight) > MAX_WEIGHT:
+        if not abs(weight) <= MAX_WEIGHT:  # nor is NaN, as of 0 times infinity
             raise ConfigError(
                 f"{text[:200]!r} in the prompt counts {weight:g} times",
                 f"Let it count {MAX_WEIGHT:g} times at most; nested brackets multiply.",

@@ -164,6 +164,7 @@ def test_a_hundred_thousand_brackets_are_read() -> None:
     [
         ({"prompt": "(a:1.2.3)", "prompt_weighting": True}, "'1.2.3' .* is no number"),
         ({"negative_prompt": "(a:.)", "prompt_weighting": True}, "'.' .* is no number"),
+        ({"prompt": f"((a:0):{'9' * 400})", "prompt_weighting": True}, "'a' .* counts nan times"),
         ({"prompt_weighting": 1}, "prompt_weighting is 1"),
     ],
 )
