@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError
@@ -71,12 +73,10 @@ def weighted_parts(prompt: str) -> tuple[tuple[str, float], ...]:
     for kind, places in opened.items():
         for first in places:
             scale(first, _FACTORS[kind])
-    parts: list[tuple[str, float]] = []
-    for text, weight in zip(texts, weights, strict=True):
-        if parts and parts[-1][1] == weight:
-            parts[-1] = (parts[-1][0] + text, parts[-1][1])
-        else:
-            parts.append((text, weight))
+    parts = [
+        ("".join(text for text, _ in alike), weight)
+        for weight, alike in groupby(zip(texts, weights, strict=True), key=itemgetter(1))
+    ]
     for text, weight in parts:
         if not abs(weight) <= MAX_WEIGHT:  # nor is NaN, as of 0 times infinity
             raise ConfigError(
