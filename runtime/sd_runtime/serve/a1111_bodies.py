@@ -16,7 +16,7 @@ from sd_engines.errors import ConfigError
 from sd_runtime.image import picture_from_base64
 from sd_runtime.request import MAX_SEED, Request
 from sd_runtime.serve.a1111_controlnet import AlwaysOnScripts
-from sd_runtime.serve.body import Body
+from sd_runtime.serve.body import OFF, Body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ _AUTOMATIC_SPACINGS = {
 }
 """Those that web UI takes where none is named, by its own names of samplers."""
 _EXTRA_NETWORK = re.compile("<(lora|lyco|hypernet):", re.IGNORECASE)
-_OFF: tuple[object, ...] = (False, 0, 0.0, "", [], {})
 _PLAIN_MASK = {
     **dict.fromkeys(("mask_blur", "mask_blur_x", "mask_blur_y"), 0),
     "inpainting_fill": 1,
@@ -81,13 +80,13 @@ class TextToImage(Body):
     )
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
-        **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), _OFF),
+        **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), OFF),
         **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
-        **dict.fromkeys(("styles", "script_name", "script_args", "infotext"), _OFF),
-        **dict.fromkeys(("refiner_checkpoint", "comments"), _OFF),
+        **dict.fromkeys(("styles", "script_name", "script_args", "infotext"), OFF),
+        **dict.fromkeys(("refiner_checkpoint", "comments"), OFF),
         **dict.fromkeys(("disable_extra_networks",), (True, False)),
         **dict.fromkeys(("seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
-        **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), _OFF),
+        **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), OFF),
         **dict.fromkeys(("s_noise", "s_tmax"), (0, 1)),
     }
     unused: ClassVar[frozenset[str]] = frozenset(
@@ -189,7 +188,7 @@ class ImageToImage(TextToImage):
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **TextToImage.neutral,
-        **dict.fromkeys(("include_init_images", "resize_mode"), _OFF),
+        **dict.fromkeys(("include_init_images", "resize_mode"), OFF),
         "initial_noise_multiplier": (0, 1, 1.0),
     }
     unused: ClassVar[frozenset[str]] = TextToImage.unused | {"image_cfg_scale"}

@@ -16,7 +16,7 @@ from sd_engines.errors import ConfigError, nearest
 from sd_engines.spec import CONTROLNET
 from sd_runtime.image import picture_from_base64
 from sd_runtime.serve.a1111_checkpoint import without_hash
-from sd_runtime.serve.body import Body
+from sd_runtime.serve.body import OFF, Body
 from sd_runtime.serve.offer import MAX_CONDITIONING_SCALE, Offer
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from sd_runtime.serve.a1111_checkpoint import Checkpoint
 
-_OFF: tuple[object, ...] = (False, 0, "", [], {})
 _JUST_RESIZE = (0, "Just Resize")
 _RESIZE_MODES = (
     *(None, *_JUST_RESIZE, 1, 2, "Crop and Resize", "Resize and Fill"),
@@ -61,9 +60,9 @@ class ControlUnit(Body):
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("low_vram", "lowvram", "save_detected_map", "is_ui"), (True, False)),
         **dict.fromkeys(("inpaint_crop_input_image", "use_preview_as_input"), (True, False)),
-        **dict.fromkeys(("mask", "mask_image", "advanced_weighting", "ipadapter_input"), _OFF),
-        **dict.fromkeys(("effective_region_mask", "rgbbgr_mode", "loopback"), _OFF),
-        **dict.fromkeys(("batch_images", "output_dir", "generated_image"), _OFF),
+        **dict.fromkeys(("mask", "mask_image", "advanced_weighting", "ipadapter_input"), OFF),
+        **dict.fromkeys(("effective_region_mask", "rgbbgr_mode", "loopback"), OFF),
+        **dict.fromkeys(("batch_images", "output_dir", "generated_image"), OFF),
         "input_mode": (0, "simple", "Simple"),
     }
 

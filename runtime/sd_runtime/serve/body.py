@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from sd_engines.errors import ConfigError, nearest
 
+OFF: tuple[object, ...] = (False, 0, "", [], {})
+"""The values of a field of another server that switch off what it is for."""
+
 
 class Body(BaseModel):
     """A JSON object whose fields are checked before anything else happens. Null is left out.
