@@ -23,7 +23,9 @@ from sd_runtime.serve.offer import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
     from starlette.datastructures import FormData
 
 _AS_IN_REQUEST = {
@@ -103,7 +105,7 @@ class Asked(Body):
         """What the drawing starts from, as a request names it."""
         return {}
 
-    def control_sources(self) -> list[UploadFile | str] | None:
+    def control_sources(self) -> Sequence[UploadFile | str] | None:
         """What leads it, as it was sent."""
         raise NotImplementedError
 
@@ -127,9 +129,9 @@ class Generation(Asked):
         """Whether it is led by any."""
         return self.control_images is not None
 
-    def control_sources(self) -> list[UploadFile | str] | None:
+    def control_sources(self) -> Sequence[UploadFile | str] | None:
         """The control pictures in base64."""
-        return None if self.control_images is None else [*self.control_images]
+        return self.control_images
 
     def let_go(self) -> None:
         """Keep its pictures no longer."""
@@ -187,7 +189,7 @@ class Edit(Asked):
         """It starts from one."""
         return True
 
-    def control_sources(self) -> list[UploadFile | str] | None:
+    def control_sources(self) -> Sequence[UploadFile | str] | None:
         """The control pictures, as files or in base64."""
         return self.control_images
 
@@ -235,13 +237,13 @@ class Pictures(BaseModel):
     background: str
 
 
-def _picture(source: UploadFile | str) -> Image.Image:
+def _picture(source: UploadFile | str) -> Image:
     if isinstance(source, str):
         return picture_from_base64(source)
     return picture_from_bytes(source.file.read())
 
 
-def _mask_from_bytes(data: bytes) -> Image.Image:
+def _mask_from_bytes(data: bytes) -> Image:
     """White where something is to be repainted."""
     mask = picture_from_bytes(data)
     alpha = mask.convert("RGBA").getchannel("A")
