@@ -110,11 +110,9 @@ class ImageEncoder:
             if task.feeds_depth and depth_map is None:
                 self._engine(DEPTH_ESTIMATOR)
         height, width = self._profile.height, self._profile.width
+        factor = self._profile.vae_scale_factor
         if LOW_RES_LATENTS in task.draws:
             height, width = image.image.height, image.image.width
-        latent_height, latent_width = (
-            side // self._profile.vae_scale_factor for side in (height, width)
-        )
         pixels = np.divide(image.pixels(height, width), 255, dtype=np.float32)
         pictures: dict[Draw, NDArray[np.float32]] = {"image": pixels, "low_res_latents": pixels}
         if depth_map is not None and IMAGE_LATENTS in task.draws:
@@ -125,7 +123,6 @@ class ImageEncoder:
             repainted = mask.mask(height, width)
             grey = np.float32(0.5)  # 0 to the encoder: so diffusers masks
             pictures["masked_image"] = np.where(repainted[..., None], grey, pixels)
-            factor = self._profile.vae_scale_factor
             latent_mask = repainted[::factor, ::factor]  # torch's nearest: the upper left pixel
         posteriors = {
             name: self._posterior(engine, pictures[name], timings)
@@ -137,7 +134,7 @@ class ImageEncoder:
             if depth_map is None:
                 depth_mask = self._depth_mask(pixels, image.name, timings)
             else:
-                depth_mask = depth_map.normalized(latent_height, latent_width)
+                depth_mask = depth_map.normalized(height // factor, width // factor)
         return Source(posteriors, latent_mask, depth_mask)
 
     def _depth_mask(
