@@ -94,11 +94,15 @@ class Recipe:
         ``image``, ``mask``, ``depth_map`` and ``control_image`` (one, or a list) are what it was
         made from; `ConfigError` where one is missing.
         """
-        pictures = (image, mask, depth_map, control_image)
-        given = dict(zip(PICTURES, pictures, strict=True))
-        for name in PICTURES:
+        given = {
+            "image": image,
+            "mask": mask,
+            "depth_map": depth_map,
+            "control_image": control_image,
+        }
+        for name, picture in given.items():
             digest = getattr(self, name)
-            if digest is not None and given[name] is None:
+            if digest is not None and picture is None:
                 digests = digest if isinstance(digest, tuple) else (digest,)
                 words = ", ".join(f"{text[:12]}…" for text in digests)
                 raise ConfigError(
@@ -152,28 +156,32 @@ class Recipe:
         for name in ("revision", *digests_or_names):
             if not isinstance(getattr(recipe, name), str | None):
                 raise _unreadable(f"{name} must be text")
-        amounts = [n for n in (recipe.strength, recipe.noise_level) if n is not None]
-        has_image = recipe.image is not None
-        varies = bool(recipe.image) and not recipe.prompt and not amounts
-        if (
-            (len(amounts) != has_image and not varies)
-            or not all(isinstance(amount, int | float) for amount in amounts)
-            or ((recipe.mask or recipe.depth_map) and not has_image)
-        ):
-            raise _unreadable(
-                "image, mask, depth_map, strength and noise_level do not belong together"
-            )
         digests = recipe.control_image
         if digests is not None and not (
             isinstance(digests, tuple) and digests and all(isinstance(d, str) for d in digests)
         ):
             raise _unreadable("control_image must be a list of text")
-        parts = (recipe.refiner, recipe.refiner_fingerprint, recipe.high_noise_frac)
-        if len({part is None for part in parts}) > 1:
-            raise _unreadable("refiner, refiner_fingerprint and high_noise_frac belong together")
+        recipe._check_together()
         recipe._request_from({})  # its inputs come later
         check_control_options(recipe)
         return recipe
+
+    def _check_together(self) -> None:
+        """`ConfigError` for fields of which one is nothing without another, or beside it."""
+        amounts = [n for n in (self.strength, self.noise_level) if n is not None]
+        has_image = self.image is not None
+        varies = bool(self.image) and not self.prompt and not amounts
+        if (
+            (len(amounts) != has_image and not varies)
+            or not all(isinstance(amount, int | float) for amount in amounts)
+            or ((self.mask or self.depth_map) and not has_image)
+        ):
+            raise _unreadable(
+                "image, mask, depth_map, strength and noise_level do not belong together"
+            )
+        parts = (self.refiner, self.refiner_fingerprint, self.high_noise_frac)
+        if len({part is None for part in parts}) > 1:
+            raise _unreadable("refiner, refiner_fingerprint and high_noise_frac belong together")
 
 
 _OPTIONS = {field.name for field in fields(Request)} & {field.name for field in fields(Recipe)}
