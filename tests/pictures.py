@@ -31,6 +31,14 @@ def text(picture: Image.Image) -> str:
     return base64.b64encode(png(picture)).decode()
 
 
+def picture_of(text: str | None) -> Image.Image:
+    """The picture of a file in base64."""
+    assert text is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(text)))
+    picture.load()
+    return picture
+
+
 def pixels_of(path: Path) -> np.ndarray:
     """Those of the file."""
     with Image.open(path) as image:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -72,6 +73,10 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return Reply(error.code, dict(error.headers), error.read())
+
+    def client(self) -> openai.OpenAI:
+        """OpenAI's own, to be closed; it asks once."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def send(
         self, path: str, body: dict[str, Any] | bytes, *, kind: str = "application/json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import struct
 import threading
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import png
+from pictures import picture_of, png
 from sd_runtime import Request
 from sd_runtime.scheduler_config import SCHEDULERS, scheduler_name
 from sd_runtime.serve.a1111_bodies import ImageToImage, TextToImage
@@ -50,7 +49,7 @@ def test_pictures_are_the_pipelines_own(tiny_model: TinyModel, server: Server) -
     assert info["all_seeds"] == [5, 6]
     assert info["infotexts"] == [recipe.parameters() for recipe in own.recipes]
     for text, expected in zip(reply.json["images"], own.pixels, strict=True):
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+        picture = np.asarray(picture_of(text))
         assert np.abs(picture.astype(int) - expected).max() <= 1
         read = server.ask("/sdapi/v1/png-info", {"image": f"data:image/png;base64,{text}"})
         assert read.json["info"] in info["infotexts"]
@@ -202,8 +201,7 @@ def test_progress_shows_the_picture_until_an_interrupt(server: Server) -> None:
         assert not replies, replies[0].body
         seen.append(server.ask("/sdapi/v1/progress").json)
         time.sleep(0.005)
-    picture = Image.open(io.BytesIO(base64.b64decode(seen[-1]["current_image"])))
-    assert picture.size == (64, 64)
+    assert picture_of(seen[-1]["current_image"]).size == (64, 64)
     assert 0 < seen[-1]["progress"] < 1
     assert seen[-1]["state"]["sampling_steps"] == 20 * 41  # PNDM takes one more
     assert server.ask("/sdapi/v1/interrupt", {}).status == 200

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 
-from pictures import png, text
+from pictures import picture_of, png, text
 from sd_runtime import Request
 
 from .conftest import running
@@ -43,8 +40,7 @@ def server(
 
 def assert_draws(model: TinyModel, b64: str | None, **options: Any) -> None:
     """It is the picture that the library draws, and the ControlNets did something."""
-    assert b64 is not None
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
+    drawn = np.asarray(picture_of(b64))
     expected = model.pipeline.generate(Request("a cat", **EXTRA, **options)).pixels[0]
     np.testing.assert_array_equal(drawn, expected)
     free = {name: options[name] for name in ("image", "strength") if name in options}
@@ -57,7 +53,7 @@ def test_a_generation_of_openais_client(controlled_model: TinyModel, server: Ser
         "control_guidance_end": 0.7,
         "guess_mode": True,
     }
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         (model,) = client.models.list().data
         assert model.controlnets == ["controlnet0", "controlnet1"]
         (image,) = client.images.generate(
@@ -73,7 +69,7 @@ def test_an_edit_of_openais_client(
 ) -> None:
     options = {"controlnet_conditioning_scale": [0.5, 1.3], "strength": 0.8}
     start = ("start.png", png(START))
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         if as_files:  # as a browser's form sends them
             answer: Any = client.post(
                 "/images/edits",

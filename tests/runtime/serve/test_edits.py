@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from pictures import png, text
+from pictures import picture_of, png, text
 from sd_runtime import Request
 
 if TYPE_CHECKING:
@@ -43,8 +41,7 @@ def hole(mask: Image.Image) -> Image.Image:
 
 
 def assert_shows(b64_json: str | None, expected: np.ndarray) -> None:
-    assert b64_json is not None
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))))
+    picture = np.asarray(picture_of(b64_json))
     assert np.abs(picture.astype(int) - expected).max() <= 1
 
 
@@ -55,7 +52,7 @@ def test_openais_client_edits(
 ) -> None:
     file = ("picture.png", png(PICTURE))
     options: dict[str, Any] = {} if mask is None else {"mask": ("mask.png", png(mask))}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         answer = client.images.edit(
             image=[file] if listed else file,
             prompt="a cat",
@@ -74,7 +71,7 @@ def test_openais_client_edits(
 
 
 def test_a_stream_of_an_edit(server: Server) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         events = list(
             client.images.edit(
                 image=("picture.png", png(PICTURE)),
@@ -95,7 +92,7 @@ def test_a_large_picture_needs_no_disk(tiny_model: TinyModel, start: Callable[..
     no_disk = "import tempfile; tempfile.tempdir = '/nowhere'; "
     with (
         start(tiny_model.bundle, "--threads", 1, before=no_disk) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        server.client() as client,
     ):
         answer = client.images.edit(image=("a.png", picture), prompt="a cat", extra_body=EXTRA)
         assert len(answer.data) == 1
@@ -173,7 +170,7 @@ def test_a_wrong_edit_says_what_to_do(
     server: Server, image: bytes, options: dict[str, Any], words: str
 ) -> None:
     with (
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        server.client() as client,
         pytest.raises(openai.BadRequestError, match=words),
     ):
         client.images.edit(image=("a.png", image), prompt="a cat", extra_body={**EXTRA, **options})
@@ -182,7 +179,7 @@ def test_a_wrong_edit_says_what_to_do(
 def test_several_pictures_are_refused(server: Server) -> None:
     file = ("picture.png", png(PICTURE))
     with (
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        server.client() as client,
         pytest.raises(openai.BadRequestError, match=r"2 of image\[\]\nSend one\."),
     ):
         client.images.edit(image=[file, file], prompt="a cat", extra_body=EXTRA)

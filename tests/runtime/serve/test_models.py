@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
+from pictures import picture_of
 from sd_runtime import Request
 from sd_runtime.serve.cli import main
 
@@ -48,8 +46,7 @@ def models(tiny_model: TinyModel, controlled_model: TinyModel) -> dict[str | Non
 
 
 def assert_drawn_by(model: TinyModel, b64: str | None) -> None:
-    assert b64 is not None
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))))
+    drawn = np.asarray(picture_of(b64))
     np.testing.assert_array_equal(
         drawn, model.pipeline.generate(Request("a cat", **EXTRA)).pixels[0]
     )
@@ -58,7 +55,7 @@ def assert_drawn_by(model: TinyModel, b64: str | None) -> None:
 def test_openais_client_chooses_by_model(
     server: Server, models: dict[str | None, TinyModel]
 ) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         listed = client.models.list().data
         assert [(model.id, model.width) for model in listed] == [("plain", 64), ("lines", 24)]
         assert client.models.retrieve("lines") == listed[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
+from pictures import picture_of
 from sd_runtime import Request
 from sd_runtime.recipe import Recipe, recipes_from_text
 
@@ -28,15 +28,8 @@ REQUEST = Request("a cat", **EXTRA)
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with server.client() as client:
         yield client
-
-
-def picture_of(b64_json: str | None) -> Image.Image:
-    assert b64_json is not None
-    picture = Image.open(io.BytesIO(base64.b64decode(b64_json)))
-    picture.load()
-    return picture
 
 
 def difference(picture: Image.Image, expected: np.ndarray) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import signal
@@ -19,7 +17,7 @@ from urllib.error import URLError
 import pytest
 from PIL import Image
 
-from pictures import text
+from pictures import picture_of, text
 from sd_runtime.serve.cli import main
 
 from .conftest import MAIN
@@ -226,8 +224,7 @@ def test_a_bundle_of_several_sizes(sized_model: TinyModel, start: Callable[..., 
             answer = server.ask("/v1/images/generations", {**SHORT, "size": asked, "seed": 1}).json
             (data,) = answer["data"]
             assert answer["size"] == "{}x{}".format(*size)
-            picture = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))
-            assert picture.size == size
+            assert picture_of(data["b64_json"]).size == size
         body = {"prompt": "a cat", "steps": 1, "width": 16, "height": 24}
         answer = server.ask("/sdapi/v1/txt2img", body).json
         info = json.loads(answer["info"])
