@@ -26,7 +26,7 @@ _ending = threading.Event()
 
 def run_command(
     command: click.Command,
-    arguments: Sequence[str] | None = None,
+    arguments: Sequence[str] | None,
     *,
     interrupted: str = "Interrupted.",
 ) -> int:

@@ -67,7 +67,7 @@ class Order:
         return [image.seed for request in self.requests for image in request.images()]
 
 
-def order_of(job: Job, manifest: Manifest, *, refiner: Manifest | None = None) -> Order:
+def order_of(job: Job, manifest: Manifest, *, refiner: Manifest | None) -> Order:
     """The requests of ``job`` to the bundle of ``manifest``, and perhaps to that of a ``refiner``.
 
     Warns where a picture to repeat was drawn by something else. Raises `ConfigError` where it names

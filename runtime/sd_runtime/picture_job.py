@@ -64,7 +64,7 @@ class Drawn:
 
 
 def picture_jobs(
-    requests: Sequence[Request], manifest: Manifest, *, loras: Sequence[Lora] = ()
+    requests: Sequence[Request], manifest: Manifest, *, loras: Sequence[Lora]
 ) -> list[PictureJob]:
     """The pictures of ``requests``, which are seeded, in their order, drawn with ``loras``.
 

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from sd_runtime.linear_form import Form
 
 
-def sampler_rows(
-    config: Mapping[str, Any], num_steps: int, *, eta: float = 0.0, begin: int = 0
-) -> Rows:
+def sampler_rows(config: Mapping[str, Any], num_steps: int, *, eta: float, begin: int) -> Rows:
     """The rows of ``config["_class_name"]``; ConfigError for a setting that it does not have."""
     name = config["_class_name"]
     schedule = noise_schedule(config, min_alpha_cumprod=_MIN_ALPHA_CUMPROD.get(name, 0.0))

@@ -125,14 +125,14 @@ def dpm2(steps: Iterable[MidpointStep]) -> Iterator[Form]:
             yield transfer(rewind(first), history(0), source, target) + std * NOISE
 
 
-def lms(levels: Sequence[Level], *, begin: int, order: int = 4) -> Iterator[Form]:
-    """Linear multistep over the sigmas of Karras et al., on ε. k-diffusion, ``sample_lms``.
+def lms(levels: Sequence[Level], *, begin: int) -> Iterator[Form]:
+    """Linear multistep of order 4 over Karras et al.'s sigmas, on ε. k-diffusion, ``sample_lms``.
 
     A run that begins late weighs the outputs it lacks, and drops them: diffusers does.
     """
     sigmas = [level.noise_to_signal for level in levels]
     for i in range(begin, len(levels) - 1):
-        nodes = [sigmas[i - age] for age in range(min(i + 1, order))]
+        nodes = [sigmas[i - age] for age in range(min(i + 1, 4))]
         weights = adams_weights(nodes, sigmas[i], sigmas[i + 1])[: i + 1 - begin]
         slope = weighted_sum(weights, map(history, range(len(weights))))
         yield levels[i + 1].alpha * (SAMPLE / levels[i].alpha + slope)

@@ -21,7 +21,7 @@ def spaced_timesteps(
     points: int,
     num_train_timesteps: int,
     steps_offset: int,
-    clipped: int = 0,
+    clipped: int,
 ) -> Array:
     """The first ``num_steps`` of ``points`` timesteps, not rounded.
 

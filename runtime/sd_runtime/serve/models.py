@@ -105,9 +105,7 @@ class Models(Closing):
             model.pipeline.close()
 
 
-def check_bundles(
-    bundles: Sequence[Path], *, loras: Sequence[str] = ()
-) -> list[tuple[Bundle, Request]]:
+def check_bundles(bundles: Sequence[Path], *, loras: Sequence[str]) -> list[tuple[Bundle, Request]]:
     """Each with what to make its engines ready for, from the manifests alone.
 
     Raises `BundleError` where one cannot be opened, `ConfigError` for one that services have no
