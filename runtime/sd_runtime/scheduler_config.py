@@ -110,10 +110,10 @@ def scheduler_name(name: str) -> str:
     folded = _folded(name)
     if folded in _KNOWN:
         return _KNOWN[folded]
-    if folded.removesuffix("_karras") in _REFUSED:
-        class_name = _REFUSED[folded.removesuffix("_karras")]
+    reason = _REASONS.get(folded.removesuffix("_karras"))
+    if reason is not None:
         raise ConfigError(
-            f"scheduler {name!r} is not supported: {REFUSED[class_name]}",
+            f"scheduler {name!r} is not supported: {reason}",
             f"Use another; known: {', '.join(sorted(SCHEDULERS))}.",
         )
     raise ConfigError(f"unknown scheduler {name!r}", nearest(folded, SCHEDULERS))
@@ -251,4 +251,5 @@ def _folded(name: str) -> str:
 
 
 _KNOWN = {_folded(key): key for key in SCHEDULERS}
-_REFUSED = {_folded(key): key for key in REFUSED} | {"dpm++_sde": "DPMSolverSDEScheduler"}
+_REASONS = {_folded(key): reason for key, reason in REFUSED.items()}
+_REASONS["dpm++_sde"] = REFUSED["DPMSolverSDEScheduler"]
