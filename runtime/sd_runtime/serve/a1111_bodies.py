@@ -82,9 +82,9 @@ class TextToImage(Body):
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("enable_hr", "restore_faces", "tiling", "save_images"), OFF),
         **dict.fromkeys(("do_not_save_samples", "do_not_save_grid"), (True, False)),
+        "disable_extra_networks": (True, False),
         **dict.fromkeys(("styles", "script_name", "script_args", "infotext"), OFF),
         **dict.fromkeys(("refiner_checkpoint", "comments"), OFF),
-        **dict.fromkeys(("disable_extra_networks",), (True, False)),
         **dict.fromkeys(("seed_resize_from_w", "seed_resize_from_h"), (-1, 0)),
         **dict.fromkeys(("subseed_strength", "s_churn", "s_tmin", "s_min_uncond"), OFF),
         **dict.fromkeys(("s_noise", "s_tmax"), (0, 1)),
