@@ -62,9 +62,9 @@ class Source:
 class ImageEncoder:
     """Encodes pictures one by one; its engines are opened when they are first needed.
 
-    ``engine`` opens a component's engine, or gives the one that is open; pictures take the size of
-    ``profile``, but for those that latents are made larger of; and where the encoder is made for
-    less it sees them by tiles. The last 16 sources are kept (of 64×64 latents, 260 KiB at most): a
+    ``engine`` opens a component's engine, or gives the one that is open. Pictures take the size of
+    ``profile``, except those whose latents are made larger. Where the encoder is made for smaller
+    ones, it sees them by tiles. The last 16 sources are kept (of 64×64 latents, 260 KiB at most): a
     picture that many prompts start from is encoded once.
     """
 
