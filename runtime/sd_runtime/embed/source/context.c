@@ -7,10 +7,6 @@
 
 uint32_t sd_abi_version(void) { return SD_ABI_VERSION; }
 
-static sd_status *wrong(const char *message, const char *hint) {
-  return status_new(SD_ERROR_CONFIG, message, hint);
-}
-
 /* What an older struct lacks is 0; a newer one is taken as long as what we do not know is 0. */
 sd_status *params_copy(void *ours, size_t ours_bytes, size_t first_bytes, const void *theirs,
                        const char *name) {
@@ -19,12 +15,12 @@ sd_status *params_copy(void *ours, size_t ours_bytes, size_t first_bytes, const 
   if (theirs != NULL) memcpy(&bytes, theirs, sizeof bytes);
   if (bytes < first_bytes || bytes > 4096) {
     snprintf(message, sizeof message, "%s is NULL or its struct_size is wrong", name);
-    return wrong(message, "Set struct_size to sizeof of the struct, and all else to 0.");
+    return status_wrong(message, "Set struct_size to sizeof of the struct, and all else to 0.");
   }
   for (size_t i = ours_bytes; i < bytes; i++) {
     if (((const char *)theirs)[i] != 0) {
       snprintf(message, sizeof message, "%s has a field that this library does not know", name);
-      return wrong(message, "Build the library anew: it is older than the header.");
+      return status_wrong(message, "Build the library anew: it is older than the header.");
     }
   }
   memset(ours, 0, ours_bytes);
@@ -33,13 +29,13 @@ sd_status *params_copy(void *ours, size_t ours_bytes, size_t first_bytes, const 
 }
 
 sd_status *sd_context_open(const sd_open_params *params, sd_context **context) {
-  if (context == NULL) return wrong("context is NULL", "Say where the context is to go.");
+  if (context == NULL) return status_wrong("context is NULL", "Say where the context is to go.");
   *context = NULL;
   sd_open_params ours;
   const size_t first_bytes = offsetof(sd_open_params, loras);
   sd_status *status = params_copy(&ours, sizeof ours, first_bytes, params, "sd_open_params");
   if (status != NULL) return status;
-  if (ours.bundle == NULL) return wrong("bundle is NULL", "Name the bundle's folder.");
+  if (ours.bundle == NULL) return status_wrong("bundle is NULL", "Name the bundle's folder.");
   sd_context *made = malloc(sizeof *made);
   if (made == NULL) return status_out_of_memory();
   *made = (sd_context){ours.user_data, ours.on_progress, ours.on_preview};
@@ -61,9 +57,9 @@ sd_status *sd_context_close(sd_context *context) {
 
 static sd_status *ask(sd_context *context, char **json,
                       sd_status *(*question)(sd_context *, char **)) {
-  if (json == NULL) return wrong("json is NULL", "Say where the text is to go.");
+  if (json == NULL) return status_wrong("json is NULL", "Say where the text is to go.");
   *json = NULL;
-  if (context == NULL) return wrong("context is NULL", "Open one first.");
+  if (context == NULL) return status_wrong("context is NULL", "Open one first.");
   return question(context, json);
 }
 
@@ -76,9 +72,9 @@ sd_status *sd_context_statistics(sd_context *context, char **json) {
 }
 
 sd_status *sd_job_submit(sd_context *context, const sd_request *request, sd_job **job) {
-  if (job == NULL) return wrong("job is NULL", "Say where the job is to go.");
+  if (job == NULL) return status_wrong("job is NULL", "Say where the job is to go.");
   *job = NULL;
-  if (context == NULL) return wrong("context is NULL", "Open one first.");
+  if (context == NULL) return status_wrong("context is NULL", "Open one first.");
   sd_request ours;
   const size_t first_bytes = offsetof(sd_request, device_pixels);
   sd_status *status = params_copy(&ours, sizeof ours, first_bytes, request, "sd_request");

@@ -39,6 +39,9 @@ struct sd_context {
   sd_preview_callback on_preview;
 };
 
+/* Of an argument that cannot be taken: SD_ERROR_CONFIG. */
+sd_status *status_wrong(const char *message, const char *hint);
+
 /* Starts Python where none runs and loads door.py; NULL, or why not. */
 sd_status *interpreter_start(void);
 

@@ -217,7 +217,7 @@ int sd_job_wait(sd_job *job, int64_t timeout_ms) {
 }
 
 sd_status *sd_job_cancel(sd_job *job) {
-  if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
+  if (job == NULL) return status_wrong("job is NULL", "Submit one first.");
   if (sd_job_poll(job, NULL) >= SD_JOB_SUCCEEDED) return NULL;
   return door_cancel(job);
 }
@@ -233,10 +233,10 @@ static sd_status *why_nothing(const sd_job *job) {
 }
 
 sd_status *sd_job_result(sd_job *job, sd_result *result) {
-  if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
+  if (job == NULL) return status_wrong("job is NULL", "Submit one first.");
   if (result == NULL || result->struct_size < sizeof *result)
-    return status_new(SD_ERROR_CONFIG, "result is NULL or has no struct_size",
-                      "Set result.struct_size = sizeof result.");
+    return status_wrong("result is NULL or has no struct_size",
+                        "Set result.struct_size = sizeof result.");
   pthread_mutex_lock(&job->lock);
   sd_status *error = why_nothing(job);
   if (error == NULL) {
@@ -249,15 +249,14 @@ sd_status *sd_job_result(sd_job *job, sd_result *result) {
 }
 
 sd_status *sd_job_device_pixels(sd_job *job, struct DLManagedTensor **tensor) {
-  if (job == NULL) return status_new(SD_ERROR_CONFIG, "job is NULL", "Submit one first.");
-  if (tensor == NULL)
-    return status_new(SD_ERROR_CONFIG, "tensor is NULL", "Say where the tensor is to go.");
+  if (job == NULL) return status_wrong("job is NULL", "Submit one first.");
+  if (tensor == NULL) return status_wrong("tensor is NULL", "Say where the tensor is to go.");
   *tensor = NULL;
   pthread_mutex_lock(&job->lock);
   sd_status *error = why_nothing(job);
   if (error == NULL && job->device_pixels == NULL)
-    error = status_new(SD_ERROR_CONFIG, "the job has no pictures on the device",
-                       "Set sd_request.device_pixels, and take them once.");
+    error = status_wrong("the job has no pictures on the device",
+                         "Set sd_request.device_pixels, and take them once.");
   if (error == NULL) {
     *tensor = job->device_pixels;
     job->device_pixels = NULL;

@@ -30,6 +30,10 @@ sd_status *status_new(int code, const char *message, const char *hint) {
   return status;
 }
 
+sd_status *status_wrong(const char *message, const char *hint) {
+  return status_new(SD_ERROR_CONFIG, message, hint);
+}
+
 int sd_status_code(const sd_status *status) { return status == NULL ? SD_OK : status->code; }
 
 const char *sd_status_message(const sd_status *status) {
