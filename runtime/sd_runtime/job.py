@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,10 +85,11 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
                 if step.result is not None:
                     results.append(step.result)
             if order.columns is None:
-                done = sum(len(result.pixels) for result in results)
-                files = paths[done - len(results[-1].pixels) : done]
+                done = sum(len(result.recipes) for result in results)
+                files = paths[done - len(results[-1].recipes) : done]
                 _write(results[-1], files, echo=not as_json)
                 _note_first_picture(timings, start)
+                results[-1] = _without_pictures(results[-1])
     if order.columns is not None:
         _write_grid(results, paths[0], columns=order.columns, timings=timings)
         _note_first_picture(timings, start)
@@ -100,13 +102,14 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         timings.merge(result.timings)
     if order.columns is not None:
         paths *= len(seeds)
-    flags = [flag for r in results for flag in r.nsfw_content_detected or [None] * len(r.pixels)]
+    flags = [flag for r in results for flag in r.nsfw_content_detected or [None] * len(r.recipes)]
     for path, flag in zip(paths, flags, strict=True):
         if flag:
             logger.warning("%s: the safety checker found it not safe and painted it black", path)
     if as_json:
         total_ms = round(1e3 * (clock() - start), 3)
-        report = _report(job, results, paths, flags, timings, total_ms)
+        has_depth = gives_depth(manifest)
+        report = _report(job, results, paths, flags, timings, total_ms, has_depth=has_depth)
         # The clock is the machine's: whoever started this process can tell how long that took.
         click.echo(json.dumps({**report, "started_s": start}))
 
@@ -164,6 +167,12 @@ def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:
         click.echo("\n".join(map(str, paths)))
 
 
+def _without_pictures(result: Result) -> Result:
+    """What is left of ``result`` once they are written: thousands of them would fill a memory."""
+    none = np.empty((0, *result.pixels.shape[1:]), np.uint8)
+    return replace(result, pixels=none, device_pixels=none, depth=None)
+
+
 def _note_first_picture(timings: Timings, start: float) -> None:
     if "first_picture" not in timings.spans:
         timings.add("first_picture", start, clock())
@@ -198,9 +207,10 @@ def _report(
     flags: Sequence[bool | None],
     timings: Timings,
     total_ms: float,
+    *,
+    has_depth: bool,
 ) -> dict[str, Any]:
     recipes = [recipe for result in results for recipe in result.recipes]
-    has_depth = results[0].depth is not None
     stages = timings.to_json()
     return {
         "bundle": str(job.bundle),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from sd_engines.bundle import open_bundle, portable_entry
 from sd_engines.seal import seal
 from sd_runtime import Request
 from sd_runtime.cli import main
+from sd_runtime.result import Result
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,6 +127,25 @@ def test_prompts_with_options_of_their_own(tiny_model: TinyModel, folder: Path) 
     assert [recipe.num_inference_steps for recipe in recipes] == [1, 2, 2, 2]
     assert recipes[0].guidance_scale == 1
     assert recipes[1].scheduler != recipes[0].scheduler
+
+
+def test_pictures_are_let_go_once_they_are_written(
+    tiny_model: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("prompts.txt").write_text("a cat\n" * 10)  # two at a time
+    drawn: list[weakref.ref[np.ndarray]] = []
+    kept: list[int] = []
+    files = Result.files
+
+    def noted(result: Result, index: int, path: Path) -> dict[Path, bytes]:
+        kept.append(sum(pixels() is not None for pixels in drawn))
+        drawn.append(weakref.ref(result.pixels))
+        return files(result, index, path)
+
+    monkeypatch.setattr(Result, "files", noted)
+    arguments = ["--prompts-file", "prompts.txt", "-o", "out.png", "--json", *FAST]
+    assert main([str(tiny_model.bundle), *arguments]) == 0
+    assert kept == [0, 1] * 5
 
 
 def test_a_grid_and_its_recipe(tiny_model: TinyModel, folder: Path) -> None:
