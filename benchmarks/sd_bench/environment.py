@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sd_engines.cores import usable_cores
+from sd_engines.kernel_file import kernel_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +61,7 @@ def environment() -> dict[str, str]:
         "cores": str(usable_cores()),
         "affinity": _ranges(sorted(os.sched_getaffinity(0))),
         "memory": _memory(),
-        "huge_pages": _chosen(_read(_HUGE_PAGES)),
+        "huge_pages": _chosen(kernel_text(_HUGE_PAGES)),
         "os": _os_name(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
@@ -84,7 +85,7 @@ def difference(base: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tup
 def _processor() -> dict[str, str]:
     """Model, flags that change what kernels run, governor and current clock, as Linux says."""
     info: dict[str, str] = {}
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+    for line in kernel_text("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         info.setdefault(name.strip(), value.strip())
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -98,8 +99,8 @@ def _processor() -> dict[str, str]:
         "cpu": ", ".join(model) or platform.processor(),
         "cpu_flags": " ".join(flag for flag in _CPU_FLAGS if flag in flags),
         "cpu_cache": info.get("cache size", ""),
-        "cpu_governor": _read(_CPU0 / "scaling_governor"),
-        "cpu_max_khz": _read(_CPU0 / "scaling_max_freq"),
+        "cpu_governor": kernel_text(_CPU0 / "scaling_governor").strip(),
+        "cpu_max_khz": kernel_text(_CPU0 / "scaling_max_freq").strip(),
         "cpu_mhz": info.get("cpu MHz", ""),
     }
 
@@ -163,13 +164,6 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return ended.stdout.strip() if ended.returncode == 0 else ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _chosen(text: str) -> str:

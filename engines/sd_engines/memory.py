@@ -6,12 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+from sd_engines.kernel_file import kernel_text
+
 
 def peak_memory_bytes() -> int:
     """The most that this process has held in RAM since `reset_peak_memory`, or ever."""
     # Linux hands the ru_maxrss of whoever started a process down to it; VmHWM starts anew.
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+    for line in kernel_text("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return getrusage(RUSAGE_SELF).ru_maxrss * 1024

@@ -8,7 +8,6 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,12 +24,14 @@ from sd_bench.peers.worker import WorkerError
 from sd_engines.bundle import open_bundle
 from sd_engines.cores import usable_cores
 from sd_engines.errors import ConfigError
+from sd_engines.kernel_file import kernel_text
 from sd_runtime.noise import NoiseStream
 from sd_runtime.plan import plan
 from sd_runtime.scheduler_config import effective_config, pipeline_scheduler_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -266,9 +267,5 @@ def _pictures(
 
 def _available_memory_bytes() -> int | None:
     """What the system could give without swapping; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    found = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(found["MemAvailable"].split()[0])
+    found = dict(line.split(":", 1) for line in kernel_text("/proc/meminfo").splitlines())
+    return 1024 * int(found["MemAvailable"].split()[0]) if found else None
