@@ -59,7 +59,7 @@ def gate_by_file(
 ) -> Comparison:
     """Measure ``bundle`` afresh with the settings of ``base``, then judge.
 
-    ``runs`` None: as many as the base has, 20 at least. ``on_sample`` is told how many there are.
+    ``runs`` None: `usual_runs`. ``on_sample`` is told how many there are.
     `ConfigError`, before anything is measured, where ``base`` is foreign to this machine or
     bundle, lacks the stage or has too few samples; and as `measure_latency` raises.
     """
@@ -77,10 +77,15 @@ def gate_by_file(
     new = measure_latency(
         bundle,
         base.settings,
-        runs=runs or max(len(base.samples), FEWEST_RUNS),
+        runs=runs or usual_runs(base),
         on_sample=on_each,
     )
     return compare(base, new, criterion)
+
+
+def usual_runs(base: Measurement) -> int:
+    """How many samples to judge by ``base``: as many as it has, 20 at least."""
+    return max(len(base.samples), FEWEST_RUNS)
 
 
 def gate_in_turns(

@@ -135,11 +135,11 @@ def _gate_in_turns(
 
 
 def _gate_by_file(base: Path, bundle: Path, criterion: Criterion, runs: int | None) -> Comparison:
-    from sd_bench.gate import FEWEST_RUNS, gate_by_file
+    from sd_bench.gate import gate_by_file, usual_runs
     from sd_bench.measurement import read_measurement
 
     measurement = read_measurement(base)
-    count = runs or max(len(measurement.samples), FEWEST_RUNS)
+    count = runs or usual_runs(measurement)
     with progress_bar(count, "Runs") as bar:
 
         def on_sample(count: int) -> None:
