@@ -73,10 +73,8 @@ def gate(
 
     settings = given(options)
     in_turns = base.is_dir()
-    surplus = ["runs"] * (runs is not None) if in_turns else [*settings]
-    if not in_turns:
-        pairs_only = {"max_pairs": max_pairs, "base_python": base_python}
-        surplus += [name for name, value in pairs_only.items() if value is not None]
+    pairs_only = {**settings, "max_pairs": max_pairs, "base_python": base_python}
+    surplus = given({"runs": runs} if in_turns else pairs_only)
     if surplus:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in surplus)
         raise ConfigError(
