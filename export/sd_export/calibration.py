@@ -11,16 +11,17 @@ import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
 from sd_engines.engine import build_engine, load_engine
 from sd_export.memory import release
+from sd_export.verify import Proof
 from sd_runtime.conditioning import PromptEncoder, pooled_inputs
 from sd_runtime.denoise import denoise
 from sd_runtime.engines import text_encoders
-from sd_runtime.noise import NoiseStream
 from sd_runtime.pipeline import TOKENIZER_OF
 from sd_runtime.plan import Plan, max_prompt_chunks, plan
 from sd_runtime.request import ImageRequest, Request
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
     from sd_engines.engine import Engine
     from sd_engines.manifest import Manifest
     from sd_engines.spec import Precision
-    from sd_export.verify import Proof
-    from sd_runtime.conditioning import Encoded, PromptEmbeds, Texts
+    from sd_runtime.conditioning import Encoded, Texts
 
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -105,8 +105,6 @@ class Calibration:
         And those on all steps of a picture that no prompt asked for, with what the UNet gave for
         them. `BackendError` where the backend does not run the graphs.
         """
-        from sd_export.verify import Proof
-
         defaults = self.manifest.model.defaults
         planned = plan(
             Request(
@@ -116,30 +114,26 @@ class Calibration:
             ),
             self.manifest,
         )
-        images = [
+        *calibrating, held_out = (
             ImageRequest(prompt, planned.request.negative_prompts[0], _SEED + index)
             for index, prompt in enumerate((*self.prompts, _HELD_OUT))
-        ]
-        embeds = self._embeds([planned.texts(image) for image in images])
+        )
+        embeds = self._embeds([planned.texts(image) for image in (*calibrating, held_out)])
         every = max(1, planned.table.num_rows // _KEPT)
-        inputs: list[dict[str, np.ndarray]] = []
-        held_out: list[dict[str, np.ndarray]] = []
-        outputs: list[np.ndarray] = []
         with self._engine("unet") as unet:
-            for index, image in enumerate(images):
-                shape, texts = self.manifest.latents_shape, embeds[planned.texts(image)]
-                drawn = _draw(unet, planned, shape, texts, seed=image.seed)
-                for row, (seen, noise_pred) in enumerate(drawn):
-                    if index == len(self.prompts):
-                        held_out.append(seen)
-                        outputs.append(noise_pred)
-                    elif (row + index) % every == 0:
-                        inputs.append(seen)
+            draw = partial(_draw, unet, planned, embeds, self.manifest.latents_shape)
+            inputs = [
+                seen
+                for index, image in enumerate(calibrating)
+                for row, (seen, _) in enumerate(draw(image))
+                if (row + index) % every == 0
+            ]
+            steps = list(draw(held_out))
             ran = f"{unet.entry.precision}, {self.backend} {unet.entry.version}"
         release()
         return inputs, Proof(
-            inputs={name: np.concatenate([i[name] for i in held_out]) for name in held_out[0]},
-            reference={"noise_pred": np.concatenate(outputs)},
+            inputs={n: np.concatenate([seen[n] for seen, _ in steps]) for n in steps[0][0]},
+            reference={"noise_pred": np.concatenate([noise_pred for _, noise_pred in steps])},
             reference_name=f"the bundle's ONNX, {ran}, along a picture",
         )
 
@@ -194,31 +188,28 @@ def calibration_for(
 
 def _draw(
     unet: Engine,
-    plan: Plan,
+    planned: Plan,
+    embeds: Encoded,
     shape: tuple[int, ...],
-    texts: tuple[PromptEmbeds, ...],
-    *,
-    seed: int,
+    image: ImageRequest,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Draw one picture; on each step what the UNet was given by name, and its noise_pred.
-
-    ``texts`` are the prompt, and the negative one where the picture is guided.
-    """
+    """Draw one picture; on each step what the UNet was given by name, and its noise_pred."""
+    texts = embeds[planned.texts(image)]
     prompts, negatives = texts[:1], texts[1:]
     binding = unet.bind(len(texts), pictures=1)  # the one that the loop writes to
-    noise = [NoiseStream(seed)]
+    noise = [planned.noise(image)]
     for _ in denoise(
         unet,
-        begin(plan.task, noise, shape, plan.table).latents,
+        begin(planned.task, noise, shape, planned.table).latents,
         prompt_embeds=[text.prompt_embeds for text in prompts],
         negative_prompt_embeds=[text.prompt_embeds for text in negatives],
-        guidance_scale=plan.guidance_scale,
-        guided_rows=plan.guided_rows,
-        table=plan.table,
+        guidance_scale=planned.guidance_scale,
+        guided_rows=planned.guided_rows,
+        table=planned.table,
         noise=noise,
         timings=Timings(),
-        unet_inputs={**plan.unet_inputs, **pooled_inputs(prompts)},
-        negative_unet_inputs={**plan.negative_unet_inputs, **pooled_inputs(negatives)},
+        unet_inputs={**planned.unet_inputs, **pooled_inputs(prompts)},
+        negative_unet_inputs={**planned.negative_unet_inputs, **pooled_inputs(negatives)},
     ):
         seen = {name: array.copy() for name, array in binding.inputs.items()}
         yield seen, binding.outputs["noise_pred"].copy()
