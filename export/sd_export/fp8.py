@@ -25,6 +25,7 @@ from sd_export.graph_proof import proving_engine
 from sd_export.half_graph import converted_entry
 from sd_export.memory import release
 from sd_export.onnx_passes import constant, to_half
+from sd_export.precision import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -102,19 +103,15 @@ def calibrated_entry(
 
 
 def quantized_layers(graph: ir.Graph) -> list[ir.Node]:
-    """Layers with weights that see the prompt, or sample and timestep both; not the last one."""
-    seen = {value: frozenset([value.name]) for value in graph.inputs}
+    """Large layers with weights that `is_quantized` names, but for the last one of all."""
+    seen = {value: frozenset([value.name or ""]) for value in graph.inputs}
     found = []
     for node in graph:
-        inputs = frozenset[str | None]().union(*(seen[v] for v in node.inputs if v in seen))
+        inputs = frozenset[str]().union(*(seen[v] for v in node.inputs if v in seen))
         seen |= dict.fromkeys(node.outputs, inputs)
         if node.op_type in _LARGE_LAYERS and _weight(node).is_initializer():
             found.append((node, inputs))
-    return [
-        node
-        for node, inputs in found[:-1]
-        if "encoder_hidden_states" in inputs or inputs >= {"sample", "timestep"}
-    ]
+    return [node for node, inputs in found[:-1] if is_quantized(inputs)]
 
 
 def to_fp8(model: ir.Model, ranges: Mapping[str, float]) -> None:

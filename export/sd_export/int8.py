@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sd_engines.bundle import EngineEntry, engine_entry, engine_file, hash_files
 from sd_engines.errors import ConfigError, ExportError
 from sd_export.memory import release
+from sd_export.precision import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -125,7 +126,7 @@ def _quantized(onnx_path: Path, component: str, inputs: Sequence[dict[str, np.nd
 
 
 def _kept_exact(model: Any) -> list[str]:
-    """Names of the layers that see the sample alone or the timestep alone, and the last one."""
+    """Names of the large layers that are not in 8 bits: not `is_quantized`, or the last one."""
     from sd_engines.backends.openvino_graph import nodes_and_inputs
 
     layers = [
@@ -133,12 +134,7 @@ def _kept_exact(model: Any) -> list[str]:
         for node, inputs in nodes_and_inputs(model)
         if node.get_type_name() in _LARGE_LAYERS
     ]
-    kept = [
-        name
-        for name, inputs in layers
-        if "encoder_hidden_states" not in inputs and not {"sample", "timestep"} <= inputs
-    ]
-    return [*kept, layers[-1][0]]
+    return [*(name for name, inputs in layers if not is_quantized(inputs)), layers[-1][0]]
 
 
 @contextmanager

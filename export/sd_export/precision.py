@@ -20,7 +20,7 @@ from sd_engines.spec import LOSSY, Precision, draws_from_text, is_halved
 from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Set
 
     from sd_engines.bundle import ComponentEntry
 
@@ -29,6 +29,14 @@ _EXACT = ("safety_checker", DEPTH_ESTIMATOR)
 """Components that see pictures, once each; their resizing counts in whole numbers."""
 QUANTIZED = ("unet",)
 """Components of which an engine in 8 bits is made where it is asked for."""
+
+
+def is_quantized(inputs: Set[str]) -> bool:
+    """Whether a layer that sees these ``inputs`` of the UNet is in 8 bits; but the last is not.
+
+    What sees the sample or the timestep alone is not: a wrong digit there reaches all pixels.
+    """
+    return "encoder_hidden_states" in inputs or inputs >= {"sample", "timestep"}
 
 
 def check_request(
