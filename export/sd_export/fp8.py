@@ -24,6 +24,7 @@ from sd_engines.spec import TensorSpec
 from sd_export.graph_proof import proving_engine
 from sd_export.half_graph import converted_entry
 from sd_export.memory import release
+from sd_export.onnx_export import save
 from sd_export.onnx_passes import constant, to_half
 from sd_export.precision import is_quantized
 
@@ -60,8 +61,6 @@ def fp8_graph(
 
     And what it can be held to: a picture that it was not calibrated on.
     """
-    from sd_export.onnx_export import save
-
     folder = output_dir.parent / "fp8" / component
     try:
         with log.stage(component, "calibrate") as result:
