@@ -188,7 +188,7 @@ def _is_on_gpu(backend: str, target: str | None) -> bool:
     return backend not in PORTABLE_BACKENDS or (backend == "onnxruntime" and target == "cuda")
 
 
-def _made_of(graph: Precision, backend: str, *, on_gpu: bool) -> tuple[str, ...]:
+def _made_of(graph: Precision, backend: str, *, on_gpu: bool) -> tuple[Precision, ...]:
     """What ``backend`` makes of a UNet's graph in the precision ``graph``, that itself included."""
     if backend == "openvino":
         return (graph, "fp32", "bf16", "int8")  # int8 is refused where it is made
