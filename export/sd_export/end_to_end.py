@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.bundle import MANIFEST_NAME, PORTABLE_BACKENDS, CertificateEntry
-from sd_engines.errors import BackendError, EngineMismatchError
 from sd_export.graph_proof import proving_engine, words_of
 from sd_export.kind import UPSCALERS, Kind
 from sd_export.memory import release
@@ -54,8 +53,8 @@ def prove_end_to_end(
     misses its tolerance.
     """
     key = key_of({"job": key, "engines": [asdict(engine) for engine in manifest.engines]})
-    stage = f"end to end {manifest.profile.width}x{manifest.profile.height}"
-    done = work.finished(stage, key)
+    record = f"end to end {manifest.profile.width}x{manifest.profile.height}"
+    done = work.finished(record, key)
     if done is not None:
         log.skipped("end_to_end", "verify")
         return [CertificateEntry(**measured) for measured in done["certificate"]]
@@ -86,28 +85,25 @@ def prove_end_to_end(
     path.write_text(drawn.to_json(), encoding="utf-8")
     try:
         for backend in backends:
-            try:
-                with log.stage("end_to_end", f"verify {backend}") as result:
-                    measured = _verify(
-                        work.bundle,
-                        backend=backend,
-                        precision=_unet_precision(manifest, backend),
-                        request=request,
-                        reference=reference,
-                        reference_name=reference_name,
-                    )
-                    result.detail = words_of(measured)
-                certificate.append(measured)
-            except (BackendError, EngineMismatchError) as error:
-                if backend in PORTABLE_BACKENDS:
-                    raise
-                log.skipped(
-                    "end_to_end", f"verify {backend}", detail=f"cannot run here: {error.message}"
+            stage, must = f"verify {backend}", backend in PORTABLE_BACKENDS
+            with (
+                log.skipped_if_unable("end_to_end", stage, must=must),
+                log.stage("end_to_end", stage) as result,
+            ):
+                measured = _verify(
+                    work.bundle,
+                    backend=backend,
+                    precision=_unet_precision(manifest, backend),
+                    request=request,
+                    reference=reference,
+                    reference_name=reference_name,
                 )
+                result.detail = words_of(measured)
+                certificate.append(measured)
     finally:
         path.unlink()
     data = {"certificate": [asdict(measured) for measured in certificate]}
-    work.finish(stage, key, files=[], data=data)
+    work.finish(record, key, files=[], data=data)
     return certificate
 
 

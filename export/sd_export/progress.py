@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from sd_engines.errors import BackendError, EngineMismatchError
 from sd_engines.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -86,6 +87,19 @@ class StageLog:
         self._end(
             StageEvent(component=component, stage=stage, state="skipped", bytes=size, detail=detail)
         )
+
+    @contextmanager
+    def skipped_if_unable(self, component: str, stage: str, *, must: bool) -> Iterator[None]:
+        """Report the block's stage as skipped where this machine cannot run what it measures.
+
+        What ``must`` run raises its error.
+        """
+        try:
+            yield
+        except (BackendError, EngineMismatchError) as error:
+            if must:
+                raise
+            self.skipped(component, stage, detail=f"cannot run here: {error.message}")
 
     def _end(self, event: StageEvent) -> None:
         event = replace(event, detail=f"{self._about} {event.detail}".strip())
