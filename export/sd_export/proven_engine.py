@@ -8,7 +8,7 @@ bf16 in OpenVINO where it and the processor have that. What OpenVINO runs in 8 b
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import PurePosixPath
@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, CertificateEntry, EngineEntry
 from sd_engines.engine import build_engine
-from sd_engines.errors import BackendError, EngineMismatchError
 from sd_export.graph_proof import verify_graph, words_of
 from sd_export.half_graph import converted_entry, half_graph
 from sd_export.work import key_of, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sd_engines.bundle import ComponentEntry
@@ -49,6 +48,13 @@ class EngineOrder:
     target: str | None = None
     workspace_bytes: int | None = None
     calibration: Calibration | None = None
+
+    @property
+    def converted(self) -> Precision | None:
+        """What the graph is converted to before it is built; None: it is built as it is."""
+        if self.backend in PORTABLE_BACKENDS or self.precision in ("tf32", self.entry.precision):
+            return None
+        return self.precision
 
     @property
     def key(self) -> str:
@@ -106,91 +112,106 @@ def make_engine(
     """
     from sd_export.verify import verify_engine
 
-    backend, component, entry, profile = order.backend, order.component, order.entry, order.profile
-    precision, calibration = order.precision, order.calibration
+    component, entry, profile = order.component, order.entry, order.profile
     certificate: list[CertificateEntry] = []
-    converts = backend not in PORTABLE_BACKENDS and precision not in ("tf32", entry.precision)
-    half = precision if converts else None
-    # ranges hold for a drawing's inputs, so 8 bits are compared on those, not on random ones
-    along_a_picture: Proof | None = None
-    with ExitStack() as stack:
-        if calibration is not None and precision == "fp8":
-            from sd_export.fp8 import calibrated_entry, fp8_graph
-
-            graph, along_a_picture = stack.enter_context(
-                fp8_graph(
-                    onnx_path,
-                    output_dir,
-                    component,
-                    entry=entry,
+    with _graph(order, onnx_path, output_dir=output_dir, proof=proof, log=log) as (graph, proof):
+        converted = order.converted
+        if converted is not None:
+            with log.skipped_if_unable(component, "verify onnx", must=converted != "bf16"):
+                measured = verify_graph(
+                    graph,
+                    component=component,
+                    entry=converted_entry(graph, entry, converted),
                     profile=profile,
-                    calibration=calibration,
+                    proof=proof,
                     log=log,
                 )
-            )
-        else:
-            graph = stack.enter_context(half_graph(onnx_path, output_dir, component, half, log))
-        if half is not None:
-            try:
-                certificate.append(
-                    verify_graph(
-                        graph,
-                        component=component,
-                        entry=converted_entry(graph, entry, half),
-                        profile=profile,
-                        proof=lambda: along_a_picture or proof(),
-                        log=log,
-                    )
-                )
-            except BackendError as error:
-                if half != "bf16":
-                    raise
-                log.skipped(component, "verify onnx", detail=f"cannot run here: {error.message}")
-        if calibration is not None and precision == "int8":
-            from sd_export.int8 import int8_engine
-
-            engine, along_a_picture = int8_engine(
-                graph,
-                output_dir=output_dir,
-                component=component,
-                entry=entry,
-                profile=profile,
-                target=order.target,
-                calibration=calibration,
-                log=log,
-            )
-        else:
-            with log.stage(component, f"build {backend}") as result:
-                engine = build_engine(
-                    backend,
-                    graph,
-                    output_dir=output_dir,
-                    component=component,
-                    entry=replace(entry, precision=half) if half else entry,
-                    profile=profile,
-                    precision=precision,
-                    target=order.target,
-                    workspace_bytes=order.workspace_bytes,
-                )
-                if calibration is not None and precision == "fp8":
-                    engine = calibrated_entry(engine, entry, profile, calibration)
-                result.detail = f"{engine.version} {engine.target} {engine.precision}"
-                result.bytes = engine.bytes
+                certificate.append(measured)
+        engine, proof = _built(order, graph, output_dir=output_dir, proof=proof, log=log)
     beside = onnx_path.with_name(PurePosixPath(engine.file).name)
-    engine_path = output_dir / engine.file if engine.is_built else beside
-    try:
-        with log.stage(component, f"verify {backend}") as result:
-            measured = verify_engine(
-                engine_path,
-                engine,
-                component=entry,
-                profile=profile,
-                proof=along_a_picture or proof(),
-            )
-            result.detail = words_of(measured)
+    path = output_dir / engine.file if engine.is_built else beside
+    stage, must = f"verify {order.backend}", order.backend in PORTABLE_BACKENDS
+    with (
+        log.skipped_if_unable(component, stage, must=must),
+        log.stage(component, stage) as result,
+    ):
+        measured = verify_engine(path, engine, component=entry, profile=profile, proof=proof())
+        result.detail = words_of(measured)
         certificate.append(measured)
-    except (BackendError, EngineMismatchError) as error:
-        if backend in PORTABLE_BACKENDS:
-            raise
-        log.skipped(component, f"verify {backend}", detail=f"cannot run here: {error.message}")
     return engine, certificate
+
+
+@contextmanager
+def _graph(
+    order: EngineOrder,
+    onnx_path: Path,
+    *,
+    output_dir: Path,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> Iterator[tuple[Path, Callable[[], Proof]]]:
+    """What the engine is built from, while the block runs: the ONNX, or a copy; and its proof."""
+    if order.precision == "fp8" and order.calibration is not None:
+        from sd_export.fp8 import fp8_graph
+
+        with fp8_graph(
+            onnx_path,
+            output_dir,
+            order.component,
+            entry=order.entry,
+            profile=order.profile,
+            calibration=order.calibration,
+            log=log,
+        ) as (graph, along_a_picture):
+            yield graph, lambda: along_a_picture
+    else:
+        with half_graph(onnx_path, output_dir, order.component, order.converted, log) as graph:
+            yield graph, proof
+
+
+def _built(
+    order: EngineOrder,
+    graph: Path,
+    *,
+    output_dir: Path,
+    proof: Callable[[], Proof],
+    log: StageLog,
+) -> tuple[EngineEntry, Callable[[], Proof]]:
+    """The engine of ``graph``, and what it is compared with.
+
+    Ranges hold for a drawing's inputs, so 8 bits are compared on those, not on random ones.
+    """
+    entry, calibration = order.entry, order.calibration
+    if order.precision == "int8" and calibration is not None:
+        from sd_export.int8 import int8_engine
+
+        engine, along_a_picture = int8_engine(
+            graph,
+            output_dir=output_dir,
+            component=order.component,
+            entry=entry,
+            profile=order.profile,
+            target=order.target,
+            calibration=calibration,
+            log=log,
+        )
+        return engine, lambda: along_a_picture
+    with log.stage(order.component, f"build {order.backend}") as result:
+        engine = build_engine(
+            order.backend,
+            graph,
+            output_dir=output_dir,
+            component=order.component,
+            entry=replace(entry, precision=order.converted or entry.precision),
+            profile=order.profile,
+            precision=order.precision,
+            target=order.target,
+            workspace_bytes=order.workspace_bytes,
+        )
+        if order.precision == "fp8" and calibration is not None:
+            from sd_export.fp8 import calibrated_entry
+
+            engine = calibrated_entry(engine, entry, order.profile, calibration)
+        result.detail = f"{engine.version} {engine.target} {engine.precision}"
+        result.bytes = engine.bytes
+    return engine, proof
