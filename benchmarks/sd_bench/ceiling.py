@@ -43,6 +43,7 @@ COPY_BYTES_GPU: Final = 2 << 30
 PRODUCT_SIZE: Final = 2048
 """Rows and columns: long enough to reach the peak, 17 GFLOP."""
 PRODUCT_SIZE_GPU: Final = 8192
+_OPSET: Final = 20
 _BUDGET_S: Final = 1.5
 _FEWEST_RUNS: Final = 3
 
@@ -144,7 +145,7 @@ def _product(engine: EngineEntry, size: int, threads: int | None, folder: Path) 
         file=path.name,
         files=hash_files(folder, [path.name]),
         precision=precision,
-        opset=20,
+        opset=_OPSET,
         inputs=(TensorSpec("a", "float32", border),),
         outputs=(TensorSpec("product", "float32", border),),
     )
@@ -169,21 +170,14 @@ def _write_product(path: Path, size: int, precision: str) -> None:
     onnx = import_package("onnx", extra="bench")
     helper, types = onnx.helper, onnx.TensorProto
     inner = {"fp32": types.FLOAT, "fp16": types.FLOAT16, "bf16": types.BFLOAT16}[precision]
-    shape = [BATCH, size, size]
     weights = _random(size, size).astype(helper.tensor_dtype_to_np_dtype(inner))
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["a"], ["x"], to=inner),
-            helper.make_node("MatMul", ["x", "b"], ["y"]),
-            helper.make_node("Cast", ["y"], ["product"], to=types.FLOAT),
-        ],
-        "product",
-        [helper.make_tensor_value_info("a", types.FLOAT, shape)],
-        [helper.make_tensor_value_info("product", types.FLOAT, shape)],
-        [helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True)],
-    )
-    opset = helper.make_opsetid("", 20)
-    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    nodes = [
+        helper.make_node("Cast", ["a"], ["x"], to=inner),
+        helper.make_node("MatMul", ["x", "b"], ["y"]),
+        helper.make_node("Cast", ["y"], ["product"], to=types.FLOAT),
+    ]
+    constants = [helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True)]
+    _write_graph(path, size, nodes, constants)
 
 
 def _write_8_bit_product(path: Path, size: int, precision: str) -> None:
@@ -191,27 +185,30 @@ def _write_8_bit_product(path: Path, size: int, precision: str) -> None:
     onnx = import_package("onnx", extra="bench")
     helper, types = onnx.helper, onnx.TensorProto
     inner = {"int8": types.INT8, "fp8": types.FLOAT8E4M3FN}[precision]
-    shape = [BATCH, size, size]
     scale = 1 / 32
     weights = np.clip(_random(size, size) / scale, -127, 127)
     weights = weights.astype(helper.tensor_dtype_to_np_dtype(inner))
-    graph = helper.make_graph(
-        [
-            helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
-            helper.make_node("DequantizeLinear", ["a8", "scale", "zero"], ["x"]),
-            helper.make_node("DequantizeLinear", ["b", "scale", "zero"], ["w"]),
-            helper.make_node("MatMul", ["x", "w"], ["product"]),
-        ],
-        "product",
-        [helper.make_tensor_value_info("a", types.FLOAT, shape)],
-        [helper.make_tensor_value_info("product", types.FLOAT, shape)],
-        [
-            helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True),
-            helper.make_tensor("scale", types.FLOAT, [], [scale]),
-            helper.make_tensor("zero", inner, [], bytes(1), raw=True),
-        ],
-    )
-    opset = helper.make_opsetid("", 20)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
+        helper.make_node("DequantizeLinear", ["a8", "scale", "zero"], ["x"]),
+        helper.make_node("DequantizeLinear", ["b", "scale", "zero"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+    ]
+    constants = [
+        helper.make_tensor("b", inner, weights.shape, weights.tobytes(), raw=True),
+        helper.make_tensor("scale", types.FLOAT, [], [scale]),
+        helper.make_tensor("zero", inner, [], bytes(1), raw=True),
+    ]
+    _write_graph(path, size, nodes, constants)
+
+
+def _write_graph(path: Path, size: int, nodes: list[Any], constants: list[Any]) -> None:
+    """Write ``nodes`` as the graph that makes ``product`` of ``a``."""
+    onnx = import_package("onnx", extra="bench")
+    helper, border = onnx.helper, (onnx.TensorProto.FLOAT, [BATCH, size, size])
+    inputs, outputs = ([helper.make_tensor_value_info(name, *border)] for name in ("a", "product"))
+    graph = helper.make_graph(nodes, "product", inputs, outputs, constants)
+    opset = helper.make_opsetid("", _OPSET)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
 
 
