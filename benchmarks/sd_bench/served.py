@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
-from itertools import cycle
+from itertools import count
 from random import Random
 from statistics import median, quantiles
 from threading import Event
@@ -189,17 +189,16 @@ def put_under_load(
     One that is refused waits as long as it is told to, and up to half as long again: clients that
     were refused at once would else come back at once.
     """
-    bodies = [json.loads(json.dumps(body_of(request))) for request in requests]
+    bodies = [body_of(request) for request in requests]
     start, stopped = perf_counter(), Event()
 
     def client(number: int) -> list[tuple[int, Reply | None]]:
         connection, replies = server.connection(), []
         chance = Random(number)  # noqa: S311 - no secret
-        for index in cycle(range(len(bodies))):
+        for index in count(number):
             if perf_counter() - start > seconds or stopped.is_set():
                 break
-            which = (index + number) % len(bodies)
-            reply: Reply | None = None
+            which, reply = index % len(bodies), None
             try:
                 reply = ask(connection, bodies[which])
             except (OSError, HTTPException):
