@@ -92,8 +92,8 @@ def serve(questions: TextIO, answers: TextIO) -> None:
     """The other end: the first line opens, each later one asks; ends where they end."""
     from sd_bench.latency import Sampler, measurement_of, open_pipeline
 
-    def answer(**found: Any) -> None:
-        answers.write(json.dumps({"ok": True, **found}) + "\n")
+    def answer(*, ok: bool = True, **found: Any) -> None:
+        answers.write(json.dumps({"ok": ok, **found}) + "\n")
         answers.flush()
 
     try:
@@ -109,8 +109,7 @@ def serve(questions: TextIO, answers: TextIO) -> None:
                 else:
                     answer(measurement=measurement_of(sampler, []).to_json())
     except SdError as error:
-        answers.write(json.dumps({"ok": False, "error": f"{error.message} ({error.hint})"}) + "\n")
-        answers.flush()
+        answer(ok=False, error=f"{error.message} ({error.hint})")
 
 
 if __name__ == "__main__":
