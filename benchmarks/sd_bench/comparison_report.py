@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 _COLUMNS: Final = ("Median, ms", "base", "new", "change", "interval")
 _LATER: Final = {
-    Verdict.PASS: "",
-    Verdict.FAIL: "The stages below say where; run it again before you believe a single figure.",
-    Verdict.INCONCLUSIVE: "The samples cannot tell: take more, or wait for a quieter machine.",
+    Verdict.PASS: (),
+    Verdict.FAIL: ("The stages below say where; run it again before you believe a single figure.",),
+    Verdict.INCONCLUSIVE: ("The samples cannot tell: take more, or wait for a quieter machine.",),
 }
+"""Lines below the headline."""
 
 
 def headline(comparison: Comparison) -> str:
@@ -45,7 +46,7 @@ def table(comparison: Comparison) -> str:
         rows.append((stage, *times, change_text(judged), interval_text(judged)))
     lines = [
         headline(comparison),
-        _LATER[comparison.judgement.verdict],
+        *_LATER[comparison.judgement.verdict],
         f"base  {_side(base)}",
         f"new   {_side(new)}",
         f"{samples_text(comparison)}; {settings_text(base)}; confidence {confidence}",
@@ -53,7 +54,7 @@ def table(comparison: Comparison) -> str:
         *aligned(rows),
     ]
     lines += ["", *(f"Note: {note}." for note in comparison.notes)] if comparison.notes else []
-    return "\n".join(line for index, line in enumerate(lines) if line or index != 1)
+    return "\n".join(lines)
 
 
 def report(comparison: Comparison) -> dict[str, Any]:
