@@ -11,7 +11,6 @@ from sd_bench.comparison_report import (
     headline,
     interval_text,
     samples_text,
-    settings_text,
 )
 from sd_bench.plots import svg_from_figure
 
@@ -37,7 +36,7 @@ svg { max-width: 100%; height: auto }
 def page(comparison: Comparison) -> str:
     """The file's text. Raises `BackendError` where matplotlib is not installed."""
     verdict, title = comparison.judgement.verdict, escape(headline(comparison))
-    what = escape(f"{samples_text(comparison)}; {settings_text(comparison.base)}.")
+    what = escape(f"{samples_text(comparison)}; {comparison.base.settings.words}.")
     parts = [
         f'<h1 class="{verdict}">{title}</h1>\n<p>{what}</p>',
         _table(("", "base", "new"), _subjects(comparison), kind="words"),

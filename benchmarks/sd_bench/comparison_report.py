@@ -49,7 +49,7 @@ def table(comparison: Comparison) -> str:
         *_LATER[comparison.judgement.verdict],
         f"base  {_side(base)}",
         f"new   {_side(new)}",
-        f"{samples_text(comparison)}; {settings_text(base)}; confidence {confidence}",
+        f"{samples_text(comparison)}; {base.settings.words}; confidence {confidence}",
         "",
         *aligned(rows),
     ]
@@ -126,17 +126,6 @@ def samples_text(comparison: Comparison) -> str:
     if comparison.judgement.paired:
         return f"{base} pairs, taken in turns (A B B A)"
     return f"{base} samples, then {new} in another run"
-
-
-def settings_text(measurement: Measurement) -> str:
-    """What was asked for, in short."""
-    settings = measurement.settings
-    scheduler = settings.scheduler or "the checkpoint's own scheduler"
-    images = f"{settings.num_images} picture{'s' * (settings.num_images > 1)}"
-    return (
-        f"{settings.num_inference_steps} steps of {scheduler}, "
-        f"guidance {settings.guidance_scale:g}, {images}"
-    )
 
 
 def _side(measurement: Measurement) -> str:

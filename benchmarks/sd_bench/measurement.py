@@ -66,6 +66,16 @@ class Settings:
             scheduler=self.scheduler,
         )
 
+    @property
+    def words(self) -> str:
+        """What was asked for, in short."""
+        scheduler = self.scheduler or "the checkpoint's own scheduler"
+        images = f"{self.num_images} picture{'s' * (self.num_images > 1)}"
+        return (
+            f"{self.num_inference_steps} steps of {scheduler}, "
+            f"guidance {self.guidance_scale:g}, {images}"
+        )
+
 
 @dataclass(frozen=True)
 class Sample:

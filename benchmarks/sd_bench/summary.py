@@ -121,14 +121,10 @@ def report(measurement: Measurement) -> dict[str, Any]:
 
 def table(measurement: Measurement) -> str:
     """The same for people: aligned, in the order of a request."""
-    settings = measurement.settings
     found = latencies(measurement)
-    guidance = f"guidance {settings.guidance_scale:g}"
-    steps = f"{settings.num_inference_steps} steps of {settings.scheduler or 'its own scheduler'}"
-    images = f"{settings.num_images} picture{'s' * (settings.num_images > 1)}"
     lines = [
         f"{measurement.bundle}: {measurement.backend} {measurement.precision}",
-        f"{steps}, {guidance}, {images}; {found['total'].runs} runs",
+        f"{measurement.settings.words}; {found['total'].runs} runs",
         "",
         *_latency_lines(found),
         "",
