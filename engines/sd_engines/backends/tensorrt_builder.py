@@ -55,12 +55,7 @@ def build(
     precision = computed_in(entry.precision, precision, backend=backend, on_gpu=True)
     log = package_log(module)
     log.errors.clear()
-    if backend == "tensorrt":
-        here = f"sm{compute_capability()}"
-        if target not in (None, here):
-            raise ConfigError(f"TensorRT builds for this GPU only, {here}", f"Build on a {target}.")
-        target = here
-    target = target or ANY_TARGET
+    target = _own_target(target) if backend == "tensorrt" else target or ANY_TARGET
     builder = module.Builder(log)
     network = _parse(module, builder, onnx_path, log)
     config = builder.create_builder_config()
@@ -72,20 +67,13 @@ def build(
         config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may not be captured
         if target != ANY_TARGET:
             _set_compute_capabilities(module, config, target)
-    shapes = builder.create_optimization_profile()
-    max_batch = profile.max_batch(component, entry.inputs)
-    for spec in entry.inputs:
-        if isinstance(spec.shape[0], str):
-            usual = shape_at(spec, max_batch, profile.batch_size)
-            shapes.set_shape(spec.name, shape_at(spec, 1), usual, shape_at(spec, max_batch))
+    shapes = _optimization_profile(builder, component, entry, profile)
     if config.add_optimization_profile(shapes) < 0:
         raise failure(f"{backend} refuses the profile of {component}", log)
-    timings, remembered = None, cached_file(f"{backend}-{module.__version__}-{target}.timings")
+    remembered = cached_file(f"{backend}-{module.__version__}-{target}.timings")
+    timings = None
     if backend == "tensorrt":  # TensorRT-RTX measures nothing
-        for known in (read_cached(remembered), b""):  # it may be of another card, and is refused
-            timings = config.create_timing_cache(known)
-            if timings and config.set_timing_cache(timings, False):
-                break
+        timings = _timing_cache(config, remembered)
     config.progress_monitor = monitor = _monitor(module, progress)
     plan = builder.build_serialized_network(network, config)
     if monitor.stopped_by is not None:
@@ -94,7 +82,6 @@ def build(
         raise failure(f"{backend} cannot build {component}", log)
     if timings is not None:
         write_cached(remembered, bytes(memoryview(timings.serialize())))
-
     file = engine_file(
         component,
         entry,
@@ -103,15 +90,7 @@ def build(
         target=target,
         precision=precision,
     )
-    path = output_dir / file
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(memoryview(plan))
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise BackendError(
-            f"{path}: {error}", "Make room on the disk, then run it again."
-        ) from error
+    _write(output_dir / file, plan)
     return engine_entry(
         component,
         entry,
@@ -124,6 +103,50 @@ def build(
         built=hash_files(output_dir, [file])[file],
         flags={"workspace_bytes": str(workspace_bytes or "all")},
     )
+
+
+def _own_target(target: str | None) -> str:
+    """The GPU of this machine: TensorRT builds for no other.
+
+    `ConfigError` where ``target`` names another, `BackendError` where there is none.
+    """
+    here = f"sm{compute_capability()}"
+    if target not in (None, here):
+        raise ConfigError(f"TensorRT builds for this GPU only, {here}", f"Build on a {target}.")
+    return here
+
+
+def _optimization_profile(
+    builder: Any, component: str, entry: ComponentEntry, profile: Profile
+) -> Any:
+    """From one row to as many as there may be, which it is tuned for."""
+    shapes = builder.create_optimization_profile()
+    max_batch = profile.max_batch(component, entry.inputs)
+    for spec in entry.inputs:
+        if isinstance(spec.shape[0], str):
+            usual = shape_at(spec, max_batch, profile.batch_size)
+            shapes.set_shape(spec.name, shape_at(spec, 1), usual, shape_at(spec, max_batch))
+    return shapes
+
+
+def _timing_cache(config: Any, remembered: Path | None) -> Any:
+    """What is ``remembered``, given to ``config``; a new one where that is refused."""
+    for known in (read_cached(remembered), b""):  # it may be of another card
+        timings = config.create_timing_cache(known)
+        if timings and config.set_timing_cache(timings, False):
+            break
+    return timings
+
+
+def _write(path: Path, plan: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(memoryview(plan))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise BackendError(
+            f"{path}: {error}", "Make room on the disk, then run it again."
+        ) from error
 
 
 def _parse(module: Any, builder: Any, onnx_path: Path, log: Any) -> Any:
