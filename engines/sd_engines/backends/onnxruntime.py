@@ -108,18 +108,8 @@ def load(
         )
     target = engine.target
     module = package(target)
-    options = module.SessionOptions()
-    options.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Named, because the default also pins each thread to a core of its own, which stalls the whole
-    # pool as soon as one of those cores is busy with something else.
-    options.intra_op_num_threads = threads or usable_cores()
-    options.inter_op_num_threads = 1
-    # Idle threads spin for about a million turns by default, and steal the time of the next
-    # engine and of numpy: 300 µs bridge the gaps inside a run at 0.6 of the processor time.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
-    options.log_severity_level = 3  # errors only: what matters arrives as an exception
     lean = engine.flags == LEAN
-    options.enable_cpu_mem_arena = not lean
+    options = _options(module, threads=threads or usable_cores(), lean=lean)
     values = [module.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     if weights:  # `add_initializer` would come after optimizers that have read the old ones
         options.add_external_initializers([*weights], values)
@@ -148,6 +138,21 @@ def load(
         stream=stream,
         weights=values,
     )
+
+
+def _options(module: Any, *, threads: int, lean: bool) -> Any:
+    options = module.SessionOptions()
+    options.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Named, because the default also pins each thread to a core of its own, which stalls the whole
+    # pool as soon as one of those cores is busy with something else.
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Idle threads spin for about a million turns by default, and steal the time of the next
+    # engine and of numpy: 300 µs bridge the gaps inside a run at 0.6 of the processor time.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "300")
+    options.log_severity_level = 3  # errors only: what matters arrives as an exception
+    options.enable_cpu_mem_arena = not lean
+    return options
 
 
 def _session(
