@@ -104,8 +104,8 @@ def build_engine(
 
     Built files go to ``output_dir/engines/…``; portable backends write none. ``precision`` None:
     what the backend makes of the graph by default. ``workspace_bytes`` is for those that build
-    files. `ConfigError` for an unknown backend, target or
-    a precision it does not take; `BackendError` where the build fails.
+    files. `ConfigError` for an unknown backend, target or a precision it does not take;
+    `BackendError` where the build fails.
     """
     module = _module(backend)
     built: EngineEntry = module.build(

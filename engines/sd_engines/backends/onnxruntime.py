@@ -97,9 +97,8 @@ def load(
 ) -> OnnxRuntimeEngine:
     """Open the ONNX at ``path``; ``threads`` None: every core this process may use.
 
-    ``weights`` take the place of its initializers.
-
-    `BackendError` where the package, the provider or memory is missing.
+    ``weights`` take the place of its initializers. `BackendError` where the package, the provider
+    or memory is missing.
     """
     if not is_utf8(path):
         raise BackendError(

@@ -112,10 +112,9 @@ def load(
 ) -> OpenVinoEngine:
     """Read the graph at ``path``; it is compiled for a batch when that batch is first asked for.
 
-    ``weights`` take the place of its initializers.
-
-    ``threads`` None: every core this process may use. `BackendError` where the package or the
-    precision is not here, or the graph cannot be read.
+    ``threads`` None: every core this process may use. ``weights`` take the place of its
+    initializers. `BackendError` where the package or the precision is not here, or the graph cannot
+    be read.
     """
     check_precision(engine.precision)
     mapped = None
