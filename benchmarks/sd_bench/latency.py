@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from sd_bench.ceiling import measure_ceilings
 from sd_bench.cold_start import measure_cold_start
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sd_bench.measurement import Settings
-    from sd_engines.spec import Precision
 
 WARM_UP, RUNS = 2, 10
 
@@ -43,7 +42,7 @@ def open_pipeline(bundle: str | os.PathLike[str], settings: Settings) -> Pipelin
     return Pipeline.load(
         measurable_bundle(bundle),
         backend=settings.backend,
-        precision=cast("Precision | None", settings.precision),
+        precision=settings.precision,
         threads=settings.threads,
         request=settings.request(),
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from sd_engines.spec import Precision
+
 FORMAT: Final = "sd-bench latency"
 FORMAT_VERSION: Final = 1
 STEPS: Final = {"unet": "unet_step", "scheduler": "scheduler_step"}
@@ -46,7 +48,7 @@ class Settings:
     height: int | None = None
     width: int | None = None
     backend: str = "auto"
-    precision: str | None = None
+    precision: Precision | None = None
     threads: int | None = None
 
     def request(self) -> Request:

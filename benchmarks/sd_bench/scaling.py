@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sd_bench.environment import environment
 from sd_bench.line import fit_line
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sd_bench.latency import Sampler
     from sd_bench.line import Line
     from sd_bench.measurement import Sample, Settings
-    from sd_engines.spec import Precision
     from sd_runtime import Pipeline
 
 T = TypeVar("T")
@@ -162,8 +161,9 @@ def scaling_axes(
         )
     if settings.backend == "auto":
         sized = opened[0].at(settings.height, settings.width)
-        precision = cast("Precision | None", settings.precision)
-        engine = fastest_engine(sized, "unet", threads=settings.threads, precision=precision)
+        engine = fastest_engine(
+            sized, "unet", threads=settings.threads, precision=settings.precision
+        )
         settings = settings if engine is None else replace(settings, backend=engine.backend)
     base = Load(bundle=str(opened[0].path), settings=settings)
 

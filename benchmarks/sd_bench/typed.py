@@ -6,9 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Final, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-_NAMES: Final = {"Mapping": Mapping, "Sequence": Sequence}
+from sd_engines.spec import Precision
+
+_NAMES: Final = {"Mapping": Mapping, "Sequence": Sequence, "Precision": Precision}
 """What dataclasses import for their types alone."""
 
 
@@ -24,10 +26,12 @@ def check_fields(value: Any, where: str = "") -> None:
 
 def _check(value: Any, expected: Any, where: str) -> None:
     kind, arguments = get_origin(expected) or expected, get_args(expected)
-    if kind is UnionType:  # of None and one other
+    if kind in (Union, UnionType):  # of None and one other
         (inner,) = (each for each in arguments if each is not NoneType)
         if value is not None:
             _check(value, inner, where)
+    elif kind is Literal:
+        _demand(value in arguments, value, where)
     elif is_dataclass(kind):
         _demand(type(value) is kind, value, where)
         check_fields(value, f"{where}.")

@@ -96,6 +96,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ('"started_s": 0.1', '"started_s": true', "samples[1].started_s is True"),
         ('"threads": 2', '"threads": "2"', "settings.threads is '2'"),
         ('"scheduler": "ddim"', '"scheduler": 3', "settings.scheduler is 3"),
+        ('"precision": null', '"precision": "fp7"', "settings.precision is 'fp7'"),
         ('"bundle": "a.bundle"', '"bundle": null', "bundle is None"),
         ('"cpu": "a"', '"cpu": 7', "environment.cpu is 7"),
         ('"profile": {}', '"profile": []', "profile is []"),
