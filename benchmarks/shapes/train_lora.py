@@ -18,8 +18,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from train_text_encoder import token_ids
-from train_unet import DROPPED_CAPTIONS, RESOLUTION, some_timesteps
-from train_vae import as_images
+from train_unet import DROPPED_CAPTIONS, some_timesteps
+from train_vae import RESOLUTION, as_images
 
 from sd_bench.scene import Scene, caption, draw, random_scene
 

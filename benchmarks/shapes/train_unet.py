@@ -25,11 +25,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from train_text_encoder import WIDTH, token_ids
+from train_vae import RESOLUTION, as_images
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_bench.scene import Scene, caption, draw, lesson
 
-RESOLUTION = 128
 DROPPED_CAPTIONS = 0.1
 EMA_DECAY = 0.998
 
@@ -58,9 +58,8 @@ def encode_scenes(
     while len(scenes) < count:
         batch = [lesson(rng) for _ in range(32)]
         pixels = np.stack([np.asarray(draw(s, rng, resolution=RESOLUTION)[0]) for s in batch])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+            posterior = vae.encode(as_images(torch.from_numpy(pixels))).latent_dist
         scenes += batch
         means.append(posterior.mean.bfloat16().contiguous())
         stds.append(posterior.std.bfloat16().contiguous())
