@@ -49,7 +49,7 @@ class OpenVinoGenAi:
         pipeline.compile("CPU", **settings, INFERENCE_NUM_THREADS=job.threads)
         self._pipeline = pipeline
         settings["reshape"] = "static"
-        return settings | ({"safety checker": "not run"} if job.safety_checker else {})
+        return settings | job.unchecked
 
     def generate(self, job: Job, *, with_latents: bool) -> Drawing:
         """Draw from the job's own starting noise; no torch is imported for it."""

@@ -53,7 +53,7 @@ class Optimum:
         self._pipeline.scheduler = scheduler(job)
         self._pipeline.set_progress_bar_config(disable=True)
         settings = {"graph_optimization_level": "all", "provider": provider}
-        return settings | ({"safety checker": "not run"} if job.safety_checker else {})
+        return settings | job.unchecked
 
     def generate(self, job: Job, *, with_latents: bool) -> Drawing:
         """Draw from the job's own starting noise."""

@@ -66,6 +66,11 @@ class Job:
         """The job in a "load" question."""
         return cls(**{each.name: question[each.name] for each in fields(cls)})
 
+    @property
+    def unchecked(self) -> dict[str, str]:
+        """What a peer without a safety checker remarks where the others have one."""
+        return {"safety checker": "not run"} if self.safety_checker else {}
+
 
 @dataclass(frozen=True)
 class Drawing:

@@ -66,7 +66,7 @@ class StableDiffusionCpp:
                 "Diffusion's own models built in"
             )
         settings = {"noise": "its own, from the same seed by torch's algorithm"}
-        return settings | ({"safety checker": "not run"} if job.safety_checker else {})
+        return settings | job.unchecked
 
     def generate(self, job: Job, *, with_latents: bool) -> Drawing:
         """Draw on the job's own sigmas; the binding does not show latents."""
