@@ -249,7 +249,7 @@ def test_weights_that_overflow_are_found_by_the_reference(smallest: Path, tmp_pa
     [
         ({"backends": ("onnxruntme",)}, "unknown backend"),
         ({"backends": ()}, "no backend"),
-        ({"precision": "fp8"}, "unknown precision"),
+        ({"precision": "fp7"}, "unknown precision"),
         ({"precision": "bf16"}, "does not compute in bf16"),
         ({"height": 0}, "--height 0"),
         ({"width": 100_000}, "--width 100000"),
