@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MODELS = ("text_encoder", "unet", "vae")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
