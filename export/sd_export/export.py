@@ -129,33 +129,15 @@ def export(
             if checkpoint.kind in UPSCALERS:
                 tiled = {"--vae-tiling": vae_tiling}
                 _refuse(tiled, "is not for upscalers, whose tiles are another thing")
-            if loras:
-                from sd_export.lora import find_lora
-
-                models = checkpoint.weights
-                fused = tuple(find_lora(text, components=models) for text in loras)
-                checkpoint = replace(checkpoint, loras=fused)
-            if embeddings:
-                from sd_export.embedding import find_embeddings
-
-                widths = {
-                    name: int(checkpoint.configs[name]["hidden_size"])
-                    for name in checkpoint.text_encoders
-                }
-                found = find_embeddings(embeddings, widths=widths)
-                checkpoint = replace(checkpoint, embeddings=found)
-            if vae is not None:
-                from sd_export.vae import with_vae
-
-                checkpoint = with_vae(checkpoint, vae)
-            if preview_vae is not None:
-                from sd_export.preview_vae import with_preview_vae
-
-                checkpoint = with_preview_vae(checkpoint, preview_vae)
-            if controlnets:
-                from sd_export.controlnet import with_controlnets
-
-                checkpoint = with_controlnets(checkpoint, controlnets, feature_cache=feature_cache)
+            checkpoint = _with_additions(
+                checkpoint,
+                loras=loras,
+                embeddings=embeddings,
+                vae=vae,
+                preview_vae=preview_vae,
+                controlnets=controlnets,
+                feature_cache=feature_cache,
+            )
             result.detail = (
                 f"{checkpoint.family}, {checkpoint.assumed or checkpoint.prediction_type}"
             )
@@ -170,17 +152,11 @@ def export(
                 from sd_export.shallow_unet import reads_text
 
                 reads_text(checkpoint.configs["unet"])  # refuses what cannot be cut
+        own = _profile(checkpoint, height, width, batch_size=batch_size, own=True)
+        others = (_profile(checkpoint, *size, batch_size=batch_size, own=False) for size in sizes)
         job = Job(
             checkpoint,
-            tuple(
-                dict.fromkeys(
-                    _profile(checkpoint, rows, columns, batch_size=batch_size, own=own)
-                    for rows, columns, own in (
-                        (height, width, True),
-                        *((*size, False) for size in sizes),
-                    )
-                )
-            ),
+            tuple(dict.fromkeys((own, *others))),
             backends,
             precision,
             vae_tiling=vae_tiling,
@@ -209,6 +185,46 @@ def export(
         peak_bytes=peak_memory_bytes(),
         was_done=was_done,
     )
+
+
+def _with_additions(
+    checkpoint: Checkpoint,
+    *,
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    vae: str | None,
+    preview_vae: str | None,
+    controlnets: Sequence[str],
+    feature_cache: bool,
+) -> Checkpoint:
+    """``checkpoint`` with what `export` is asked to put into it or beside it."""
+    if loras:
+        from sd_export.lora import find_lora
+
+        models = checkpoint.weights
+        fused = tuple(find_lora(text, components=models) for text in loras)
+        checkpoint = replace(checkpoint, loras=fused)
+    if embeddings:
+        from sd_export.embedding import find_embeddings
+
+        widths = {
+            name: int(checkpoint.configs[name]["hidden_size"]) for name in checkpoint.text_encoders
+        }
+        found = find_embeddings(embeddings, widths=widths)
+        checkpoint = replace(checkpoint, embeddings=found)
+    if vae is not None:
+        from sd_export.vae import with_vae
+
+        checkpoint = with_vae(checkpoint, vae)
+    if preview_vae is not None:
+        from sd_export.preview_vae import with_preview_vae
+
+        checkpoint = with_preview_vae(checkpoint, preview_vae)
+    if controlnets:
+        from sd_export.controlnet import with_controlnets
+
+        checkpoint = with_controlnets(checkpoint, controlnets, feature_cache=feature_cache)
+    return checkpoint
 
 
 def _defaults(own: Defaults, asked: Request) -> Defaults:
