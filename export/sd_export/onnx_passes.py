@@ -86,9 +86,7 @@ def to_half(model: ir.Model, precision: HalfPrecision) -> ir.Model:
     half = _HALF[precision]
     graph = model.graph
     kept = _ancestors(node for node in graph if node.op_type in _ANGLES)
-    casts: dict[tuple[int, ir.DataType], ir.Value] = {}
-    converted: dict[int, ir.Value] = {}
-
+    halved: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if node in kept:
             continue
@@ -97,15 +95,12 @@ def to_half(model: ir.Model, precision: HalfPrecision) -> ir.Model:
             if value is None or value.dtype != _FLOAT or index in always_float:
                 continue
             producer = value.producer()
-            if value.const_value is not None and value.is_initializer():
-                if id(value) not in converted:
-                    converted[id(value)] = _half_initializer(graph, value, half)
-                node.replace_input_with(index, converted[id(value)])
-            elif producer is None or producer in kept:
-                key = (id(value), half)
-                if key not in casts:
-                    casts[key] = _cast(graph, value, half)
-                node.replace_input_with(index, casts[key])
+            if producer is not None and producer not in kept:
+                continue
+            if value not in halved:
+                make = _half_initializer if value.is_initializer() else _cast
+                halved[value] = make(graph, value, half)
+            node.replace_input_with(index, halved[value])
         _retype(node, half)
     for index, output in enumerate(list(graph.outputs)):
         if output.dtype == half:
