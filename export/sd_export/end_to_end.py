@@ -153,19 +153,7 @@ def _reference_picture(
     from sd_export.load import quiet
     from sd_export.oracle import ldm3d_upscaler_inputs, load_pipeline
 
-    inputs: dict[str, Any] = {}
-    if request.control_image:
-        inputs = {"image": [picture.image for picture in request.control_image]}
-    if request.image is not None:
-        inputs = {"image": request.image.image}
-    if request.strength is not None:
-        inputs["strength"] = request.strength
-    if checkpoint.kind is not Kind.VARIATIONS:
-        inputs["prompt"] = request.prompt
-    if request.image is None or request.mask is not None or checkpoint.kind is Kind.VARIATIONS:
-        inputs |= {"height": profile.height, "width": profile.width}
-    if request.mask is not None:
-        inputs["mask_image"] = request.mask.image
+    inputs = _pipeline_inputs(checkpoint, profile, request)
     pipeline = load_pipeline(checkpoint)
     if tile != (profile.latent_height, profile.latent_width):
         from sd_export.tiled_vae import work_in_tiles
@@ -199,6 +187,24 @@ def _reference_picture(
             images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
             pixels = pipeline.image_processor.postprocess(images, output_type="np")[..., :3]
     return {"latents": latents.numpy(), "pixels": np.round(pixels * 255).astype(np.uint8)}
+
+
+def _pipeline_inputs(checkpoint: Checkpoint, profile: Profile, request: Request) -> dict[str, Any]:
+    """What ``request`` draws from, in the words of its pipeline in diffusers."""
+    inputs: dict[str, Any] = {}
+    if request.control_image:
+        inputs = {"image": [picture.image for picture in request.control_image]}
+    if request.image is not None:
+        inputs = {"image": request.image.image}
+    if request.strength is not None:
+        inputs["strength"] = request.strength
+    if checkpoint.kind is not Kind.VARIATIONS:
+        inputs["prompt"] = request.prompt
+    if request.image is None or request.mask is not None or checkpoint.kind is Kind.VARIATIONS:
+        inputs |= {"height": profile.height, "width": profile.width}
+    if request.mask is not None:
+        inputs["mask_image"] = request.mask.image
+    return inputs
 
 
 def _verify(
