@@ -77,17 +77,13 @@ class ImageProcessor(nn.Module):
         whole = Image.fromarray(noise).resize(resized[::-1], Image.Resampling(resample))
         height, width = self.rows.shape[1], self.columns.shape[2]
         top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
-        wanted = np.asarray(whole, np.float32)[top : top + height, left : left + width]
-        pixels = torch.from_numpy(noise.astype(np.float32).transpose(2, 0, 1))
+        wanted = np.asarray(whole)[top : top + height, left : left + width]
+        pixels = torch.from_numpy(noise.astype(np.float32)).permute(2, 0, 1)
         unlike = [
-            int(
-                (
-                    self._resize(pixels, columns_first=first).numpy().transpose(1, 2, 0) != wanted
-                ).sum()
-            )
+            np.sum(self._resize(pixels, columns_first=first).permute(1, 2, 0).numpy() != wanted)
             for first in (False, True)
         ]
-        return unlike[1] < unlike[0]
+        return bool(unlike[1] < unlike[0])
 
 
 def clip_image_processor(
