@@ -51,9 +51,7 @@ class LatentUpscaler(nn.Module):
         self.unet = unet
         for name, module in list(unet.named_modules()):
             if name.split(".")[-2:-1] in (["downsamplers"], ["upsamplers"]):
-                parent, _, index = name.rpartition(".")
-                resampler = ByChannel(module, upward="upsamplers" in name)
-                unet.get_submodule(parent)[int(index)] = resampler  # type: ignore[operator]
+                unet.set_submodule(name, ByChannel(module, upward="upsamplers" in name))
 
     def forward(
         self,
