@@ -235,9 +235,9 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
             return CLIPTokenizer.from_pretrained(
                 str(checkpoint.tokenizers[text_encoder].absolute()), model_max_length=length
             )
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception
-        if isinstance(error, (MemoryError, ImportError)):
-            raise
         raise _error(
             TOKENIZER_FOLDERS[text_encoder],
             f"cannot be read: {error}",
