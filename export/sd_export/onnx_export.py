@@ -44,7 +44,6 @@ def trace(
     component: str,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    opset: int = OPSET,
 ) -> ir.Model:
     """``module`` as an ONNX graph whose border is ``inputs`` and ``outputs``, by name and order.
 
@@ -66,7 +65,7 @@ def trace(
                 module,
                 arguments,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=OPSET,
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 dynamic_shapes=_dynamic_shapes(module, [{0: axis} for _ in inputs]),
