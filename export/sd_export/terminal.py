@@ -54,12 +54,12 @@ def show_certificate(manifest: Manifest) -> None:
             )
 
 
-def size_words(count: int) -> str:
+def size_words(count: float) -> str:
     """Of so many bytes, such as 1.5 MB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
+        count /= 1000
     return f"{count:.2f} GB"
 
 
