@@ -117,7 +117,6 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
     version = model / "1"
     version.mkdir(parents=True)
     entry = bundle.manifest.components[engine.component]
-    # Inputs of one request may differ in their first axis, which Triton's own batching forbids.
     file_name = FILE_NAMES[engine.backend]
     source = bundle.verified_engine(engine)
     shutil.copyfile(source, version / file_name)
@@ -128,6 +127,7 @@ def _write_graph(model: Path, bundle: Bundle, engine: EngineEntry) -> None:
         f'name: "{model.name}"',
         f'backend: "{engine.backend}"',
         f'default_model_filename: "{file_name}"',
+        # Inputs of one request may differ in their first axis, which Triton's own batching forbids.
         "max_batch_size: 0",
         *(_graph_tensor("input", spec) for spec in entry.inputs),
         *(_graph_tensor("output", spec) for spec in entry.outputs),
