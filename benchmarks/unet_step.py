@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from diffusers import UNet2DConditionModel
 
+from sd_bench import ceiling
 from sd_bench.environment import environment
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     Step = Callable[[], torch.Tensor]
 
 SAMPLES: Final = 2
-PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 2048}
-COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 256 << 20}
+PRODUCT_SIZE: Final = {"cuda": ceiling.PRODUCT_SIZE_GPU, "cpu": ceiling.PRODUCT_SIZE}
+COPY_BYTES: Final = {"cuda": ceiling.COPY_BYTES_GPU, "cpu": ceiling.COPY_BYTES}
 WARM_UPS: Final = 3
 
 
