@@ -116,7 +116,7 @@ def measure_latency(
         )
     if settings.backend == "auto":  # which may try every backend once: none of their memory counts
         sized = measurable_bundle(bundle).at(settings.height, settings.width)
-        fastest_engine(sized, "unet", threads=settings.threads)
+        fastest_engine(sized, "unet", threads=settings.threads, precision=settings.precision)
     reset_peak_memory()
     held_before = held_on_gpus_bytes()
     with open_pipeline(bundle, settings) as pipeline:
