@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -40,8 +41,6 @@ def parity(
     as_json: bool,
 ) -> None:
     """Compare a bundle's pictures with diffusers' own, scheduler by scheduler."""
-    from dataclasses import asdict
-
     from sd_export.packages import check_packages
 
     check_packages()
