@@ -87,13 +87,7 @@ def measure_peers(
     job = _job(bundle, settings, threads=threads, folder=folder)
     original = checkpoint_folder(source)
     key = checkpoint_key(original)
-    staged = cache / "checkpoints" / key
-    if not staged.exists():
-        partial = staged.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        stage_checkpoint(original, partial)
-        partial.rename(staged)
-    job |= {"model": str(staged)}
+    job["model"] = str(_staged(original, cache / "checkpoints" / key))
     contestants = [
         enlist(peer, job, key=key, bundle=bundle, cache=cache, folder=folder)
         for peer in (OURS, *peers)
@@ -140,6 +134,16 @@ def check_unchanged(checkpoint: Path, key: str, bundle: Bundle) -> None:
         raise ConfigError(
             "the checkpoint or the bundle changed while it was measured", "Measure again."
         )
+
+
+def _staged(original: Path, folder: Path) -> Path:
+    """``folder``, with `stage_checkpoint`'s copy of ``original``, made once and whole."""
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        stage_checkpoint(original, partial)
+        partial.rename(folder)
+    return folder
 
 
 def _job(bundle: Bundle, settings: Settings, *, threads: int, folder: Path) -> dict[str, Any]:
