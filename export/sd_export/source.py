@@ -34,7 +34,7 @@ from sd_export.upscaler import LOW_RES_SCHEDULER, max_noise_level, upscaler_conf
 from sd_runtime.task import DEPTH_ESTIMATOR, IMAGE_ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sd_export.hub import Snapshot
 
@@ -184,14 +184,7 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
         low_res = folder / LOW_RES_SCHEDULER
         configs[LOW_RES_SCHEDULER] = read_scheduler(low_res, component=LOW_RES_SCHEDULER)
     configs = upscaler_configs(configs)
-    tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
-    for tokenizer in tokenizers.values():
-        if not (tokenizer / "tokenizer.json").is_file() and not (
-            (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
-        ):
-            raise missing_part(
-                tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt"
-            )
+    tokenizers = _tokenizers(folder, encoders)
     readme = folder / "README.md"
     card = readme if readme.is_file() else None
     return Checkpoint(
@@ -212,6 +205,19 @@ def read_folder(found: Snapshot, *, variant: str | None) -> Checkpoint:
         or (is_xl(configs) and bool(index.get("force_zeros_for_empty_prompt", True))),
         max_noise_level=max_noise_level(configs, index),
     )
+
+
+def _tokenizers(folder: Path, encoders: Sequence[str]) -> dict[str, Path]:
+    """Where the tokenizer of each of ``encoders`` lies; `ExportError` for one that is not whole."""
+    tokenizers = {name: folder / TOKENIZER_FOLDERS[name] for name in encoders}
+    for tokenizer in tokenizers.values():
+        if not (tokenizer / "tokenizer.json").is_file() and not (
+            (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
+        ):
+            raise missing_part(
+                tokenizer.name, "neither tokenizer.json nor vocab.json with merges.txt"
+            )
+    return tokenizers
 
 
 def _is_named(index: Mapping[str, Any], part: str) -> bool:
