@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sd_engines.spec import Precision, Profile
     from sd_export.checkpoint import Checkpoint
     from sd_export.progress import StageLog
-    from sd_export.verify import Proof
+    from sd_export.verify import Arrays, Proof
     from sd_export.work import WorkFolder
 
 
@@ -63,6 +63,19 @@ def recorded_graph(
     return _entry(data)
 
 
+def _write_reference(path: Path, inputs: Arrays, outputs: Arrays) -> None:
+    """Write at ``path`` what `stored_proof` reads."""
+    import numpy as np
+    from safetensors.numpy import save as to_safetensors
+
+    arrays = {f"in.{name}": array for name, array in inputs.items()}
+    arrays |= {f"out.{name}": array for name, array in outputs.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(  # written by us: a full disk is then an OSError
+        to_safetensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    )
+
+
 def stored_proof(work: WorkFolder, file: str, *, reference_name: str) -> Proof:
     """What the original gave for the inputs of the graph ``file`` when that was made."""
     from safetensors.numpy import load_file
@@ -89,9 +102,6 @@ def _make(
     log: StageLog,
 ) -> dict[str, Any]:
     """Load, run for reference, trace, convert and save; returns the fields of its entry."""
-    import numpy as np
-    from safetensors.numpy import save as to_safetensors
-
     from sd_export import verify, wrappers
     from sd_export.borders import borders
     from sd_export.layer_table import write_layer_table
@@ -116,13 +126,7 @@ def _make(
         reference = verify.reference_outputs(
             module, component, probe, outputs, checkpoint=checkpoint, model=model
         )
-        tensors = {f"in.{name}": array for name, array in probe.items()}
-        tensors |= {f"out.{name}": array for name, array in reference.items()}
-        path = _reference_path(work, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(  # written by us: a full disk is then an OSError
-            to_safetensors({n: np.ascontiguousarray(array) for n, array in tensors.items()})
-        )
+        _write_reference(_reference_path(work, file), probe, reference)
     with log.stage(component, "trace"):
         graph = trace(module, component=component, inputs=inputs, outputs=outputs)
     values = list(graph.graph.initializers.values())
