@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sd_bench.latency import Sampler
     from sd_bench.line import Line
     from sd_bench.measurement import Sample, Settings
+    from sd_engines.bundle import Bundle
     from sd_runtime import Pipeline
 
 T = TypeVar("T")
@@ -145,7 +146,6 @@ def scaling_axes(
 ) -> tuple[Axis, ...]:
     """The axes of the first bundle, and that of size over all of them; none of one point.
 
-    Of sizes with as many pixels it takes the first.
     A backend "auto" becomes the one that is fastest for the first bundle, for all of them.
     `ConfigError` for settings that no request can have, bundles of different checkpoints, or where
     no axis is left.
@@ -170,15 +170,6 @@ def scaling_axes(
     def with_(**changes: Any) -> Load:
         return replace(base, settings=replace(settings, **changes))
 
-    sizes: dict[float, Load] = {}
-    for bundle in opened:
-        own = bundle.manifest.at(settings.height, settings.width).profile
-        for profile in (own, *(size.profile for size in bundle.manifest.all_sizes)):
-            asked = settings
-            if profile != own:
-                asked = replace(settings, height=profile.height, width=profile.width)
-            load = Load(bundle=str(bundle.path), settings=asked)
-            sizes.setdefault(profile.height * profile.width / 1000, load)
     axes = (
         Axis(
             name="steps",
@@ -198,7 +189,7 @@ def scaling_axes(
         Axis(
             name="1000 pixels per picture",
             unit="1000 pixels",
-            loads=dict(sorted(sizes.items())),
+            loads=_loads_by_size(opened, settings),
         ),
     )
     kept = tuple(axis for axis in axes if len(axis.loads) > 1)
@@ -208,6 +199,20 @@ def scaling_axes(
             "Name two or more --steps, --images or --requests, or bundles of more sizes.",
         )
     return kept
+
+
+def _loads_by_size(bundles: Sequence[Bundle], settings: Settings) -> dict[float, Load]:
+    """A load for each size of ``bundles``, by thousands of pixels; of as many, the first."""
+    sizes: dict[float, Load] = {}
+    for bundle in bundles:
+        own = bundle.manifest.at(settings.height, settings.width).profile
+        for profile in (own, *(size.profile for size in bundle.manifest.all_sizes)):
+            asked = settings
+            if profile != own:
+                asked = replace(settings, height=profile.height, width=profile.width)
+            load = Load(bundle=str(bundle.path), settings=asked)
+            sizes.setdefault(profile.height * profile.width / 1000, load)
+    return dict(sorted(sizes.items()))
 
 
 def measure_scaling(
