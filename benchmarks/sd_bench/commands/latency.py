@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_bench.commands.compare import check_files
+from sd_bench.commands.compare import FILE, check_files
 from sd_bench.commands.finite_range import FiniteRange
 from sd_bench.commands.request import given, prompt_options, request_options
 from sd_engines.border import check_package
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sd_bench.latency import Sampler
     from sd_bench.measurement import Sample
 
-_FILE = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("bundle", type=_FILE)
-@click.option("-o", "--output", type=_FILE, required=True, metavar="FILE.json")
+@click.argument("bundle", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, metavar="FILE.json")
 @prompt_options
 @request_options()
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures a request.")
@@ -43,7 +42,7 @@ _FILE = click.Path(path_type=Path)
     show_default=True,
     help="New sd-run processes to their first picture.",
 )
-@click.option("--trace", type=_FILE, metavar="FILE.json", help="Opens in ui.perfetto.dev.")
+@click.option("--trace", type=FILE, metavar="FILE.json", help="Opens in ui.perfetto.dev.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
 def latency(
     *,
@@ -70,7 +69,6 @@ def latency(
 
     check_package("onnx", extra="bench")
     check_files(output, trace)
-    files = [output] if trace is None else [output, trace]
     drawn = Trace(f"sd-bench latency {bundle}")
 
     def on_sample(sampler: Sampler, sample: Sample) -> None:
@@ -88,8 +86,10 @@ def latency(
         ceilings=True,
         on_sample=on_sample,
     )
-    texts = [measurement.to_json()] if trace is None else [measurement.to_json(), drawn.to_json()]
-    write_files({path: text.encode() for path, text in zip(files, texts, strict=True)})
+    files = {output: measurement.to_json()}
+    if trace is not None:
+        files[trace] = drawn.to_json()
+    write_files({path: text.encode() for path, text in files.items()})
     click.echo(json.dumps(report(measurement)) if as_json else table(measurement))
     if not as_json:
         click.echo(f"Written: {', '.join(map(str, files))}", err=True)
