@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from sd_engines.entries import ComponentEntry
 from sd_engines.memory import peak_memory_bytes
 from sd_engines.spec import Profile
 from sd_runtime.tiles import Tiling
+
+if TYPE_CHECKING:
+    from sd_engines.spec import Precision
 
 COMPONENT = "vae_decoder"
 
@@ -56,17 +60,22 @@ def make_graph(model: str, folder: Path, side: int | None) -> tuple[ComponentEnt
 
 
 def decode(
-    folder: Path, entry: ComponentEntry, profile: Profile, whole: Profile, options: dict[str, str]
+    folder: Path,
+    entry: ComponentEntry,
+    profile: Profile,
+    whole: Profile,
+    backend: str,
+    precision: Precision,
 ) -> tuple[int, float]:
     """Peak memory in bytes and seconds of one picture of ``whole``, by tiles of ``profile``."""
     engine = build_engine(
-        options["backend"],
+        backend,
         folder / entry.file,
         output_dir=folder,
         component=COMPONENT,
         entry=entry,
         profile=profile,
-        precision=options["precision"],  # type: ignore[arg-type]  # checked by the backend
+        precision=precision,
     )
     high, wide = profile.latent_height, profile.latent_width
     tiling = Tiling(whole.latent_height, whole.latent_width, high, wide)
@@ -92,17 +101,16 @@ def main() -> None:
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
-    options = {"backend": arguments.backend, "precision": arguments.precision}
     with TemporaryDirectory() as temporary:
-        graphs = {
-            name: (Path(temporary, name), *make_graph(arguments.checkpoint, folder, side))
-            for name, side in (("whole", arguments.side), ("tiles", None))
-            for folder in [Path(temporary, name)]
-        }
+        graphs = {}
+        for name, side in (("whole", arguments.side), ("tiles", None)):
+            folder = Path(temporary, name)
+            graphs[name] = folder, *make_graph(arguments.checkpoint, folder, side)
         whole = graphs["whole"][2]
+        how = arguments.backend, arguments.precision
         for name, graph in graphs.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                peak, seconds = pool.submit(decode, *graph, whole, options).result()
+                peak, seconds = pool.submit(decode, *graph, whole, *how).result()
             print(f"{name:<6} {peak / 1e9:6.2f} GB {seconds:8.1f} s", flush=True)  # noqa: T201
 
 
