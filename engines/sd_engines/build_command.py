@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sd_engines.spec import LOSSY, draws_from_text, is_halved
+from sd_engines.spec import LOSSY, caches_features, draws_from_text, is_halved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def missing_engine_hint(
 def _quantized_hint(build: str, entry: ComponentEntry, compiles: str, precision: Precision) -> str:
     if not draws_from_text(entry.inputs):
         return f"Take another --precision: {precision} is for UNets that draw from text alone."
-    if any(spec.name == "deep_features" for spec in entry.outputs):
+    if caches_features(entry.outputs):
         return "Take another --precision, or export the checkpoint again without --feature-cache."
     options = f"--backend {'openvino' if precision == 'int8' else compiles} --precision {precision}"
     if entry.precision not in (("fp32",) if precision == "int8" else ("fp32", "fp16")):

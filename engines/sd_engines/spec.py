@@ -78,6 +78,11 @@ def draws_from_text(unet_inputs: Iterable[TensorSpec]) -> bool:
     )
 
 
+def caches_features(unet_outputs: Iterable[TensorSpec]) -> bool:
+    """Whether a UNet of these outputs gives its deep features, which a shallow one then takes."""
+    return any(spec.name == "deep_features" for spec in unet_outputs)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, numpy dtype name and shape of a graph's input or output.

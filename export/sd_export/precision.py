@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, get_args
 
 from sd_engines.bundle import BACKENDS, PORTABLE_BACKENDS
 from sd_engines.errors import ConfigError, nearest
-from sd_engines.spec import LOSSY, Precision, draws_from_text, is_halved
+from sd_engines.spec import LOSSY, Precision, caches_features, draws_from_text, is_halved
 from sd_runtime.task import DEPTH_ESTIMATOR
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def engine_precision(
             precision,
             graph=entry.precision,
             from_text=draws_from_text(entry.inputs),
-            feature_cache=any(spec.name == "deep_features" for spec in entry.outputs),
+            feature_cache=caches_features(entry.outputs),
         )
         return precision
     if backend == "openvino":
