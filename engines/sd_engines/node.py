@@ -81,7 +81,7 @@ class Node:
 
     def younger_nullable_text(self, key: str) -> str | None:
         """The same, and None where it is not there."""
-        return self.nullable_text(key) if key in self._fields else None
+        return self.text(key) if self._is_given(key) else None
 
     def younger_texts(self, key: str) -> tuple[str, ...]:
         """An array of texts, empty where the field is not there."""
