@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, CertificateEntry, EngineEntry
 from sd_engines.engine import build_engine
+from sd_engines.spec import LOSSY
 from sd_export.graph_proof import verify_graph, words_of
 from sd_export.half_graph import converted_entry, half_graph
 from sd_export.work import key_of, versions
@@ -59,7 +60,7 @@ class EngineOrder:
     @property
     def key(self) -> str:
         """SHA-256 over all that decides the engine."""
-        calibration = self.calibration
+        calibration = self.calibration if self.precision in LOSSY else None
         return key_of(
             {
                 "graph": asdict(self.entry),
