@@ -111,7 +111,8 @@ def test_sigterm_finishes_what_was_accepted(
 def test_a_terminal_that_is_closed_finishes_what_was_accepted(
     tiny_model: TinyModel, start: Callable[..., Any]
 ) -> None:
-    with start(tiny_model.bundle, "--threads", 1) as server:
+    terminal = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    with start(tiny_model.bundle, "--threads", 1, before=terminal) as server:
         with accepted(server, LONG) as stream:
             for _ in range(2):  # the terminal's own, and the shell's
                 server.process.send_signal(signal.SIGHUP)
