@@ -146,9 +146,10 @@ def take_turns(
     """Samples of both as A B B A, in pairs by index, until precise or ``max_pairs``.
 
     ``open_sides`` makes what answers for the base and the new one, for `PAIRS_A_PROCESS` pairs; it
-    is told which to open first, 0 for the base, each as often as the other. Precise is
-    `Judgement.precise`; it is looked at after 32 pairs and then at every quarter more. All samples'
-    ``started_s`` count from the first one. `ConfigError` for too few pairs.
+    is told which to open first, 0 for the base, and that one answers first: each as often as the
+    other, since what a process answers first is slower. Precise is `Judgement.precise`; it is
+    looked at after 32 pairs and then at every quarter more. All samples' ``started_s`` count from
+    the first one. `ConfigError` for too few pairs.
     """
     _check_pairs(max_pairs)
     samples: tuple[list[Sample], list[Sample]] = ([], [])
@@ -159,7 +160,7 @@ def take_turns(
         with open_sides(order) as sides:
             began = clock() if began is None else began
             for count in range(first + 1, first + 1 + PAIRS_A_PROCESS):
-                for side in (0, 1) if count % 2 else (1, 0):
+                for side in order if count % 2 else order[::-1]:
                     started_s = clock() - began
                     samples[side].append(replace(sides[side](), started_s=started_s))
                 if count == 1:  # the first tells whether the stage is there at all
