@@ -37,10 +37,11 @@ def emulate(bundle: Bundle, output: Path, prompts: list[str] | None) -> None:
             bundle.path / entry.file,
             staging,
             "unet",
-            entry=replace(entry, precision="fp16"),  # so that it is not halved
+            entry=entry,
             profile=manifest.profile,
             calibration=calibration,
             log=StageLog(shown_progress(False)),
+            halved=False,
         ) as (graph, _):
             shutil.rmtree(staging / "unet")
             shutil.copytree(graph.parent, staging / "unet")

@@ -56,10 +56,12 @@ def fp8_graph(
     profile: Profile,
     calibration: Calibration,
     log: StageLog,
+    halved: bool = True,
 ) -> Iterator[tuple[Path, Proof]]:
     """A copy of the graph at ``onnx_path`` in fp8 and fp16, for as long as the block runs.
 
-    And what it can be held to: a picture that it was not calibrated on.
+    And what it can be held to: a picture that it was not calibrated on. Not ``halved``, what is not
+    in fp8 is as it was.
     """
     folder = output_dir.parent / "fp8" / component
     try:
@@ -74,7 +76,7 @@ def fp8_graph(
         with log.stage(component, "convert to fp8") as result:
             model = ir.load(onnx_path)
             to_fp8(model, ranges)
-            if entry.precision == "fp32":
+            if halved and entry.precision == "fp32":
                 to_half(model, "fp16")
             saved = save(model, folder)
             result.bytes = sum(path.stat().st_size for path in saved)
