@@ -19,6 +19,7 @@ from sd_engines.errors import ConfigError, ExportError
 from sd_export import verify, wrappers
 from sd_runtime import Pipeline, Request
 from sd_runtime.noise import NoiseStream
+from stops import Stop, stop_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,10 +126,6 @@ def test_record_says_time_and_memory_of_every_stage(report: ExportReport) -> Non
     assert 10_000_000 < peaks[0] <= peaks[-1] <= record["peak_bytes"] <= report.peak_bytes
 
 
-class Stop(BaseException):
-    """Ends an export from its progress, as an interrupt does."""
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of what gc looks at, not of ours
 def test_no_weights_outlive_their_graph(
@@ -152,14 +149,6 @@ def torch_bytes() -> int:
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def stop_at(component: str, stage: str) -> sd_export.progress.Progress:
-    def progress(event: StageEvent) -> None:
-        if (event.component, event.stage, event.state) == (component, stage, "started"):
-            raise Stop
-
-    return progress
 
 
 def test_a_rerun_finds_the_work_done_and_a_change_is_noticed(

@@ -18,6 +18,7 @@ from sd_engines.engine import listed_engines
 from sd_engines.errors import ConfigError
 from sd_export.fp8 import quantized_layers, to_fp8
 from sd_export.onnx_export import save
+from stops import Stop, stop_at
 from tiny_onnx import needs
 
 if TYPE_CHECKING:
@@ -90,19 +91,10 @@ def test_nobody_gets_it_who_did_not_ask(bundle: Path) -> None:
     assert asked.backend == "tensorrt-rtx"
 
 
-class Stop(BaseException):
-    """Ends a build from its progress, as an interrupt does."""
-
-
 def test_it_is_made_again_only_for_other_prompts(bundle: Path) -> None:
     before = (bundle / "bundle.json").read_bytes()
     events: list[StageEvent] = []
-
-    def progress(event: StageEvent) -> None:
-        events.append(event)
-        if event.stage == "calibrate":
-            raise Stop
-
+    progress = stop_at("unet", "calibrate", events=events)
     build(bundle, progress=progress)
     assert "unet" in {e.component for e in events if e.detail == "already there"}
     with pytest.raises(Stop):

@@ -25,6 +25,7 @@ from sd_export.calibration import PROMPTS, Calibration
 from sd_export.cli import main
 from sd_runtime import Pipeline, Request
 from sd_runtime.cli import main as sd_run
+from stops import Stop, stop_at
 from tiny_onnx import needs
 from tiny_xl import make_xl_checkpoint
 
@@ -151,19 +152,10 @@ def test_its_pictures_are_drawn_again_by_it(
     assert "unknown precision 'int9'" in capsys.readouterr().err
 
 
-class Stop(BaseException):
-    """Ends a build from its progress, as an interrupt does."""
-
-
 def test_it_is_made_again_only_for_other_prompts(bundle: Path, prompts: Path) -> None:
     before = (bundle / "bundle.json").read_bytes()
     events: list[StageEvent] = []
-
-    def progress(event: StageEvent) -> None:
-        events.append(event)
-        if event.stage == "calibrate":
-            raise Stop
-
+    progress = stop_at("unet", "calibrate", events=events)
     lines = prompts.read_text().splitlines()
     options = {"backends": ("openvino",), "precision": "int8", "progress": progress}
     sd_export.build(bundle, calibration_prompts=lines, **options)  # type: ignore[arg-type]
