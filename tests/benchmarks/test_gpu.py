@@ -1,10 +1,10 @@
-"""`make gpu` without a GPU: what it plans, and that one step's failure is told and outlived."""
+"""`make gpu` without a GPU: what it plans, and the tables of what it found."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,27 +24,27 @@ def gpu() -> ModuleType:
     return load_script("gpu")
 
 
-def plan(gpu: ModuleType, folder: Path, **changes: Any) -> Any:
+def plan(gpu: ModuleType, folder: Path, *, engines: Any = None, **changes: Any) -> Any:
     given = {
-        **{"folder": folder, "checkpoint": None, "engines": gpu.ENGINES, "precision": "fp16"},
-        **{"batch_size": 1, "peers": (), "num_inference_steps": 50, "rounds": 5},
-        "captions": 200,
+        **{"folder": folder, "checkpoint": None, "precision": "fp16", "batch_size": 1},
+        **{"peers": (), "num_inference_steps": 50, "rounds": 5, "captions": 200},
     }
-    return gpu.Plan(**given | changes)
+    asked = [gpu.Asked.of(words) for words in engines or gpu.ENGINES]
+    return gpu.Plan(**given | changes, engines=asked)
 
 
 @pytest.mark.parametrize(("batch_size", "more"), [(1, set()), (8, {"scaling"})])
-def test_every_step_needs_only_what_comes_before(
+def test_every_errand_needs_only_what_comes_before(
     gpu: ModuleType, tmp_path: Path, batch_size: int, more: set[str]
 ) -> None:
     engines = (*gpu.ENGINES, "tensorrt@fp8")
-    steps = plan(gpu, tmp_path, engines=engines, batch_size=batch_size).steps()
-    names = [step.name for step in steps]
+    errands = plan(gpu, tmp_path, engines=engines, batch_size=batch_size).errands()
+    names = [errand.name for errand in errands]
     assert len(set(names)) == len(names)
-    results = [step.result for step in steps if step.result]
+    results = [errand.result for errand in errands if errand.result]
     assert len(set(results)) == len(results)
-    for index, step in enumerate(steps):
-        assert set(step.needs) <= set(names[:index])
+    for index, errand in enumerate(errands):
+        assert set(errand.needs) <= set(names[:index])
     for engine in engines:
         asked = {name.split()[0] for name in names if name.endswith(f" {engine}")}
         assert asked == {"full", "shapes", "latency", "quality", "serve", *more}
@@ -55,98 +55,85 @@ def test_every_command_is_one_that_its_program_takes(gpu: ModuleType, tmp_path: 
     groups = {"sd-bench": cli, "sd-export": export_command}
     parsed = []
     engines = (*gpu.ENGINES, "tensorrt@fp8", "tensorrt-rtx:sm89@fp8")
-    asked = plan(
-        gpu, tmp_path, engines=engines, batch_size=8, peers=("diffusers-cuda-fp16",)
-    ).steps()
-    for step in asked:
-        program, *arguments = step.command
+    asked = plan(gpu, tmp_path, engines=engines, batch_size=8, peers=("diffusers-cuda-fp16",))
+    for errand in asked.errands():
+        program, *arguments = errand.command
         group = groups.get(Path(program).name)
         if group is not None:
             context = click.Context(group)
             command = group.get_command(context, arguments[0])
             words = arguments if command is None else arguments[1:]
-            (command or group).make_context(step.name, words)
-            parsed.append(step.name)
+            (command or group).make_context(errand.name, words)
+            parsed.append(errand.name)
     assert len(parsed) == 2 + 6 * len(engines) + 1
 
 
 def test_a_precision_is_built_and_measured(gpu: ModuleType, tmp_path: Path) -> None:
     """Calibrated on captions where the checkpoint was taught no other words."""
-    steps = {s.name: s for s in plan(gpu, tmp_path, engines=["tensorrt-rtx:sm89@fp8"]).steps()}
     name = "tensorrt-rtx:sm89@fp8"
-    for step in (f"{what} {name}" for what in ("quality", "serve", "latency", "full build")):
-        command = " ".join(steps[step].command)
+    errands = {errand.name: errand for errand in plan(gpu, tmp_path, engines=[name]).errands()}
+    for errand in (f"{what} {name}" for what in ("quality", "serve", "latency", "full build")):
+        command = " ".join(errands[errand].command)
         assert "--backend tensorrt-rtx --precision fp8" in command
         assert "captions.txt" not in command
-    assert steps[f"latency {name}"].on_gpu
-    command = " ".join(steps[f"shapes build {name}"].command)
+    assert errands[f"latency {name}"].on_gpu
+    command = " ".join(errands[f"shapes build {name}"].command)
     assert "--precision fp8 --target sm89 --calibration-prompts" in command
     assert "shapes/captions.txt" in command
 
 
-def python(gpu: ModuleType, name: str, code: str, **more: Any) -> Any:
-    return gpu.Step(name=name, command=(sys.executable, "-c", code), **more)
-
-
-def test_a_failure_is_told_and_what_does_not_need_it_goes_on(
-    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written = tmp_path / "figure.json"
-    outcomes = gpu.run(
-        [
-            python(gpu, "broken", "raise SystemExit('no such card')"),
-            python(gpu, "after", "print('never')", needs=("broken",)),
-            python(gpu, "last", f"open({str(written)!r}, 'w').write('[42]')", result=written),
-        ],
-        tmp_path,
-    )
-    assert [(o.exit_code, o.said, o.result) for o in outcomes] == [
-        (1, "no such card", None),
-        (None, "needs broken", None),
-        (0, "", [42]),
-    ]
-    assert "no such card" in (tmp_path / "broken.log").read_text()
-    assert "not run" in capsys.readouterr().out
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert [step["result"] for step in report["steps"]] == [None, None, [42]]
-    assert report["environment"]["python"]
-
-
-def test_what_has_ended_is_kept_whatever_comes(gpu: ModuleType, tmp_path: Path) -> None:
-    kept = tmp_path / "gpu.json"
-    steps = [
-        python(gpu, "first", "print(42)"),
-        python(gpu, "second", f"print(open({str(kept)!r}).read())"),
-    ]
-    _, second = gpu.run(steps, tmp_path)
-    assert '"said": "42"' in second.said
-
-
-def test_when_the_time_is_over_nothing_more_is_run(gpu: ModuleType, tmp_path: Path) -> None:
-    steps = [
-        python(gpu, "endless", "import time; print('begun', flush=True); time.sleep(600)"),
-        python(gpu, "late", "print('never')"),
-    ]
-    endless, late = gpu.run(steps, tmp_path, minutes=0.02)
-    assert endless.exit_code
-    assert endless.said.endswith("stopped: the time is over")
-    assert (late.exit_code, late.said) == (None, "the 0.02 minutes are over")
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert [step["name"] for step in report["steps"]] == ["endless", "late"]
+def test_what_runs_on_a_processor_is_not_asked_for_a_gpu(gpu: ModuleType) -> None:
+    on_gpu = {words: gpu.Asked.of(words).on_gpu for words in (*gpu.ENGINES, "onnxruntime")}
+    assert on_gpu == {**dict.fromkeys(gpu.ENGINES, True), "onnxruntime": False}
 
 
 def test_what_is_quick_comes_first(gpu: ModuleType, tmp_path: Path) -> None:
-    names = [step.name for step in plan(gpu, tmp_path).steps()]
-    full = names.index("checkpoint")
-    assert full == 1 + 1 + 3 * len(gpu.ENGINES), "after the tests and all of the shipped checkpoint"
+    names = [errand.name.split()[0] for errand in plan(gpu, tmp_path).errands()]
+    assert list(dict.fromkeys(names)) == [
+        *("tests", "shapes", "quality", "checkpoint", "full", "latency", "peers", "serve")
+    ]
 
 
-def test_figures_of_the_processor_do_not_pass_for_a_gpus(gpu: ModuleType, tmp_path: Path) -> None:
-    figure = tmp_path / "figure.json"
-    steps = []
-    for name, used in (("fell back", 0), ("ran", 1)):
-        code = f"open({str(figure)!r}, 'w').write('{{\"gpu_memory_bytes\": {used}}}')"
-        steps.append(python(gpu, name, code, result=figure, on_gpu=True))
-    fell_back, ran = gpu.run(steps, tmp_path)
-    assert (fell_back.exit_code, ran.exit_code) == (1, 0)
-    assert "these are the processor's figures" in fell_back.said
+def outcome(name: str, result: Any = None, *, exit_code: int | None = 0, said: str = "") -> Any:
+    errands = load_script("errands")
+    return errands.Outcome(name=name, command="", exit_code=exit_code, said=said, result=result)
+
+
+def test_tables_of_what_was_found(shapes_bundle: Path) -> None:
+    from sd_bench.latency import measure_latency
+    from sd_bench.measurement import Settings
+    from sd_bench.summary import achieved
+
+    settings = Settings(backend="onnxruntime", num_inference_steps=2)
+    options = {"runs": 2, "warm_up": 0, "cold_starts": 1, "ceilings": True}
+    found = measure_latency(shapes_bundle, settings, **options)
+    load = {"drawn": 20, "wrong": 0, "failed": 1}
+    peer = {"name": "diffusers", "precision": "fp16", "state": "measured", "warm_ms": [30, 31, 40]}
+    peer |= {"ratio": {"median": 2.31}, "likeness_to_ours": {"pixels_within_1": 1.0}}
+    absent = {"name": "optimum", "precision": "fp16", "state": "failed", "error": "a | b\nno card"}
+    text = load_script("gpu_table").tables(
+        [
+            outcome("full build tensorrt"),
+            outcome(
+                "full build tensorrt-rtx", exit_code=4, said="…\nError: no Hopper\nBuy another."
+            ),
+            outcome("latency tensorrt", json.loads(found.to_json())),
+            outcome("latency tensorrt-rtx", exit_code=None, said="needs full build tensorrt-rtx"),
+            outcome("quality tensorrt", {"obeyed": 0.955, "captions": 200}),
+            outcome("serve tensorrt", {"load": load, "overload": load}),
+            outcome("peers", {"rows": [peer, absent]}),
+        ]
+    )
+    _, _, ours, refused, _, _, _, *peers = text.splitlines()
+    cells = ours.strip("| ").split(" | ")
+    assert cells[0] == "tensorrt"
+    assert cells[1].split(" / ")[0] == f"{median(found.stage_ms('unet_step')):.2f}"
+    assert cells[2] == f"{achieved(found)['unet'].share_of_matmul:.0%}"
+    assert 0 < float(cells[4].rstrip("%")) < 100
+    assert cells[6] == f"{found.cold_start_ms[0] / 1e3:.2f}"
+    assert cells[8:] == ["95.5% of 200", "40, 0, 2"]
+    assert set(refused.strip("| ").split(" | ")) == {"tensorrt-rtx", "–"}
+    assert "| diffusers | fp16 | 31.0 | 2.31 | 100.00% |" in peers
+    assert "| optimum | fp16 | failed | – | no card |" in peers
+    assert "| full build tensorrt-rtx | exit 4 | Error: no Hopper |" in peers
+    assert "| latency tensorrt-rtx | not run | needs full build tensorrt-rtx |" in peers
