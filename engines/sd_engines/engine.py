@@ -98,16 +98,19 @@ def build_engine(
     precision: Precision | None = None,
     target: str | None = None,
     workspace_bytes: int | None = None,
+    calibration: str | None = None,
     progress: Progress | None = None,
 ) -> EngineEntry:
     """Make ``onnx_path`` ready for ``backend``; returns the manifest's entry.
 
     Built files go to ``output_dir/engines/…``; portable backends write none. ``precision`` None:
     what the backend makes of the graph by default. ``workspace_bytes`` is for those that build
-    files. `ConfigError` for an unknown backend, target or a precision it does not take;
+    files, and so is ``calibration``: the digest of what the graph was calibrated on, for the
+    engine's key. `ConfigError` for an unknown backend, target or a precision it does not take;
     `BackendError` where the build fails.
     """
     module = _module(backend)
+    of_files = {"workspace_bytes": workspace_bytes, "calibration": calibration}
     built: EngineEntry = module.build(
         onnx_path,
         output_dir=output_dir,
@@ -118,7 +121,7 @@ def build_engine(
         precision=precision,
         target=target,
         progress=progress,
-        **({} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}),
+        **{name: value for name, value in of_files.items() if value is not None},
     )
     return built
 

@@ -17,9 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from sd_engines.bundle import engine_entry
 from sd_engines.engine import load_engine
-from sd_engines.entries import FileEntry
 from sd_engines.spec import TensorSpec
 from sd_export.graph_proof import proving_engine
 from sd_export.half_graph import converted_entry
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sd_engines.bundle import ComponentEntry, EngineEntry
+    from sd_engines.bundle import ComponentEntry
     from sd_engines.spec import Profile
     from sd_export.calibration import Calibration
     from sd_export.progress import StageLog
@@ -83,24 +81,6 @@ def fp8_graph(
         yield saved[0], proof
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
-
-
-def calibrated_entry(
-    engine: EngineEntry, entry: ComponentEntry, profile: Profile, calibration: Calibration
-) -> EngineEntry:
-    """``engine``, whose key says on what it was calibrated too."""
-    return engine_entry(
-        engine.component,
-        entry,
-        profile,
-        engine.backend,
-        version=engine.version,
-        target=engine.target,
-        precision=engine.precision,
-        file=engine.file,
-        built=FileEntry(sha256=engine.sha256, bytes=engine.bytes),
-        flags={**engine.flags, "calibration": calibration.digest},
-    )
 
 
 def quantized_layers(graph: ir.Graph) -> list[ir.Node]:

@@ -208,11 +208,8 @@ def _built(
             precision=order.precision,
             target=order.target,
             workspace_bytes=order.workspace_bytes,
+            calibration=calibration.digest if order.precision == "fp8" and calibration else None,
         )
-        if order.precision == "fp8" and calibration is not None:
-            from sd_export.fp8 import calibrated_entry
-
-            engine = calibrated_entry(engine, entry, order.profile, calibration)
         result.detail = f"{engine.version} {engine.target} {engine.precision}"
         result.bytes = engine.bytes
     return engine, proof

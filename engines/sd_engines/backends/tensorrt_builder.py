@@ -41,13 +41,15 @@ def build(
     target: str | None = None,
     progress: Progress | None = None,
     workspace_bytes: int | None = None,
+    calibration: str | None = None,
 ) -> EngineEntry:
     """Build ``output_dir/engines/<backend>-<version>-<target>/<component>.engine``.
 
     ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
     ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
     largest, tuned for it and for guidance. ``workspace_bytes`` is the most memory that a layer may
-    work in; None is all of the GPU's. What TensorRT measures is remembered for its next build.
+    work in; None is all of the GPU's; ``calibration`` is kept among the entry's flags. What
+    TensorRT measures is remembered for its next build.
     `ConfigError` for a precision the graph has not or a target the package does not know;
     `BackendError` with the parser's or builder's own words where it fails.
     """
@@ -101,7 +103,10 @@ def build(
         precision=precision,
         file=file,
         built=hash_files(output_dir, [file])[file],
-        flags={"workspace_bytes": str(workspace_bytes or "all")},
+        flags={
+            "workspace_bytes": str(workspace_bytes or "all"),
+            **({"calibration": calibration} if calibration else {}),
+        },
     )
 
 
