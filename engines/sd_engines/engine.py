@@ -231,7 +231,9 @@ def open_engine(
 def listed_engines(
     bundle: Bundle, component: str, *, backend: str = "auto", precision: Precision | None = None
 ) -> list[EngineEntry]:
-    """The engines of ``component`` to choose from, in the order of `BACKENDS`, GPUs before the CPU.
+    """The engines of ``component`` to choose from, in the order of `BACKENDS`.
+
+    GPUs come before the CPU, and what is for a few of them before what is for many.
 
     With ``precision`` None what is `LOSSY` is left out where there are others: nobody gets it who
     did not ask for it, or make a bundle of nothing else. `ConfigError` for an unknown precision.
@@ -248,7 +250,7 @@ def listed_engines(
     ]
     if precision is None:
         entries = [entry for entry in entries if entry.precision not in LOSSY] or entries
-    return sorted(entries, key=lambda e: (BACKENDS.index(e.backend), e.target == "cpu"))
+    return sorted(entries, key=lambda entry: (BACKENDS.index(entry.backend), entry.breadth))
 
 
 def check_engine(bundle: Bundle, entry: EngineEntry) -> None:

@@ -22,7 +22,7 @@ _ONNX = ".onnx"
 
 _CAPABILITY = r"sm[1-9][0-9]+[a-z]?"
 _TARGETS = {
-    "tensorrt": re.compile(_CAPABILITY),
+    "tensorrt": re.compile(rf"{_CAPABILITY}(-[a-z0-9]+)*|sm80\+"),
     "tensorrt-rtx": re.compile(rf"any|{_CAPABILITY}(\+{_CAPABILITY})*"),
     "openvino": re.compile("cpu"),
     "onnxruntime": re.compile("cpu|cuda"),
@@ -86,6 +86,13 @@ class EngineEntry:
     def is_built(self) -> bool:
         """Whether ``file`` is its own: a plan, or a graph with 8-bit weights."""
         return self.backend not in PORTABLE_BACKENDS or self.precision == "int8"
+
+    @property
+    def breadth(self) -> int:
+        """The more, the more kinds of machines it is for, at a price: 0 is one model of GPU."""
+        if "-" in self.target:
+            return 0
+        return 3 if self.target == "cpu" else 2 if self.target == "any" or "+" in self.target else 1
 
 
 @dataclass(frozen=True, kw_only=True)

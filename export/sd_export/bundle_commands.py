@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 @click.command("build")
 @click.argument("bundle", type=FILE)
 @engine_options
-@click.option("--target", help="cuda for onnxruntime; sm89, sm86+sm120 … for tensorrt-rtx.")
+@click.option(
+    "--target",
+    help="cuda for onnxruntime; sm89, sm86+sm120 … for tensorrt-rtx; for tensorrt all GPUs of this "
+    "one's compute capability (sm89 …), or from Ampere on (sm80+).",
+)
 @click.option(
     "--workspace-mib",
     type=click.IntRange(min=1),

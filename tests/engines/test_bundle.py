@@ -178,7 +178,7 @@ def test_stale_engine(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineMismatchError, match="built from another unet") as caught:
         bundle.verified_engine(engine)
-    again = f"sd-export build {bundle.path} --backend tensorrt --precision fp32"
+    again = f"sd-export build {bundle.path} --backend tensorrt --precision fp32 --target sm89"
     assert caught.value.hint == again
 
     unet = bundle.manifest.components["unet"]
@@ -202,9 +202,14 @@ def test_stale_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "component", "precision", "target", "workspace", "options"),
     [
-        ("tensorrt", "unet", "fp16", "sm89", "all", ""),
-        ("tensorrt", "vae_decoder", "tf32", "sm89", "all", ""),
-        ("tensorrt", "unet", "bf16", "sm89", str(64 << 20), "--precision bf16 --workspace-mib 64"),
+        ("tensorrt", "unet", "fp16", "sm89-nvidia-l4", "all", ""),
+        ("tensorrt", "unet", "fp16", "sm89", "all", "--target sm89"),
+        ("tensorrt", "unet", "fp16", "sm80+", "all", "--target sm80+"),
+        ("tensorrt", "vae_decoder", "tf32", "sm89-nvidia-l4", "all", ""),
+        (
+            *("tensorrt", "unet", "bf16", "sm89-nvidia-l4", str(64 << 20)),
+            "--precision bf16 --workspace-mib 64",
+        ),
         ("tensorrt-rtx", "controlnet_0", "tf32", "any", "all", "--precision tf32"),
         ("tensorrt-rtx", "unet", "fp16", "sm86+sm120", "all", "--target sm86+sm120"),
         ("openvino", "unet", "int8", "cpu", None, "--precision int8"),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sd_engines import open_bundle, open_engine
-from sd_engines.backends import tensorrt, tensorrt_builder
+from sd_engines.backends import tensorrt, tensorrt_builder, tensorrt_target
+from sd_engines.backends.cuda import Gpu
 from sd_engines.cache import cached_file, read_cached, write_cached
 from sd_engines.engine import build_engine
 from sd_engines.errors import BackendError, ConfigError
@@ -143,12 +144,12 @@ def test_what_was_measured_on_this_card_is_remembered(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tensorrt_builder, "package", lambda _backend: module)
-    monkeypatch.setattr(tensorrt_builder, "compute_capability", lambda: 120)
+    monkeypatch.setattr(tensorrt_target, "this_gpu", lambda: Gpu(120, "NVIDIA RTX 5090"))
     monkeypatch.setattr(
         module.IBuilderConfig, "create_timing_cache", lambda _, known: Timings(known)
     )
     monkeypatch.setattr(module.IBuilderConfig, "set_timing_cache", attach)
-    remembered = cached_file(f"tensorrt-{module.__version__}-sm120.timings")
+    remembered = cached_file(f"tensorrt-{module.__version__}-sm120-nvidia-rtx-5090.timings")
     write_cached(remembered, known)
     tensorrt_builder.build(
         tmp_path / "unet/model.onnx",

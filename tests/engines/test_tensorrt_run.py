@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sd_engines.backends import tensorrt
+from sd_engines.backends.cuda import Gpu
 from sd_engines.backends.tensorrt import TensorRtEngine
 from sd_engines.bundle import ComponentEntry
 from sd_engines.errors import BackendError
@@ -321,7 +322,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_list_is_named_where_a_plan_does_not_lo
     monkeypatch.setitem(sys.modules, "cupy", CUPY)
     monkeypatch.setattr(tensorrt_rtx, "Runtime", Runtime)
     for capability, said in ((90, r"lists SM75, .*SM121; this GPU is SM90"), (89, r"\.engine\n")):
-        monkeypatch.setattr(tensorrt, "compute_capability", lambda here=capability: here)
+        monkeypatch.setattr(tensorrt, "this_gpu", lambda here=capability: Gpu(here, "NVIDIA GPU"))
         with pytest.raises(BackendError, match=said):
             tensorrt.load(
                 tmp_path / "unet.engine",

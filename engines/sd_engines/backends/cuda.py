@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from sd_engines.errors import BackendError
@@ -24,18 +24,32 @@ _workspaces: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 _making = Lock()
 
 
-def compute_capability() -> int:
-    """Of this process's first GPU, such as 89; `BackendError` where there is none."""
+class Gpu(NamedTuple):
+    """A model of GPU: its compute capability, such as 89, and what its driver calls it."""
+
+    capability: int
+    name: str
+
+
+def this_gpu() -> Gpu:
+    """The first that this process sees; `BackendError` where there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendError("there is no NVIDIA driver on this machine", _NO_GPU_HINT) from error
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         raise BackendError("the NVIDIA driver finds no GPU", _NO_GPU_HINT)
     driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
     driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # COMPUTE_CAPABILITY_MINOR
-    return major.value * 10 + minor.value
+    driver.cuDeviceGetName(name, len(name), device)
+    return Gpu(major.value * 10 + minor.value, name.value.decode(errors="replace"))
+
+
+def compute_capability() -> int:
+    """That of `this_gpu`, such as 89; `BackendError` where there is none."""
+    return this_gpu().capability
 
 
 def named_stream(cuda: Any) -> Any:

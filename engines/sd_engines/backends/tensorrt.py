@@ -13,21 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sd_engines.backends.bound import BoundEngine
-from sd_engines.backends.cuda import (
-    Replay,
-    compute_capability,
-    named_stream,
-    release,
-    workspace_of,
-)
+from sd_engines.backends.cuda import Replay, named_stream, release, this_gpu, workspace_of
 from sd_engines.backends.tensorrt_builder import build
 from sd_engines.backends.tensorrt_contexts import Contexts
-from sd_engines.backends.tensorrt_package import (
-    ANY_TARGET,
-    failure,
-    package,
-    package_log,
-)
+from sd_engines.backends.tensorrt_package import failure, package, package_log
+from sd_engines.backends.tensorrt_target import ANY_TARGET, default_target, is_for, target_of
 from sd_engines.border import closed_error, import_package
 from sd_engines.build_command import build_command
 from sd_engines.errors import EngineMismatchError
@@ -44,11 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["TensorRtBinding", "TensorRtEngine", "build", "check", "default_target", "load"]
 
 
-def default_target(backend: str) -> str:
-    """What an engine is for where nobody says: TensorRT's for this GPU, or `BackendError`."""
-    return ANY_TARGET if backend == "tensorrt-rtx" else f"sm{compute_capability()}"
-
-
 def check(engine: EngineEntry, *, bundle_path: Path) -> None:
     """Whether the plan is of this version and this GPU.
 
@@ -61,10 +46,10 @@ def check(engine: EngineEntry, *, bundle_path: Path) -> None:
             f"{engine.file}: built by {engine.backend} {engine.version}, {found} is installed",
             build_command(bundle_path, engine),
         )
-    here = f"sm{compute_capability()}"
-    if engine.target != ANY_TARGET and here not in engine.target.split("+"):
+    gpu = this_gpu()
+    if not is_for(engine.target, gpu):
         raise EngineMismatchError(
-            f"{engine.file}: built for {engine.target}, this GPU is {here}",
+            f"{engine.file}: built for {engine.target}, this GPU is {target_of(gpu)}",
             build_command(bundle_path, replace(engine, target=ANY_TARGET)),
         )
 
@@ -79,7 +64,7 @@ def load(
 ) -> TensorRtEngine:
     """Deserialise the plan at ``path`` onto the current GPU; ``threads`` means nothing to it."""
     module = package(engine.backend)
-    here = f"SM{compute_capability()}"  # refuses where there is no GPU, in words
+    here = f"SM{this_gpu().capability}"  # refuses where there is no GPU, in words
     xp = import_package("cupy", extra=engine.backend)
     log = package_log(module)
     log.errors.clear()

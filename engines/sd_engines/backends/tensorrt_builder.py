@@ -9,17 +9,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from sd_engines.backends.cuda import compute_capability
-from sd_engines.backends.tensorrt_package import (
-    ANY_TARGET,
-    failure,
-    package,
-    package_log,
-)
+from sd_engines.backends.tensorrt_package import failure, package, package_log
+from sd_engines.backends.tensorrt_target import aim, default_target
 from sd_engines.border import computed_in, shape_at
 from sd_engines.bundle import engine_entry, engine_file, hash_files
 from sd_engines.cache import cached_file, read_cached, write_cached
-from sd_engines.errors import BackendError, ConfigError
+from sd_engines.errors import BackendError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,9 +40,9 @@ def build(
 ) -> EngineEntry:
     """Build ``output_dir/engines/<backend>-<version>-<target>/<component>.engine``.
 
-    ``target``: for TensorRT-RTX ``any`` (default) or compute capabilities such as ``sm120`` or
-    ``sm86+sm89``; for TensorRT the GPU of this machine. The batch axis takes 1 to the profile's
-    largest, tuned for it and for guidance. ``workspace_bytes`` is the most memory that a layer may
+    ``target`` None: TensorRT's is for GPUs like this one, TensorRT-RTX's for any; `tensorrt_target`
+    says what else there is. The batch axis takes 1 to the profile's largest, tuned for it and for
+    guidance. ``workspace_bytes`` is the most memory that a layer may
     work in; None is all of the GPU's; ``calibration`` is kept among the entry's flags. What
     TensorRT measures is remembered for its next build.
     `ConfigError` for a precision the graph has not or a target the package does not know;
@@ -57,7 +52,7 @@ def build(
     precision = computed_in(entry.precision, precision, backend=backend, on_gpu=True)
     log = package_log(module)
     log.errors.clear()
-    target = _own_target(target) if backend == "tensorrt" else target or ANY_TARGET
+    target = target or default_target(backend)
     builder = module.Builder(log)
     network = _parse(module, builder, onnx_path, log)
     config = builder.create_builder_config()
@@ -67,8 +62,7 @@ def build(
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, workspace_bytes)
     if backend == "tensorrt-rtx":
         config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may not be captured
-        if target != ANY_TARGET:
-            _set_compute_capabilities(module, config, target)
+    aim(module, config, backend, target)
     shapes = _optimization_profile(builder, component, entry, profile)
     if config.add_optimization_profile(shapes) < 0:
         raise failure(f"{backend} refuses the profile of {component}", log)
@@ -108,17 +102,6 @@ def build(
             **({"calibration": calibration} if calibration else {}),
         },
     )
-
-
-def _own_target(target: str | None) -> str:
-    """The GPU of this machine: TensorRT builds for no other.
-
-    `ConfigError` where ``target`` names another, `BackendError` where there is none.
-    """
-    here = f"sm{compute_capability()}"
-    if target not in (None, here):
-        raise ConfigError(f"TensorRT builds for this GPU only, {here}", f"Build on a {target}.")
-    return here
 
 
 def _optimization_profile(
@@ -176,23 +159,6 @@ def _let_attention_decompose(module: Any, network: Any) -> None:
         if attention is not None and layer.type == attention:
             layer.__class__ = module.IAttentionInputLayer  # the bindings' way to cast a layer
             layer.attention.decomposable = True
-
-
-def _set_compute_capabilities(module: Any, config: Any, target: str) -> None:
-    known = {
-        name.lower(): value
-        for name, value in module.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
-    names = target.split("+")
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(
-            f"{module.__name__} {module.__version__} does not build for {unknown[0]!r}",
-            f"Known: {ANY_TARGET}, {', '.join(known)}; join several with '+'.",
-        )
-    config.num_compute_capabilities = len(names)
-    for index, name in enumerate(names):
-        config.set_compute_capability(known[name], index)
 
 
 def _monitor(module: Any, progress: Progress | None) -> Any:

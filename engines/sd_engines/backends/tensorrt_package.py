@@ -11,8 +11,6 @@ from sd_engines.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
-ANY_TARGET = "any"
-"""The target of a TensorRT-RTX plan for every GPU that its version supports, but Turing (sm75)."""
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
