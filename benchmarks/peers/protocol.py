@@ -151,7 +151,8 @@ def _answer(peer: Peer, question: Mapping[str, Any], jobs: list[Job]) -> dict[st
     return {
         "seconds": seconds,
         "settings": dict(drawing.settings),
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": _memory_bytes("VmHWM"),
+        "own_memory_bytes": _memory_bytes("RssAnon"),
     }
 
 
@@ -178,14 +179,15 @@ def _save_picture(pixels: NDArray[np.uint8], path: str) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _peak_memory_bytes() -> int | None:
-    """The most that was resident so far; None where the system does not say.
+def _memory_bytes(kind: str) -> int | None:
+    """What the kernel calls ``kind``; None where it does not say.
 
-    Not ``ru_maxrss``: that one starts at what the parent held when it forked.
+    VmHWM is the most that was resident so far: ``ru_maxrss`` starts at what the parent held when it
+    forked. RssAnon is what is resident now and of no file: it cannot be had by reading it again.
     """
     try:
         status = Path("/proc/self/status").read_text("ascii")
     except OSError:
         return None
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
+    lines = (line.partition(":") for line in status.splitlines())
+    return next((1024 * int(rest.split()[0]) for name, _, rest in lines if name == kind), None)

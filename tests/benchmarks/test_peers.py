@@ -106,7 +106,7 @@ def test_worker_draws_whatever_its_libraries_print(worker: Worker, tmp_path: Pat
     assert loaded["versions"]["no-such-distribution"] == "not installed"
     picture, latents = tmp_path / "picture.png", tmp_path / "latents.npy"
     drawn = worker.ask({"do": "generate", "picture": str(picture), "latents": str(latents)})
-    assert drawn["peak_memory_bytes"] > 10_000_000
+    assert drawn["peak_memory_bytes"] > drawn["own_memory_bytes"] > 1_000_000
     from PIL import Image
 
     assert np.array_equal(np.asarray(Image.open(picture)), np.full((8, 16, 3), 200, np.uint8))
@@ -310,6 +310,8 @@ def test_everything_is_measured_of_those_that_draw(comparison: tuple[Comparison,
         assert each.cold_start_ms[0] > each.load_ms[0] > 0
         assert each.prepare_s is not None
         assert each.peak_memory_bytes
+        assert each.own_memory_bytes
+        assert each.peak_memory_bytes > each.own_memory_bytes
     assert ours.ratio is not None
     assert ours.ratio.median == 1.0
     assert theirs.ratio is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class Row:
     warm_ms: list[float] = field(default_factory=list)
     """Per round: from the prompt to pixels in memory."""
     peak_memory_bytes: int | None = None
+    own_memory_bytes: int | None = None
+    """After a picture, without files mapped into memory: those the kernel takes back at need."""
     ratio: Ratio | None = None
     """Warm, to ours of the same round."""
     likeness_to_ours: Likeness | None = None
@@ -63,6 +65,11 @@ class Row:
     """How many held-out captions of the shipped checkpoint it drew."""
     captions_obeyed: int = 0
     """In how many of them `checker.faults` finds nothing wrong."""
+
+    def add_memory(self, drawn: Mapping[str, Any]) -> None:
+        """Note what a worker's answer says that it held, if it is more than was known."""
+        self.peak_memory_bytes = max(self.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0)
+        self.own_memory_bytes = max(self.own_memory_bytes or 0, drawn["own_memory_bytes"] or 0)
 
     def fail(self, error: str, hint: str, *, state: Literal["not installed", "failed"]) -> None:
         """Note why there are no figures."""
@@ -91,7 +98,7 @@ class Comparison:
     def table(self) -> str:
         """For a terminal; what was not measured is listed below it, with what to do."""
         head = (
-            *("", "precision", "warm, ms", "÷ ours (95 %)", "cold start, s", "RAM, MB"),
+            *("", "precision", "warm, ms", "÷ ours (95 %)", "cold start, s", "RAM, MB (own)"),
             *("prepare, s", "like ours", f"like {self.reference}", "latents", "obeys"),
         )
         lines = [head, *(_cells(row) for row in self.rows if row.state == "measured")]
@@ -147,13 +154,20 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{median(row.warm_ms):.1f}" if row.warm_ms else "–",
         _ratio(row.ratio),
         f"{median(row.cold_start_ms) / 1e3:.2f}" if row.cold_start_ms else "–",
-        f"{row.peak_memory_bytes / 1e6:.0f}" if row.peak_memory_bytes else "–",
+        _memory(row),
         f"{row.prepare_s:.1f}" if row.prepare_s is not None else "–",
         f"{ours.pixels_within_1:.2%}" if ours else "–",
         f"{right.pixels_within_1:.2%}" if right else "–",
         f"{right.latents_error:.1e}" if right and right.latents_error is not None else "–",
         f"{row.captions_obeyed / row.captions:.1%}" if row.captions else "–",
     )
+
+
+def _memory(row: Row) -> str:
+    if not row.peak_memory_bytes:
+        return "–"
+    own = f" ({row.own_memory_bytes / 1e6:.0f})" if row.own_memory_bytes else ""
+    return f"{row.peak_memory_bytes / 1e6:.0f}{own}"
 
 
 def _ratio(ratio: Ratio | None) -> str:

@@ -207,9 +207,7 @@ def _start_cold(contestant: Contestant, folder: Path) -> None:
         drawn = worker.answer()
         contestant.row.cold_start_ms.append(1e3 * (perf_counter() - worker.started_s))
         contestant.row.load_ms.append(1e3 * loaded["seconds"])
-        contestant.row.peak_memory_bytes = max(
-            contestant.row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0
-        )
+        contestant.row.add_memory(drawn)
 
 
 def _start_all(
@@ -250,7 +248,7 @@ def _draw(contestant: Contestant, worker: Worker, *, count: bool) -> None:
     drawn = worker.ask({"do": "generate", "picture": None, "latents": None})
     worker.pause()
     row = contestant.row
-    row.peak_memory_bytes = max(row.peak_memory_bytes or 0, drawn["peak_memory_bytes"] or 0)
+    row.add_memory(drawn)
     if count:
         row.warm_ms.append(1e3 * drawn["seconds"])
 
