@@ -31,6 +31,7 @@ IMPORT_NAMES = {
     "huggingface-hub": ["huggingface_hub"],
     "onnxruntime-gpu": ["onnxruntime"],
     "cupy-cuda13x": ["cupy"],
+    "tensorrt-cu13-bindings": ["tensorrt_bindings"],
     "tensorrt-rtx": ["tensorrt_rtx"],
     "onnxscript": ["onnxscript", "onnx_ir"],
 }
