@@ -95,7 +95,7 @@ class Tokenizer:
         room = self.max_tokens - 2
         if len(ids) > room * max_chunks:
             logger.warning(
-                "The prompt is longer than %d tokens; this part of it was ignored: %s",
+                "A text is longer than %d tokens; this part of it was ignored: %s",
                 room * max_chunks + 2,
                 text[ends[room * max_chunks - 1] :].strip(),
             )
