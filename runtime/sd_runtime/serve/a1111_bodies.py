@@ -190,6 +190,8 @@ class ImageToImage(TextToImage):
         **TextToImage.neutral,
         **dict.fromkeys(("include_init_images", "resize_mode"), OFF),
         "initial_noise_multiplier": (0, 1, 1.0),
+        "mask_round": (True,),
+        "latent_mask": OFF,
     }
     unused: ClassVar[frozenset[str]] = TextToImage.unused | {"image_cfg_scale"}
 
@@ -214,7 +216,7 @@ class ImageToImage(TextToImage):
             "image": picture_from_base64(self.init_images[0]),
             "strength": self.denoising_strength,
         }
-        if self.mask is None:
+        if not self.mask:  # "" is none, as there
             return pictures
         for name, value in _PLAIN_MASK.items():
             if (given := getattr(self, name)) is not None and given != value:

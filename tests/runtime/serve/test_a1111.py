@@ -102,6 +102,7 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         ({"sampler_name": "Eulr a"}, "Did you mean 'euler_a'"),
         ({"enable_hr": True, "hr_scale": 2}, "enable_hr is True, which this server cannot do"),
         ({"alwayson_scripts": {"ADetailer": {"args": [True]}}}, "'ADetailer' in alwayson_scripts"),
+        ({"alwayson_scripts": {"ADetailer": [True]}}, "'ADetailer' in alwayson_scripts"),
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": ""}]}}}, "has no ControlNet"),
         ({"stepps": 3}, "Did you mean 'steps'"),
         ({"width": 512, "height": 512}, "draws 64×64"),
@@ -120,7 +121,7 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         assert words in reply.json["detail"]
         assert len(reply.body) < 10_000
     neutral = {"enable_hr": False, "override_settings": {}, "subseed": -1, "styles": None}
-    neutral["alwayson_scripts"] = {"ControlNet": {"args": []}}
+    neutral["alwayson_scripts"] = {"ControlNet": {"args": []}, "Refiner": None, "Seed": []}
     neutral |= {"hr_scale": 2, "hr_upscaler": "Latent", "firstphase_width": 0}
     neutral |= {"denoising_strength": 0.35, "refiner_switch_at": 0.8, "subseed_strength": 0}
     neutral |= {"force_task_id": None, "firstpass_image": None, "infotext": None, "subseed": 42}
@@ -172,6 +173,53 @@ def test_null_means_the_default(offer: Offer) -> None:
     started = {"init_images": [base64.b64encode(PLAIN).decode()]}
     nulls = dict.fromkeys((*ImageToImage.model_fields, *ImageToImage.neutral)) | started
     assert ImageToImage.model_validate(nulls).request(offer).strength == 0.75
+
+
+EVERY_FIELD = {
+    **{"prompt": "", "negative_prompt": "", "styles": [], "seed": -1, "subseed": -1},
+    **{"subseed_strength": 0, "seed_resize_from_h": -1, "seed_resize_from_w": -1},
+    **{"sampler_name": None, "scheduler": None, "batch_size": 1, "n_iter": 1, "steps": 20},
+    **{"cfg_scale": 7.0, "width": 64, "height": 64, "restore_faces": False, "tiling": False},
+    **{"do_not_save_samples": False, "do_not_save_grid": False, "eta": 0, "s_min_uncond": 0},
+    **{"denoising_strength": 0.75, "s_churn": 0, "s_tmax": 0, "s_tmin": 0, "s_noise": 1.0},
+    **{"override_settings": {}, "override_settings_restore_afterwards": True, "comments": {}},
+    **{"refiner_checkpoint": None, "refiner_switch_at": 0, "disable_extra_networks": False},
+    **{"firstpass_image": "", "force_task_id": "", "sampler_index": "Euler", "script_name": ""},
+    **{"script_args": [], "send_images": True, "save_images": False, "alwayson_scripts": {}},
+    "infotext": "",
+}
+"""Of either task, as the /docs of that web UI list them, so that they change nothing."""
+OF_TEXT_TO_IMAGE = {
+    **{"enable_hr": False, "firstphase_width": 0, "firstphase_height": 0, "hr_scale": 2.0},
+    **{"hr_upscaler": "", "hr_second_pass_steps": 0, "hr_resize_x": 0, "hr_resize_y": 0},
+    **{"hr_checkpoint_name": "", "hr_sampler_name": "", "hr_scheduler": "", "hr_prompt": ""},
+    "hr_negative_prompt": "",
+}
+OF_IMAGE_TO_IMAGE = {
+    **{"resize_mode": 0, "image_cfg_scale": 0, "mask": "", "mask_blur_x": 4, "mask_blur_y": 4},
+    **{"mask_blur": 0, "mask_round": True, "inpainting_fill": 0, "inpaint_full_res": True},
+    **{"inpaint_full_res_padding": 0, "inpainting_mask_invert": 0, "latent_mask": ""},
+    **{"initial_noise_multiplier": 0, "include_init_images": False},
+}
+
+
+def test_a_client_may_send_every_field_that_the_web_ui_has(offer: Offer) -> None:
+    body = {**EVERY_FIELD, **OF_TEXT_TO_IMAGE}
+    plain = {"num_inference_steps": 20, "guidance_scale": 7.0, "prompt_weighting": True}
+    request = TextToImage.model_validate(body).request(offer)
+    size = {"width": 64, "height": 64}
+    assert request == Request("", scheduler="Euler", eta=0.0, **plain, **size)
+    picture = base64.b64encode(PLAIN).decode()
+    body = {**EVERY_FIELD, **OF_IMAGE_TO_IMAGE, "init_images": [picture]}
+    request = ImageToImage.model_validate(body).request(offer)
+    assert (request.strength, request.mask) == (0.75, None)
+
+
+def test_the_pictures_are_as_many_and_as_large_as_asked(offer: Offer) -> None:
+    body = {"prompt": "a cat", "batch_size": 2, "n_iter": 2, "width": 40, "height": 24}
+    request = TextToImage.model_validate(body).request(offer)
+    assert (request.num_images, request.width, request.height) == (4, 40, 24)
+    assert TextToImage.model_validate({"prompt": "a cat"}).request(offer).num_images == 1
 
 
 def test_prompts_are_read_as_the_web_ui_reads_them(offer: Offer) -> None:

@@ -143,6 +143,13 @@ def test_img2img_of_the_web_uis_clients(
         ({"init_images": [text(hole(MASK))]}, "see-through parts"),
         ({"init_images": [text(PICTURE)], "denoising_strength": 1.5}, "less than or equal to 1"),
         ({"init_images": [text(PICTURE)], "mask": text(MASK), "mask_blur": 4}, "Send 0: masks"),
+        ({"init_images": [text(PICTURE)], "mask": text(MASK), "mask_blur_x": 4}, "mask_blur_x is"),
+        ({"init_images": [text(PICTURE)], "mask": text(MASK), "inpainting_fill": 0}, "Send 1: mas"),
+        (
+            {"init_images": [text(PICTURE)], "mask": text(MASK), "inpaint_full_res": True},
+            "inpaint_full_res is True",
+        ),
+        ({"init_images": [text(PICTURE)], "mask": text(MASK), "mask_round": False}, "mask_round"),
         ({"init_images": [text(PICTURE)], "mask": text(MASK.resize((8, 8)))}, "8×8"),
         ({"init_images": [text(PICTURE)], "resize_mode": 2}, "resize_mode is 2"),
     ],
