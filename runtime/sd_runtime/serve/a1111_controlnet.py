@@ -64,6 +64,8 @@ class ControlUnit(Body):
         **dict.fromkeys(("effective_region_mask", "rgbbgr_mode", "loopback"), OFF),
         **dict.fromkeys(("batch_images", "output_dir", "generated_image"), OFF),
         "input_mode": (0, "simple", "Simple"),
+        "pulid_mode": ("Fidelity",),
+        "union_control_type": ("Unknown",),
     }
 
     @property

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from pictures import picture_of, png, text
+from sd_engines.errors import ConfigError
 from sd_runtime import Request
+from sd_runtime.serve.a1111_controlnet import ControlUnit
 
 from .conftest import running
 
@@ -119,12 +121,18 @@ def unit(picture: Image.Image | None, **options: Any) -> dict[str, Any]:
     ("units", "expected"),
     [
         (
-            [unit(ONE), unit(TWO, weight=0.5, guidance_end=0.7)],
+            [
+                unit(ONE, resize_mode=1, control_mode=0),
+                unit(TWO, weight=0.5, guidance_end=0.7, resize_mode=2, control_mode=0),
+            ],
             {"scale": [1, 0.5], "end": [1, 0.7]},
         ),
         ([unit(TWO, model="controlnet1 [0a1b2c3d]"), unit(ONE)], {}),
         ([unit(ONE), unit(TWO), unit(START, enabled=False, module="canny")], {}),
-        ([unit(ONE, control_mode=2), unit(TWO, guessmode=True)], {"guess_mode": True}),
+        (
+            [unit(ONE, control_mode="ControlNet is more important"), unit(TWO, guessmode=True)],
+            {"guess_mode": True},
+        ),
         ([{"input_image": text(ONE), "guidance": 0.7}, {"image": text(TWO)}], {"end": [0.7, 1]}),
     ],
     ids=["numbers", "by name", "one is off", "guess mode", "older names"],
@@ -147,6 +155,50 @@ def test_units_of_the_web_uis_clients(
         control_guidance_end=expected.get("end", 1.0),
         guess_mode=expected.get("guess_mode", False),
     )
+
+
+def test_a_unit_may_have_every_field_that_the_extension_has() -> None:
+    """At its own defaults; and Forge's, which are named otherwise."""
+    own = {
+        **unit(ONE),
+        "is_ui": False,
+        "input_mode": "simple",
+        "batch_images": None,
+        "output_dir": "",
+        "loopback": False,
+        "processor_res": -1,
+        "threshold_a": -1,
+        "threshold_b": -1,
+        "inpaint_crop_input_image": True,
+        "save_detected_map": True,
+        "advanced_weighting": None,
+        "effective_region_mask": None,
+        "pulid_mode": "Fidelity",
+        "union_control_type": "Unknown",
+        "ipadapter_input": None,
+    }
+    forge = {"use_preview_as_input": False, "generated_image": None, "mask_image": None}
+    older = {"lowvram": False, "rgbbgr_mode": False}
+    fields = {**own, **forge, **older}
+    assert ControlUnit.model_validate({**fields}) == ControlUnit.model_validate(
+        unit(ONE, processor_res=-1, threshold_a=-1, threshold_b=-1)
+    )
+    for asked in ({"pulid_mode": "Extremely style"}, {"union_control_type": "Depth"}):
+        with pytest.raises(ConfigError, match="which this server cannot do"):
+            ControlUnit.model_validate({**fields, **asked})
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *(None, 0, 1, 2, "Just Resize", "Crop and Resize", "Resize and Fill"),
+        *("Inner Fit (Scale to Fit)", "Outer Fit (Shrink to Fit)"),
+        *("Scale to Fit (Inner Fit)", "Envelope (Outer Fit)"),
+    ],
+)
+def test_a_picture_of_the_right_proportions_fits_by_every_name(mode: int | str | None) -> None:
+    asked = ControlUnit.model_validate(unit(ONE, resize_mode=mode))
+    np.testing.assert_array_equal(asked.picture(image=None, size=(48, 48)), ONE)
 
 
 def test_an_img2img_lends_its_picture_to_units_without(
