@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
@@ -92,6 +93,18 @@ def test_an_edit_of_openais_client(
             )
             b64 = answer.data[0].b64_json
     assert_draws(controlled_model, b64, image=START, control_image=[ONE, TWO], **options)
+
+
+def test_one_control_picture_of_an_edit_is_a_list_of_one(server: Server) -> None:
+    """A form cannot tell one of several from one alone."""
+    options = {"control_images": [text(ONE)], "control_guidance_end": [0.5]}
+    with (
+        server.client() as client,
+        pytest.raises(openai.BadRequestError, match="1 control pictures for the 2 ControlNets"),
+    ):
+        client.images.edit(
+            prompt="a cat", image=("start.png", png(START)), extra_body={**EXTRA, **options}
+        )
 
 
 def unit(picture: Image.Image | None, **options: Any) -> dict[str, Any]:

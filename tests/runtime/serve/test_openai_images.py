@@ -14,6 +14,9 @@ from PIL import Image
 from pictures import picture_of
 from sd_runtime import Request
 from sd_runtime.recipe import Recipe, recipes_from_text
+from sd_runtime.serve.a1111_bodies import TextToImage
+from sd_runtime.serve.offer import Offer
+from sd_runtime.serve.openai_bodies import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +55,48 @@ def test_pictures_are_the_pipelines_own(tiny_model: TinyModel, client: openai.Op
         (recipe,), _ = recipes_from_text(picture.info["sd-toolkit"])
         assert recipe == Recipe.from_json(image.recipe)
         assert recipe.seed == image.seed
+
+
+@pytest.fixture
+def offer(tiny_model: TinyModel) -> Offer:
+    return Offer.from_pipeline(tiny_model.pipeline, max_images=4, max_steps=10)
+
+
+def test_everything_that_is_asked_reaches_the_pipeline(offer: Offer) -> None:
+    asked = {
+        **{"negative_prompt": "red", "seed": 3, "scheduler": "ddim", "eta": 0.5},
+        **{"num_inference_steps": 5, "guidance_scale": 2.5, "prompt_weighting": True},
+        **{"guidance_start": 0.2, "guidance_stop": 0.8, "cache_interval": 2},
+    }
+    body = {"prompt": "a cat", "n": 2, "size": "24x16", **asked}
+    request = Generation.model_validate(body).request(offer)
+    assert request == Request("a cat", width=24, height=16, num_images_per_prompt=2, **asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("background", ("auto", "opaque")),
+        ("moderation", ("auto", "low")),
+        ("quality", ("auto", "standard")),
+        ("size", ("auto",)),
+        ("user", ("somebody",)),
+    ],
+)
+def test_words_of_openais_that_change_nothing_pass(
+    offer: Offer, name: str, values: tuple[str, ...]
+) -> None:
+    plain = Generation.model_validate({"prompt": "a cat"}).request(offer)
+    for value in values:
+        body = Generation.model_validate({"prompt": "a cat", name: value})
+        assert body.request(offer) == plain
+
+
+def test_no_more_steps_than_the_server_allows_where_none_are_asked(offer: Offer) -> None:
+    """The bundle's own would be 50."""
+    for kind in (Generation, TextToImage):
+        request = kind.model_validate({"prompt": "a cat"}).request(offer)
+        assert (request.num_inference_steps, request.num_images) == (10, 1)
 
 
 @pytest.mark.parametrize("format_", ["jpeg", "webp"])
