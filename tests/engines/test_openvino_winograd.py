@@ -96,6 +96,41 @@ def test_what_is_added_to_a_channel_is_added_on_the_way() -> None:
     assert last.input_value(0).get_node().get_type_name() == "ShuffleChannels"
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, CHANNELS, SIDE, SIDE), id="a residual connection"),
+        pytest.param((1, CHANNELS, SIDE, 1), id="a number for each row"),
+        pytest.param((1, CHANNELS, 1, SIDE), id="a number for each column"),
+        pytest.param((SIDE, SIDE), id="no channels"),
+    ],
+)
+def test_what_is_added_to_a_pixel_is_added_behind(shape: tuple[int, ...]) -> None:
+    ops = package().opset13
+    pixels = ops.parameter([1, CHANNELS, SIDE, SIDE], np.float32)
+    values = ops.convolution(pixels, ops.constant(WEIGHT), [1, 1], [1, 1], [1, 1], [1, 1])
+    values = ops.add(values, ops.constant(RANDOM.standard_normal(shape, np.float32)))
+    assert_as_before(package().Model([values], [pixels]))
+
+
+def test_values_that_are_read_twice_are_computed_once() -> None:
+    ops = package().opset13
+    pixels = ops.parameter([1, CHANNELS, SIDE, SIDE], np.float32)
+    values = ops.convolution(pixels, ops.constant(WEIGHT), [1, 1], [1, 1], [1, 1], [1, 1])
+    one, other = (ops.add(values, ops.constant(number * BIAS)) for number in (1, -3))
+    assert_as_before(package().Model([ops.multiply(one, other)], [pixels]))
+
+
+def assert_as_before(model: Any) -> None:
+    """One picture comes out as it did, of six convolutions where one was."""
+    pixels = RANDOM.standard_normal((1, CHANNELS, SIDE, SIDE), np.float32)
+    before = compiled(model.clone())(pixels)[0]
+    halve_products(model)
+    after = compiled(model)(pixels)[0]
+    assert kinds(model).count("Convolution") == 6
+    assert np.linalg.norm(after - before) < 4e-6 * np.linalg.norm(before)
+
+
 def test_nothing_is_laid_out_anew_between_convolutions() -> None:
     ops = package().opset13
     pixels = ops.parameter([1, CHANNELS, SIDE, SIDE], np.float32)
@@ -112,6 +147,7 @@ def test_nothing_is_laid_out_anew_between_convolutions() -> None:
     "model",
     [
         pytest.param(convolving(WEIGHT[..., :1, :1], pad=0), id="1×1"),
+        pytest.param(convolving(WEIGHT[..., :1, :1]), id="1×1 with a border"),
         pytest.param(convolving(stride=2), id="every second pixel"),
         pytest.param(convolving(pad=0), id="no border"),
         pytest.param(convolving(height=34), id="a height that is no multiple of four"),
