@@ -52,6 +52,7 @@ request_for = partial(control_request, (24, 24))
         {"guess_mode": True, "guidance_scale": 1.0},
         {"prompt": ("a cat", "a dog", "a horse"), "control_guidance_start": 0.4},
         {"control_image": [picture(2, size=(40, 31)), picture(3, size=(48, 48)).convert("L")]},
+        {"control_image": [picture(0), picture(0)]},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sd_engines.bundle import open_bundle
 from sd_engines.errors import BundleError, ConfigError
@@ -183,6 +183,17 @@ def test_the_encoder_is_opened_when_a_picture_comes_and_a_picture_encoded_once(
         assert pipeline.generate(request).timings.runs_ms("vae_encoder") == []
         pipeline.forget_prompts()
         assert len(pipeline.generate(request).timings.runs_ms("vae_encoder")) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "inpainting_model"])
+def test_what_is_kept_of_a_picture_is_for_one_mask_and_one_task(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model: TinyModel = request.getfixturevalue(name)
+    model.pipeline.forget_prompts()
+    from_noise = request_for(model, masked=True, strength=1.0)
+    for changes in ({}, {"strength": 0.5}, {"mask": ImageOps.invert(mask(model))}):
+        model.assert_same(replace(from_noise, **changes))
 
 
 def test_previews_and_cancelling(tiny_model: TinyModel) -> None:

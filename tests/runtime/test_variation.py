@@ -134,6 +134,7 @@ def test_drawn_again_from_the_command_line(
         ({"negative_prompt": "red"}, "and no prompt"),
         ({"mask": Image.new("L", (40, 25), "white")}, "^mask with a bundle that draws variations"),
         ({"strength": 0.5}, "^strength with a bundle that draws variations"),
+        ({"noise_level": 20}, "^noise_level with a bundle that draws variations"),
         ({"depth_map": np.eye(3)}, "^depth_map with a bundle that draws variations"),
         ({"control_image": picture()}, "no ControlNet"),
         ({"cache_interval": 2}, "no shallow UNet"),
