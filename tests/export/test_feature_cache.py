@@ -169,6 +169,7 @@ def test_tensorrt_rtx_builds_the_shallow_unet(cached_bundle: Path, tmp_path: Pat
     [
         ({"up_block_types": ["AttnUpBlock2D"]}, "ends in a AttnUpBlock2D"),
         ({"time_cond_proj_dim": 8}, "too few steps"),
+        ({"in_channels": 9}, "sees more than latents"),
     ],
 )
 def test_a_unet_that_cannot_be_cut_is_refused(

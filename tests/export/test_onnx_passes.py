@@ -85,6 +85,38 @@ def test_border_stays_float32_and_no_float32_weight_is_left(
         assert {t.data_type for t in large} == {half}
 
 
+def test_what_is_too_large_becomes_the_largest_and_masks_stay_infinite() -> None:
+    """An infinite weight would make every picture black."""
+    given = np.array([1e5, -1e5, 2.0, -np.inf], np.float32)
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["own"], value=onnx.numpy_helper.from_array(given)),
+        onnx.helper.make_node("Mul", ["x", "weight"], ["product"]),
+        onnx.helper.make_node("Max", ["product", "own"], ["y"]),
+    ]
+    borders = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in ("x", "y")
+    ]
+    weights = [onnx.numpy_helper.from_array(given, "weight")]
+    graph = onnx.helper.make_graph(nodes, "graph", borders[:1], borders[1:], weights)
+    opset = [onnx.helper.make_opsetid("", 23)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    for name in ("product", "own"):
+        model.graph.value_info.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4])
+        )
+    half = ir.to_proto(to_half(ir.from_proto(model), "fp16"))
+    onnx.checker.check_model(half, full_check=True)
+    (weight,) = map(onnx.numpy_helper.to_array, half.graph.initializer)
+    (own,) = (
+        onnx.numpy_helper.to_array(node.attribute[0].t)
+        for node in half.graph.node
+        if node.op_type == "Constant"
+    )
+    for found in (weight, own):
+        assert found.dtype == np.float16
+        assert found.tolist() == [65504.0, -65504.0, 2.0, -np.inf]
+
+
 def test_graphs_carry_no_trace_of_the_machine_that_made_them(report: ExportReport) -> None:
     for path in report.path.glob("*/model.onnx"):
         data = path.read_bytes()
