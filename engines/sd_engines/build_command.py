@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from sd_engines.spec import LOSSY, caches_features, draws_from_text, is_halved
@@ -29,7 +30,7 @@ def build_command(path: Path, engine: EngineEntry) -> str:
     workspace = engine.flags.get("workspace_bytes", "all")
     if workspace.isdecimal() and int(workspace) >> 20:
         options.append(f"--workspace-mib {int(workspace) >> 20}")
-    return f"sd-export build {path} {' '.join(options)}"
+    return f"sd-export build {quote(str(path))} {' '.join(options)}"
 
 
 def missing_engine_hint(
@@ -39,7 +40,7 @@ def missing_engine_hint(
 
     ``backend`` is one of `BACKENDS` or ``auto``, ``precision`` what was asked for.
     """
-    build, graph = f"sd-export build {path}", entry.precision
+    build, graph = f"sd-export build {quote(str(path))}", entry.precision
     compiles = backend.startswith("tensorrt")
     if precision is None:
         return f"{build} --backend {'onnxruntime' if backend == 'auto' else backend}"

@@ -28,7 +28,7 @@ from sd_engines.errors import BundleError, EngineMismatchError
 from sd_engines.files import check_file, hash_files, listed_files, read_manifest
 from sd_engines.known_file import file_state, is_known, remember
 from sd_engines.manifest import FORMAT_VERSION, Manifest, SizeEntry
-from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
+from sd_engines.node import COPY_HINT, MANIFEST_NAME, REMAKE_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -133,7 +133,7 @@ class Bundle:
         self._check_sizes(files)
         self._check_hashes(files)
 
-    def _verify(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
+    def _verify(self, files: Mapping[str, FileEntry], *, hint: str = COPY_HINT) -> None:
         self._check_sizes(files, hint=hint)
         states = {name: file_state(self.path / name) for name in files}
         unknown = {n: entry for n, entry in files.items() if not is_known(states[n], entry.sha256)}
@@ -141,11 +141,11 @@ class Bundle:
         for name, entry in unknown.items():
             remember(states[name], entry.sha256)
 
-    def _check_sizes(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
+    def _check_sizes(self, files: Mapping[str, FileEntry], *, hint: str = COPY_HINT) -> None:
         for name, entry in files.items():
             check_file(self.path, name, entry.bytes, hint=hint)
 
-    def _check_hashes(self, files: Mapping[str, FileEntry], *, hint: str = REMAKE_HINT) -> None:
+    def _check_hashes(self, files: Mapping[str, FileEntry], *, hint: str = COPY_HINT) -> None:
         for name, found in hash_files(self.path, files).items():
             if found.sha256 != files[name].sha256:
                 raise BundleError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from shlex import quote
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from sd_engines.entries import FileEntry
 from sd_engines.errors import BundleError
 from sd_engines.manifest import MAX_MANIFEST_BYTES, Manifest
-from sd_engines.node import MANIFEST_NAME, REMAKE_HINT
+from sd_engines.node import COPY_HINT, MANIFEST_NAME, READ_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,14 +24,42 @@ _BLOCK_BYTES = 1 << 20
 def read_manifest(root: Path) -> Manifest:
     """The manifest of the bundle at ``root``; `BundleError` where there is none to be trusted."""
     path = root / MANIFEST_NAME
-    if not path.is_file() or path.is_symlink():
-        problem = f"has no {MANIFEST_NAME}" if root.is_dir() else "is no folder"
-        raise BundleError(f"{root}: {problem}, so it is no complete bundle", REMAKE_HINT)
+    try:
+        found = S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    if not found:
+        raise _no_bundle(root)
     try:
         with path.open("rb") as file:
             return Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> BundleError:
+    """What is wrong with a bundle of which ``path`` cannot be read."""
+    hint = READ_HINT if isinstance(error, PermissionError) else COPY_HINT
+    return BundleError(f"{path}: {error.strerror}", hint)
+
+
+def _no_bundle(root: Path) -> BundleError:
+    if (root / "model_index.json").is_file():
+        return BundleError(
+            f"{root}: is a checkpoint, not a bundle",
+            f"Make one of it: sd-export --model {quote(str(root))} --output BUNDLE",
+        )
+    if root.is_dir():
+        return BundleError(
+            f"{root}: has no {MANIFEST_NAME}, so it is no complete bundle", COPY_HINT
+        )
+    problem = "is a file, and a bundle is a folder" if root.exists() else "there is no such folder"
+    return BundleError(
+        f"{root}: {problem}",
+        "Check the path, or make a bundle: sd-export --model MODEL --output BUNDLE",
+    )
 
 
 def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
@@ -43,7 +73,7 @@ def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
     return files
 
 
-def check_file(root: Path, name: str, size: int, *, hint: str = REMAKE_HINT) -> None:
+def check_file(root: Path, name: str, size: int, *, hint: str = COPY_HINT) -> None:
     """Check that ``root/name`` is a real file of ``size`` bytes, reached through no link."""
     path = root / name
     if not os.path.isfile(path):  # noqa: PTH113  (false of a name that the disk cannot hold)
@@ -79,7 +109,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+        raise unreadable(path, error) from error
 
 
 def _hash(path: Path) -> FileEntry:
@@ -90,5 +120,5 @@ def _hash(path: Path) -> FileEntry:
                 digest.update(block[:count])
                 size += count
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}", REMAKE_HINT) from error
+        raise unreadable(path, error) from error
     return FileEntry(sha256=digest.hexdigest(), bytes=size)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "bundle.json"
 REMAKE_HINT = "Make the bundle again: sd-export --model MODEL --output BUNDLE"
+COPY_HINT = f"Copy it again, if it is a copy. Or: {REMAKE_HINT}"
+"""For files that are not as they were sealed."""
+READ_HINT = "Let this user read it: chmod -R a+rX BUNDLE"
 OTHER_VERSION_HINT = f"Install the sd-toolkit that made it. Or: {REMAKE_HINT}"
 """For what a manifest says: it may be right, and of a toolkit that knows more."""
 

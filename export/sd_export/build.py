@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import PORTABLE_BACKENDS, open_bundle
@@ -100,7 +101,7 @@ def _check_writable(path: Path) -> None:
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise BundleError(
                 f"{folder} is not writable, so no engine can be added",
-                f"chmod -R u+w {path}, or build in a copy of it.",
+                f"chmod -R u+w {quote(str(path))}, or build in a copy of it.",
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from sd_engines.bundle import MANIFEST_NAME, open_bundle
@@ -68,7 +69,8 @@ def write_model_repository(bundle_path: Path, repository: Path, *, backend: str 
         raise ConfigError(f"{repository} is there already", "Remove it, or name another folder.")
     if not repository.parent.is_dir():
         raise ConfigError(
-            f"there is no folder {repository.parent}", f"Make it: mkdir -p {repository.parent}."
+            f"there is no folder {repository.parent}",
+            f"Make it: mkdir -p {quote(str(repository.parent))}.",
         )
     try:
         with tempfile.TemporaryDirectory(prefix=".triton-", dir=repository.parent) as folder:
@@ -109,7 +111,7 @@ def _engines(bundle: Bundle, backend: str | None) -> dict[str, EngineEntry]:
                 return {component: engines[component] for component in needed}
     raise BundleError(
         f"{bundle.path} has no engines of {backend or ' or '.join(FILE_NAMES)} that go together",
-        f"Add them: sd-export build {bundle.path} --backend {backend or 'onnxruntime'}",
+        f"Add them: sd-export build {quote(str(bundle.path))} --backend {backend or 'onnxruntime'}",
     )
 
 

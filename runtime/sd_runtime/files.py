@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from sd_engines.errors import ConfigError, SdError
@@ -93,7 +94,9 @@ def check_writable(path: Path) -> None:
     """Raise `ConfigError` now where ``path`` could not be written later."""
     folder = path.parent
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}", f"Make it: mkdir -p {folder}.")
+        raise ConfigError(
+            f"there is no folder {folder}", f"Make it: mkdir -p {quote(str(folder))}."
+        )
     if path.is_dir():
         raise ConfigError(f"{path} is a folder", f"Name a file in it: {path / 'picture.png'}.")
     if path.exists() and not path.is_file():

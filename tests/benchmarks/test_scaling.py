@@ -122,7 +122,7 @@ def test_what_cannot_make_a_line_is_refused(tmp_path: Path, tiny_bundle: Bundle)
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="is no folder"):
+    with pytest.raises(BackendError, match="there is no such folder"):
         measure_peak_memory(Load(bundle=str(tmp_path / "missing"), settings=FIXED))
 
 

@@ -15,6 +15,7 @@ from sd_engines import open_bundle
 from sd_engines.build_command import build_command, missing_engine_hint
 from sd_engines.bundle import EngineEntry, engine_key, hash_files
 from sd_engines.errors import BundleError, EngineMismatchError
+from sd_engines.files import unreadable
 from sd_engines.spec import TensorSpec
 from tiny_onnx import PROFILE, make_bundle, needs, stale_plan
 
@@ -72,13 +73,31 @@ def test_missing(tiny_bundle: Bundle, name: str) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no folder"):
+    with pytest.raises(BundleError, match="there is no such folder") as caught:
         open_bundle(tmp_path / "none")
+    assert "Check the path" in caught.value.hint
     with pytest.raises(BundleError, match=r"has no bundle\.json"):
         open_bundle(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="is no folder"):
-        open_bundle(tmp_path / "file")
+    for name in ("file", "file/bundle"):
+        with pytest.raises(BundleError, match=r"is a file|there is no such folder"):
+            open_bundle(tmp_path / name)
+
+
+def test_checkpoint_in_place_of_a_bundle(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "my model"
+    checkpoint.mkdir()
+    (checkpoint / "model_index.json").write_text("{}")
+    with pytest.raises(BundleError, match="is a checkpoint, not a bundle") as caught:
+        open_bundle(checkpoint)
+    assert f"--model '{checkpoint}'" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"), [(PermissionError(13, "no"), "chmod"), (OSError(5, "no"), "Copy it again")]
+)
+def test_hint_for_a_file_that_cannot_be_read(error: OSError, hint: str, tmp_path: Path) -> None:
+    assert hint in unreadable(tmp_path, error).hint
 
 
 def test_file_behind_a_link(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -232,6 +251,8 @@ def test_the_command_that_makes_an_engine_anew(
     )
     command = f"sd-export build b --backend {backend} {options}".rstrip()
     assert build_command(Path("b"), engine) == command
+    spaced = command.replace("build b", "build 'my b'")
+    assert build_command(Path("my b"), engine) == spaced
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from sd_engines.backends.openvino_package import core
@@ -32,7 +33,7 @@ def check_precision(precision: Precision, *, bundle_path: Path | None = None) ->
             f"OpenVINO does not compute in {precision} on this processor",
             "Name no precision: a graph of any precision runs in fp32."
             if bundle_path is None
-            else f"sd-export build {bundle_path} --backend openvino --precision fp32",
+            else f"sd-export build {quote(str(bundle_path))} --backend openvino --precision fp32",
         )
 
 
