@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sd_engines.errors import ConfigError
-from sd_runtime.command import run_command
+from sd_runtime.command import fresh_line, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,7 +194,8 @@ def run(
     from sd_runtime.lora import find_loras
 
     level = logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    form = f"{fresh_line()}%(levelname)s: %(message)s"
+    logging.basicConfig(level=level, format=form, stream=sys.stderr)
     # A first run measures for some seconds: say so.
     logging.getLogger("sd_engines.choice").setLevel(level if quiet else logging.INFO)
     options["num_images_per_prompt"] = num_images

@@ -80,6 +80,11 @@ def _drop_unwritten() -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def fresh_line() -> str:
+    """What wipes a bar off a terminal's line before words take its place; elsewhere nothing."""
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
+
+
 def progress_bar(length: int, label: str) -> Any:
     """A context manager that gives a bar of ``length`` steps on a terminal, None elsewhere."""
     if not sys.stderr.isatty():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_runtime.command import progress_bar
+from sd_runtime.command import fresh_line, progress_bar
 from sd_runtime.files import claimed_folder
 from sd_runtime.picture_job import batches_of, draw_batch, picture_jobs, request_of
 from sd_runtime.pipeline import Pipeline
@@ -77,14 +77,15 @@ def draw_folder(job: FolderJob, *, as_json: bool, quiet: bool) -> None:
             for one in draw(job, batches) if batches else ():
                 drawn[one.name] = one
                 path = job.folder / one.name
-                if bar is not None:
-                    bar.update(1)
                 if one.flagged:
                     logger.warning(
                         "%s: the safety checker found it not safe and painted it black", path
                     )
                 if not as_json:
+                    click.echo(fresh_line(), nl=False, err=True)
                     click.echo(path, file=stdout)
+                if bar is not None:
+                    bar.update(1)
     if not quiet:
         kept = len(pictures) - len(drawn)
         click.echo(f"Pictures drawn: {len(drawn)}. There already: {kept}.", err=True)

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from sd_engines.errors import ConfigError
-from sd_runtime.command import progress_bar, raise_received_signal
+from sd_runtime.command import fresh_line, progress_bar, raise_received_signal
 from sd_runtime.file_room import longest_recipes
 from sd_runtime.files import check_writable, depth_path, output_paths, write_files
 from sd_runtime.image import check_room, encode_image, format_of, grid_of
@@ -80,16 +80,18 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
         for request in order.requests:
             for step in pipeline.stream(request):
                 raise_received_signal()
-                if bar is not None:
-                    bar.update(1)
                 if step.result is not None:
                     results.append(step.result)
+                elif bar is not None:
+                    bar.update(1)
             if order.columns is None:
                 done = sum(len(result.recipes) for result in results)
                 files = paths[done - len(results[-1].recipes) : done]
                 _write(results[-1], files, echo=not as_json)
                 _note_first_picture(timings, start)
                 results[-1] = _without_pictures(results[-1])
+            if bar is not None:
+                bar.update(1)
     if order.columns is not None:
         _write_grid(results, paths[0], columns=order.columns, timings=timings)
         _note_first_picture(timings, start)
@@ -164,6 +166,7 @@ def _write(result: Result, paths: Sequence[Path], *, echo: bool) -> None:
         contents |= result.files(index, path)
     write_files(contents)
     if echo:
+        click.echo(fresh_line(), nl=False, err=True)
         click.echo("\n".join(map(str, paths)))
 
 
