@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,8 +28,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class _Commands(click.Group):
+    """Knows a checkpoint where a command should be: --model was forgotten."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and os.path.basename(args[0]) != args[0]:  # noqa: PTH119
+            raise ConfigError(
+                f"{args[0]!r} is no command",
+                f"A checkpoint is named by --model: sd-export --model {quote(args[0])}",
+            )
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
     "sd-export",
+    cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

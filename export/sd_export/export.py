@@ -19,6 +19,7 @@ from sd_export.job import RECORD_FILE, Job
 from sd_export.kind import UPSCALERS, Kind
 from sd_export.license import license_words
 from sd_export.memory import settled
+from sd_export.packages import check_backends
 from sd_export.precision import check_quantizable, check_request
 from sd_export.progress import StageLog, silent
 from sd_export.source import find_checkpoint
@@ -100,6 +101,7 @@ def export(
     backends = tuple(dict.fromkeys(backends))
     check_request(backends, precision, calibration_prompts)
     check_prover()
+    check_backends(backends)
     if not 1 <= max_prompt_chunks <= _MAX_PROMPT_CHUNKS:
         raise ConfigError(
             f"--max-prompt-chunks {max_prompt_chunks} is not possible",

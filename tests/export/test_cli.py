@@ -68,7 +68,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["--model", ".", "--output", "b", "--backend", "onnx"], 2, "Did you mean"),
         (["--model", ".", "--output", "b", "--heigth", "8"], 2, "--height"),
         (["--model", ".", "--output", "b", "--prediction-type", "eps"], 2, "Did you mean"),
-        (["build", "nowhere", "--backend", "openvino"], 3, "no folder"),
+        (["build", "nowhere", "--backend", "openvino"], 3, "no such folder"),
+        (["some/model"], 2, "sd-export --model some/model"),
+        (["biuld", "nowhere"], 2, "Did you mean 'build'"),
         (["build", "nowhere"], 2, "no backend"),
         (["--model", "x", "build", "nowhere"], 2, "belongs to sd-export itself: --model"),
         (
@@ -106,6 +108,17 @@ def test_what_an_export_needs_is_said_before_it_begins(
     said = capsys.readouterr().err
     assert f"the package {package} is not installed" in said
     assert 'pip install "sd-toolkit[export]"' in said
+
+
+@pytest.mark.parametrize(
+    ("backend", "extra"), [("openvino", "cpu"), ("tensorrt", "tensorrt"), ("tensorrt-rtx",) * 2]
+)
+def test_a_backend_that_is_not_installed_is_said_before_an_export_begins(
+    backend: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
+    assert main(["--model", "./nowhere", "--output", "b", "--backend", backend]) == 4
+    assert f'pip install "sd-toolkit[{extra}]"' in capsys.readouterr().err
 
 
 def test_a_bundle_already_made_is_shown_as_json(
