@@ -90,11 +90,15 @@ class Manifest:
                 return replace(self, **given, sizes=tuple(others))
         sizes = [size.profile for size in self.all_sizes]
         built = ", ".join(f"{profile.height}×{profile.width}" for profile in sizes)
-        raise ConfigError(
-            f"the bundle draws {built} (height × width), not {height}×{width}",
-            f"Leave the size out, or export another bundle: sd-export --model {self.model.source} "
-            f"--size {width}x{height} --output BUNDLE.",
-        )
+        hint = "Take one of these" if self.sizes else "Leave the size out"
+        if height % 8 or width % 8:
+            hint += "; none can be drawn whose sides are no multiples of 8."
+        else:
+            hint += (
+                f", or export another bundle: sd-export --model {self.model.source} "
+                f"--size {width}x{height} --output BUNDLE."
+            )
+        raise ConfigError(f"the bundle draws {built} (height × width), not {height}×{width}", hint)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -56,7 +56,9 @@ def check_texts(name: str, value: object, *, optional: bool = False) -> None:
 def check_whole(name: str, value: object, low: int, high: int = MAX_WHOLE) -> None:
     """``value`` is a whole number from ``low`` to ``high``."""
     if type(value) is not int or not low <= value <= high:
-        raise ConfigError(f"{name} is {shown(value)}", f"Give a whole number, {low} to {high}.")
+        bounded = high != MAX_WHOLE or (type(value) is int and value > high)
+        reach = f"{low} to {high}" if bounded else f"{low} or more"
+        raise ConfigError(f"{name} is {shown(value)}", f"Give a whole number, {reach}.")
 
 
 def check_real(name: str, value: object, low: float, high: float) -> None:

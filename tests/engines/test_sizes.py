@@ -62,7 +62,15 @@ def test_each_size_takes_the_place_of_the_own_one_and_gives_it_back(manifest: Ma
 def test_a_size_that_is_not_there(manifest: Manifest) -> None:
     with pytest.raises(ConfigError, match=r"draws 64×64, 64×128, 96×64 .*, not 64×256") as caught:
         manifest.at(None, 256)
+    assert caught.value.hint.startswith("Take one of these, or export")
     assert "--size 256x64" in caught.value.hint
+    with pytest.raises(ConfigError) as caught:
+        manifest.at(None, 100)
+    assert "multiples of 8" in caught.value.hint
+    assert "sd-export" not in caught.value.hint
+    with pytest.raises(ConfigError) as caught:
+        replace(manifest, sizes=()).at(None, 256)
+    assert caught.value.hint.startswith("Leave the size out")
 
 
 def test_bundles_of_before_have_one_size(manifest: Manifest) -> None:
