@@ -100,6 +100,11 @@ SCHEDULERS: Mapping[str, Sampler] = _names()
 """Every scheduler by name: diffusers' class names and the usual short ones."""
 
 
+def is_scheduler(name: str) -> bool:
+    """Whether `scheduler_name` takes ``name``."""
+    return _folded(name) in _KNOWN
+
+
 def scheduler_name(name: str) -> str:
     """The key of `SCHEDULERS` that ``name`` means, whatever its case, spaces or hyphens.
 

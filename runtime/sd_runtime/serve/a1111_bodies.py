@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from sd_engines.errors import ConfigError
 from sd_runtime.image import picture_from_base64
 from sd_runtime.request import MAX_SEED, Request
+from sd_runtime.scheduler_config import is_scheduler
 from sd_runtime.serve.a1111_controlnet import AlwaysOnScripts
 from sd_runtime.serve.body import OFF, Body
 from sd_runtime.serve.offer import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, Offer
@@ -161,7 +162,15 @@ class TextToImage(Body):
                 f"scheduler is {self.scheduler!r} without a sampler",
                 "Send the sampler_name that it is for, such as DPM++ 2M; or leave it out.",
             )
-        return sampler if sampler.lower().endswith(spacing) else f"{sampler}_{spacing}"
+        if sampler.lower().endswith(spacing):
+            return sampler
+        name = f"{sampler}_{spacing}"
+        if not is_scheduler(name) and is_scheduler(sampler):
+            raise ConfigError(
+                f"the sampler {sampler!r} has no scheduler {self.scheduler!r}",
+                "Leave scheduler out, or take a sampler of /sdapi/v1/samplers that has it.",
+            )
+        return name
 
 
 class ImageToImage(TextToImage):

@@ -93,6 +93,10 @@ def as_sd_error(error: Exception) -> SdError:
 def _validation_error(error: RequestValidationError) -> SdError:
     problems = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"][1:])
-        problems.append(f"{place}: {problem['msg']}" if place else str(problem["msg"]))
+        place, words = ".".join(map(str, problem["loc"][1:])), str(problem["msg"])
+        if problem["type"] == "json_invalid":  # whose place is a number of characters
+            place, words = "", f"the body is no JSON: {problem['ctx']['error']}, at {place}"
+        if "Expected UploadFile" in words:
+            words = "must be a file of the form, not text"
+        problems.append(f"{place}: {words}" if place else words)
     return ConfigError("; ".join(problems), _SCHEMA_HINT)

@@ -109,6 +109,8 @@ def test_a_wrong_request_says_what_to_do(server: Server) -> None:
         ({"steps": 41}, "Ask for 40 at most"),
         ({"scheduler": "Nonsense"}, "scheduler is 'Nonsense' without a sampler"),
         ({"scheduler": "Karras"}, "Send the sampler_name"),
+        ({"sampler_name": "Euler a", "scheduler": "Karras"}, "'Euler a' has no scheduler 'Karras'"),
+        ({"sampler_name": "Eulr a", "scheduler": "Karras"}, "unknown scheduler"),
         ({"prompt": "a cat <lora:style:0.8>"}, "sd-serve --lora FILE=SCALE"),
         ({"prompt": f"(a cat:1{'0' * 39})"}, "counts 1e+39 times"),
         ({"prompt": "(" * 3999 + "a"}, "nested brackets multiply"),

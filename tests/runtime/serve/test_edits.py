@@ -198,6 +198,14 @@ def test_an_edit_is_no_json(server: Server) -> None:
     assert "Send a form: multipart/form-data." in reply.json["error"]["message"]
 
 
+def test_a_file_that_was_sent_as_text_is_told_from_one(server: Server) -> None:
+    part = '--part\r\nContent-Disposition: form-data; name="image"\r\n\r\ncat.png\r\n--part--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=part"}
+    reply = server.ask("/v1/images/edits", part.encode(), headers=headers)
+    assert reply.status == 400
+    assert "image: must be a file of the form, not text" in reply.json["error"]["message"]
+
+
 @pytest.mark.parametrize("field", ["image", "prompt", "seed"])
 def test_what_is_sent_twice_is_refused(server: Server, field: str) -> None:
     """A form may say anything twice; what counts would be the last."""
