@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from sd_engines.errors import ConfigError
@@ -41,6 +42,8 @@ def build_library(folder: Path) -> Path:
         raise ConfigError(
             f"there is no C compiler {' '.join(compiler)!r}", "Install one, or name one: CC=gcc."
         )
+    if find_spec("cffi") is None:
+        raise ConfigError("cffi is not installed", 'Install it: pip install "sd-toolkit[embed]".')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging_folder = tempfile.TemporaryDirectory(dir=folder, prefix=".build-")
@@ -82,12 +85,8 @@ def _declarations(header: Path, begin: str, end: str) -> str:
 
 
 def _write_glue(path: Path) -> None:
-    try:
-        from cffi import FFI
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "cffi is not installed", 'Install it: pip install "sd-toolkit[embed]".'
-        ) from error
+    from cffi import FFI
+
     ffi = FFI()
     ffi.cdef(_declarations(HEADER, 'extern "C" {\n#endif\n', "#ifdef __cplusplus\n}"))
     text = _declarations(

@@ -213,8 +213,13 @@ def test_a_build_that_fails_says_why(
     monkeypatch.setenv("CC", "false")
     with pytest.raises(ConfigError, match="the compiler failed"):
         build_library(tmp_path)
-    (tmp_path / "file").touch()
     monkeypatch.delenv("CC")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "cffi", None)
+        with pytest.raises(ConfigError, match="cffi is not installed"):
+            build_library(tmp_path / "new")
+    assert not any(tmp_path.iterdir()), "nothing is left of what fails"
+    (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write"):
         build_library(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
