@@ -189,6 +189,6 @@ def read_measurement(path: Path) -> Measurement:
         raise ConfigError(f"{path}: {error.message}", error.hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} cannot be read: {error}",
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
             "Make one: sd-bench latency BUNDLE --output FILE.",
         ) from error

@@ -141,7 +141,7 @@ def readable(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
     except Exception as error:  # of a broken file their decoders raise whatever they come upon
         raise ConfigError(
-            f"cannot read the picture {name}: {error}",
+            f"cannot read the picture {name}: {getattr(error, 'strerror', None) or error}",
             "Name a picture file, such as a .png, .jpg or .webp.",
         ) from error
 

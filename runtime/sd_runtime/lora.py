@@ -72,6 +72,8 @@ def find_lora(text: str, suffixes: Collection[str] = (".safetensors",)) -> Lora:
         if not math.isfinite(scale):
             raise ConfigError(f"--lora {text}: {number!r} is no scale", "Such as FILE=0.8.")
     if not path.is_file():
+        if path.is_dir():
+            raise ConfigError(f"--lora {text}: is a folder", "Name the .safetensors file in it.")
         raise ConfigError(f"--lora {text}: no such file", LORA_HINT)
     if path.suffix not in suffixes:
         raise ConfigError(f"--lora {text}: not a weight file", f"Known: {', '.join(suffixes)}.")

@@ -141,7 +141,12 @@ def _warn_of_differences(
     if {recipe.fingerprint for recipe in recipes} - _fingerprints(manifest):
         differences.append(f"drawn with another bundle ({first.model})")
     if any(recipe.loras != tuple(map(str, job.loras)) for recipe in recipes):
-        differences.append(f"drawn with other LoRAs ({', '.join(first.loras) or 'none'})")
+        names = ", ".join(first.loras)
+        differences.append(
+            f"drawn with other LoRAs ({names}), which --lora FILE=SCALE puts on"
+            if names
+            else "drawn with other LoRAs (none)"
+        )
     refiners = {recipe.refiner_fingerprint for recipe in recipes} - {None}
     if refiner is not None and refiners - _fingerprints(refiner):
         differences.append(f"refined with another bundle ({first.refiner})")

@@ -36,8 +36,11 @@ def requests_from_jsonl(path: Path, options: Mapping[str, Any]) -> list[Request]
                 raise ConfigError("not an object", 'Write one a line: {"prompt": "a red circle"}.')
             requests.append(Request.from_mapping({**options, **values}))
         except (ValueError, RecursionError) as error:
+            problem: object = error
+            if isinstance(error, json.JSONDecodeError):  # which counts lines within this one
+                problem = f"{error.msg}, at column {error.colno}"
             raise ConfigError(
-                f"{path}, line {number}: {error}", 'Write one a line: {"prompt": "a red circle"}.'
+                f"{path}, line {number}: {problem}", 'Write one a line: {"prompt": "a red circle"}.'
             ) from error
         except ConfigError as error:
             raise ConfigError(f"{path}, line {number}: {error.message}", error.hint) from error

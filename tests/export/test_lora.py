@@ -282,6 +282,7 @@ def test_sums_that_half_precision_cannot_hold(
     ("text", "message"),
     [
         ("missing.safetensors", "no such file"),
+        (".", "is a folder"),
         ("one.safetensors=much", "is no scale"),
         ("one.safetensors=nan", "is no scale"),
         ("one.txt", "not a weight file"),

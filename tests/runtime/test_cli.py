@@ -385,7 +385,7 @@ def test_the_safety_checker_is_reported(
         (["BUNDLE", "a", "-o", "a.png", "--seed", "x"], 2, "--seed"),
         (["BUNDLE", "a", "-o", "a.png", "--seed", "-1"], 2, "seed is -1"),
         (["BUNDLE", "a", "-o", "a.png", "--seed", str(2**64)], 2, "18446744073709551615"),
-        (["BUNDLE", "a", "-o", "a.png", "--num-inference-steps", "0"], 2, "1 to 1000000"),
+        (["BUNDLE", "a", "-o", "a.png", "--num-inference-steps", "0"], 2, "1 or more"),
         (["BUNDLE", "a", "-o", "a.png", "--num-images", "0"], 2, "1 to 100000"),
         (["BUNDLE", "a", "-o", "a.png", "--guidance-scale", "nan"], 2, "finite"),
         (["BUNDLE", "a", "-o", "a.png", "--eta", "2"], 2, "0 to 1"),
@@ -410,7 +410,11 @@ def test_the_safety_checker_is_reported(
         (["BUNDLE", "--prompts-file", ".", "-o", "a.png"], 2, "cannot read"),
         (["BUNDLE", "--prompts-file", "empty.txt", "-o", "a.png"], 2, "holds no prompts"),
         (["BUNDLE", "--prompts-file", "binary.txt", "-o", "a.png"], 2, "not UTF-8"),
-        (["BUNDLE", "--prompts-file", "broken.jsonl", "-o", "a.png"], 2, "line 2"),
+        (
+            ["BUNDLE", "--prompts-file", "broken.jsonl", "-o", "a.png"],
+            2,
+            "line 2: Expecting value, at column 11",
+        ),
         (["BUNDLE", "--prompts-file", "wrong.jsonl", "-o", "a.png"], 2, "Did you mean 'seed'"),
     ],
 )

@@ -121,6 +121,7 @@ def test_a_picture_says_what_it_was_drawn_with(
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
     assert main(again) == 0
     assert "was drawn with other LoRAs" in caplog.text
+    assert "which --lora FILE=SCALE puts on" in caplog.text
     with Pipeline.load(bundle, threads=1, loras=[lora]) as pipeline:
         file = pipeline.loras[0].path
         file.rename(tmp_path / file.name)  # it is on the engines

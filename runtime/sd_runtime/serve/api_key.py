@@ -27,7 +27,8 @@ def load_api_key(path: Path | None) -> str | None:
             key = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"cannot read the API key in {path}: {error}", "Name a text file that holds it."
+                f"cannot read the API key in {path}: {getattr(error, 'strerror', None) or error}",
+                "Name a text file that holds it.",
             ) from error
     if key is None:
         return None
