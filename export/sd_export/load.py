@@ -248,6 +248,9 @@ def _own_tokenizer(checkpoint: Checkpoint, text_encoder: str) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' advice to developers out of the user's terminal."""
+    import diffusers  # noqa: F401  (as they are imported, their loggers' levels are set anew)
+    import transformers  # noqa: F401
+
     with quiet_loggers("diffusers", "transformers"):
         # of old scheduler configs, which it then corrects, and of what it then leaves out
         warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -536,3 +538,14 @@ def test_what_is_called_a_licence_and_is_none(checkpoint: Path, tmp_path: Path) 
     (folder / "LICENSE.md").symlink_to(tmp_path / "nowhere")
     (folder / "LICENSE.txt").write_text("Free.")
     assert find_checkpoint(str(folder)).licenses == (folder / "LICENSE.txt",)
+
+
+def test_libraries_are_quiet_from_their_first_import_on() -> None:
+    code = (
+        "import logging\nfrom sd_export.load import quiet\n"
+        "with quiet():\n    import diffusers, transformers\n"
+        "    names = ('diffusers', 'transformers')\n"
+        "    assert all(logging.getLogger(name).level == logging.ERROR for name in names)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
