@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from sd_engines.errors import ConfigError
 from sd_export.oracle import load_pipeline, use_scheduler
 from sd_export.source import find_checkpoint
 from sd_export.verify import pixels_within_1, relative_l2
@@ -53,7 +54,16 @@ def measure_parity(
     import torch
 
     source = model or pipeline.bundle.manifest.model.source
-    oracle = load_pipeline(find_checkpoint(source))
+    try:
+        checkpoint = find_checkpoint(source)
+    except ConfigError as error:
+        if model is not None:
+            raise
+        raise ConfigError(
+            f"the bundle was made from {source!r}, which is not here",
+            "Say where the checkpoint lies: --model FOLDER; or run it where that path leads to it.",
+        ) from error
+    oracle = load_pipeline(checkpoint)
     config = dict(oracle.scheduler.config)
     for name in schedulers:
         raise_received_signal()

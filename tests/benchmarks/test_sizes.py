@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -83,3 +84,15 @@ def test_parity_at_a_size(sizes_bundle: Path, capsys: pytest.CaptureFixture[str]
     assert main(["parity", str(sizes_bundle), *arguments]) == 0
     worst = json.loads(capsys.readouterr().out)["worst"]
     assert worst["pixels_within_1"] >= 0.999
+
+
+def test_parity_of_a_bundle_whose_checkpoint_is_elsewhere(
+    sizes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(sizes_bundle, moved)
+    manifest = json.loads((moved / "bundle.json").read_text())
+    manifest["model"]["source"] = "nowhere/in/particular"
+    (moved / "bundle.json").write_text(json.dumps(manifest))
+    assert main(["parity", str(moved), "--scheduler", "ddim"]) == 2
+    assert "--model FOLDER" in capsys.readouterr().err
