@@ -39,6 +39,12 @@ def test_a_server_stays_right_under_load(
     assert report["overload"]["refused"] > 0
 
 
+def test_no_percentile_is_beyond_the_slowest() -> None:
+    spread = served._spread([600.0, 620.0, 640.0, 960.0])
+    assert spread is not None
+    assert 640 < spread["p99"] <= spread["max"] == 960
+
+
 def test_a_wrong_picture_is_noticed(shapes_bundle: Path, tmp_path: Path) -> None:
     options = ["--backend", "onnxruntime", "--threads", "1"]
     with ServerProcess(

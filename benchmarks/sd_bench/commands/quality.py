@@ -11,6 +11,7 @@ import click
 from sd_bench.commands.request import request_options
 from sd_engines.border import check_package
 from sd_engines.errors import ConfigError
+from sd_runtime.command import fresh_line, progress_bar
 
 if TYPE_CHECKING:
     from sd_bench.quality import Answer, Score
@@ -45,15 +46,19 @@ def quality(
 
     def on_answer(answer: Answer) -> None:
         if answer.faults:
-            click.echo(
-                f"{answer.seed:4} {answer.prompt}: {'; '.join(map(str, answer.faults))}", err=True
-            )
+            words = f"{answer.seed:4} {answer.prompt}: {'; '.join(map(str, answer.faults))}"
+            click.echo(f"{fresh_line()}{words}", err=True)
+        if bar is not None:
+            bar.update(1)
         if pictures is not None:
             answer.image.save(pictures / f"{answer.seed:04}{'-wrong' * bool(answer.faults)}.png")
 
-    with Pipeline.load(
-        measurable_bundle(bundle), backend=backend, precision=precision, threads=threads
-    ) as pipeline:
+    with (
+        Pipeline.load(
+            measurable_bundle(bundle), backend=backend, precision=precision, threads=threads
+        ) as pipeline,
+        progress_bar(captions, "Captions") as bar,
+    ):
         score = measure_quality(pipeline, options, captions=captions, on_answer=on_answer)
     click.echo(json.dumps(_report(score)) if as_json else _sentences(score))
 

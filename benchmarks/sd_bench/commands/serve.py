@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from sd_bench.commands.request import request_options
 from sd_bench.measurement import PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sd_bench.served import Load
 
@@ -54,6 +55,10 @@ def serve(
         if not as_json:
             click.echo(words)
 
+    def announce(words: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(words, err=True)
+
     steps = options.pop("num_inference_steps")
     requests = [
         Request(PROMPT, seed=seed, num_inference_steps=steps * (1 + seed % 4), **options)
@@ -78,6 +83,7 @@ def serve(
         report: dict[str, Any] = {"overhead_ms": {"p50": round(added_ms, 2), "rounds": rounds}}
         say(f"HTTP adds {added_ms:.2f} ms (p50 of {rounds}) to the drawing and the PNG")
         for name, number in (("load", clients), ("overload", 4 * (clients + 1))):
+            announce(f"{number} clients, for {seconds:g} s and what they then wait for …")
             load = put_under_load(server, requests, expected, clients=number, seconds=seconds)
             report[name] = load.to_json()
             say(_words(load))
@@ -91,12 +97,16 @@ def _words(load: Load) -> str:
         (
             f"{load.clients} clients, {load.seconds:.0f} s: {figures['drawn']} pictures drawn, "
             f"{load.wrong} wrong, {load.differing} with values off by 1; {load.failed} failed",
-            f"  drawn, ms: {figures['drawn_ms']}",
-            f"  refused: {figures['refused']}, ms: {figures['refused_ms']}",
+            f"  drawn, ms: {_spread_words(figures['drawn_ms'])}",
+            f"  refused: {figures['refused']}, ms: {_spread_words(figures['refused_ms'])}",
             f"  memory, MB, by quarters: {_megabytes(load.resident_bytes)}",
             *([f"  on GPUs: {_megabytes(load.gpu_bytes)}"] if any(load.gpu_bytes) else []),
         )
     )
+
+
+def _spread_words(spread: Mapping[str, float] | None) -> str:
+    return ", ".join(f"{name} {ms:g}" for name, ms in spread.items()) if spread else "–"
 
 
 def _megabytes(sizes: Sequence[int]) -> str:
