@@ -236,4 +236,7 @@ def _remember(path: Path | None, paces: Mapping[str, Pace], warnings: Sequence[s
         "warnings": warnings,
     }
     if not write_cached(path, (json.dumps(memory, indent=1) + "\n").encode()):
-        logger.info("The next start measures again: it cannot be kept. Set XDG_CACHE_HOME.")
+        logger.info(
+            "The next start measures again: it cannot be kept. Let XDG_CACHE_HOME name a folder "
+            "that can be written to."
+        )
