@@ -119,9 +119,8 @@ def _connected() -> Iterator[Any]:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--ray needs {error.name}, which is not installed",
-            'Install it: pip install "sd-toolkit[ray]".',
+        raise BackendError(
+            f"--ray needs {error.name}, which is not installed", 'pip install "sd-toolkit[ray]"'
         ) from error
     on_sigterm = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
+from sd_engines.border import check_package
 from sd_engines.errors import ConfigError
 
 LIBRARY = "libsd_runtime.so"
@@ -33,8 +33,9 @@ _CFLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-fPIC", "-pthread")
 def build_library(folder: Path) -> Path:
     """Build the library into ``folder``, beside its headers and its CMake package; its path.
 
-    Raises `ConfigError` where the compiler, cffi or a shared libpython is missing, or where the
-    compiler fails; what was in ``folder`` before is still there then.
+    Raises `ConfigError` where the compiler or a shared libpython is missing, or where the compiler
+    fails, and `BackendError` where cffi is missing; what was in ``folder`` before is still there
+    then.
     """
     libpython = _libpython()
     compiler = shlex.split(os.environ.get("CC", "cc"))
@@ -42,8 +43,7 @@ def build_library(folder: Path) -> Path:
         raise ConfigError(
             f"there is no C compiler {' '.join(compiler)!r}", "Install one, or name one: CC=gcc."
         )
-    if find_spec("cffi") is None:
-        raise ConfigError("cffi is not installed", 'Install it: pip install "sd-toolkit[embed]".')
+    check_package("cffi", extra="embed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging_folder = tempfile.TemporaryDirectory(dir=folder, prefix=".build-")

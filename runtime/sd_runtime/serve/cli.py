@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sd_engines.errors import ConfigError
+from sd_engines.errors import BackendError
 from sd_runtime.command import run_command
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def serve_command(
         from sd_runtime.serve.log_format import start_logging
         from sd_runtime.serve.server import Settings, serve
     except ModuleNotFoundError as error:
-        raise ConfigError(
+        raise BackendError(
             f"sd-serve needs {error.name}, which is not installed",
-            'Install it: pip install "sd-toolkit[serve]".',
+            'pip install "sd-toolkit[serve]"',
         ) from error
 
     start_logging(log_format)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd_engines.errors import ConfigError
+from sd_engines.errors import BackendError, ConfigError
 from sd_runtime import Pipeline, Request
 from sd_runtime.embed.cli import main
 from sd_runtime.embed.library import HEADER, build_library, symbols
@@ -216,7 +216,7 @@ def test_a_build_that_fails_says_why(
     monkeypatch.delenv("CC")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "cffi", None)
-        with pytest.raises(ConfigError, match="cffi is not installed"):
+        with pytest.raises(BackendError, match="cffi is not installed"):
             build_library(tmp_path / "new")
     assert not any(tmp_path.iterdir()), "nothing is left of what fails"
     (tmp_path / "file").touch()
