@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from sd_bench.typed import check_fields
-from sd_engines.errors import ConfigError, SdError
+from sd_engines.errors import ConfigError, SdError, plain
 from sd_runtime import Request
 
 if TYPE_CHECKING:
@@ -189,6 +189,6 @@ def read_measurement(path: Path) -> Measurement:
         raise ConfigError(f"{path}: {error.message}", error.hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+            f"{path} cannot be read: {plain(error)}",
             "Make one: sd-bench latency BUNDLE --output FILE.",
         ) from error

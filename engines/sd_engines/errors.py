@@ -72,6 +72,11 @@ class ExportError(SdError):
         self.stage = stage
 
 
+def plain(error: Exception) -> str:
+    """What ``error`` says; of the system's neither its number nor its path, which ours names."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def nearest(wrong: str, known: Iterable[str]) -> str:
     """A hint that names the known word nearest to ``wrong``, then all of them."""
     names = sorted(known)

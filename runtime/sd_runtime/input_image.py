@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from sd_engines.errors import ConfigError
+from sd_engines.errors import ConfigError, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +141,7 @@ def readable(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}", "Make it smaller first.") from error
     except Exception as error:  # of a broken file their decoders raise whatever they come upon
         raise ConfigError(
-            f"cannot read the picture {name}: {getattr(error, 'strerror', None) or error}",
+            f"cannot read the picture {name}: {plain(error)}",
             "Name a picture file, such as a .png, .jpg or .webp.",
         ) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from sd_engines.errors import ConfigError
+from sd_engines.errors import ConfigError, plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,7 @@ def load_api_key(path: Path | None) -> str | None:
             key = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"cannot read the API key in {path}: {getattr(error, 'strerror', None) or error}",
+                f"cannot read the API key in {path}: {plain(error)}",
                 "Name a text file that holds it.",
             ) from error
     if key is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 import uvicorn
 
-from sd_engines.errors import ConfigError
+from sd_engines.errors import ConfigError, plain
 from sd_runtime.engine_room import EngineRoom
 from sd_runtime.serve.app import make_app
 from sd_runtime.serve.metrics import Metrics
@@ -178,8 +178,7 @@ def _listen(listener: socket.socket, settings: Settings) -> None:
 
 def _address_error(settings: Settings, error: OSError | UnicodeError) -> ConfigError:
     return ConfigError(
-        f"cannot listen on {settings.host}, port {settings.port}: "
-        f"{getattr(error, 'strerror', error)}",
+        f"cannot listen on {settings.host}, port {settings.port}: {plain(error)}",
         "Choose another --host or --port; 0 takes a free port.",
     )
 
