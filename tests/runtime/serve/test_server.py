@@ -42,6 +42,16 @@ def test_a_missing_bundle_is_exit_code_3(
     assert "Error: " in capsys.readouterr().err
 
 
+def test_a_missing_package_is_exit_code_4() -> None:
+    without = f"import sys; sys.modules['uvicorn'] = None; {MAIN}"
+    done = subprocess.run(
+        [sys.executable, "-c", without, "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert "sd-serve needs uvicorn" in done.stderr
+    assert 'pip install "sd-toolkit[serve]"' in done.stderr
+
+
 def test_a_precision_that_the_bundle_lacks(
     tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
