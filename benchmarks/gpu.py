@@ -78,7 +78,7 @@ class Plan:
         """Everything to be run, in order."""
         found = [Errand(name="tests", command=_python("-m", "pytest", "-m", "gpu", "-q"))]
         found += self._bundle("shapes", SHAPES)
-        found += map(self._score, self.engines)
+        found += self._shapes("quality", "--captions", str(self.captions))
         model = self.checkpoint
         needs: tuple[str, ...] = ()
         if model is None:
@@ -90,7 +90,8 @@ class Plan:
         found += self._bundle("full", model, needs=needs)
         found += map(self._latency, self.engines)
         found.append(self._peers())
-        found += map(self._load, self.engines)
+        # hundreds of pictures: memory must be flat
+        found += self._shapes("serve", "--clients", "8", "--seconds", "20")
         if self.batch_size > 1:
             found += map(self._throughput, self.engines)
         return found
@@ -114,15 +115,17 @@ class Plan:
                 needs=(f"{name} export",),
             )
 
-    def _score(self, engine: Asked) -> Errand:
-        """How well it obeys."""
-        options = (*engine.options, "--captions", str(self.captions), "--json")
-        return Errand(
-            name=f"quality {engine.words}",
-            command=_program("sd-bench", "quality", str(self.folder / "shapes.bundle"), *options),
-            needs=(f"shapes build {engine.words}",),
-            prints_json=True,
-        )
+    def _shapes(self, command: str, *options: str) -> Iterator[Errand]:
+        """``sd-bench command`` of the shipped checkpoint, by each engine."""
+        bundle = str(self.folder / "shapes.bundle")
+        for engine in self.engines:
+            words = (command, bundle, *engine.options, *options, "--json")
+            yield Errand(
+                name=f"{command} {engine.words}",
+                command=_program("sd-bench", *words),
+                needs=(f"shapes build {engine.words}",),
+                prints_json=True,
+            )
 
     def _latency(self, engine: Asked) -> Errand:
         """Its latency by stage."""
@@ -135,16 +138,6 @@ class Plan:
             needs=(f"full build {engine.words}",),
             result=output,
             on_gpu=engine.on_gpu,
-        )
-
-    def _load(self, engine: Asked) -> Errand:
-        """How it bears clients for a while: hundreds of pictures, in memory that must be flat."""
-        options = (*engine.options, "--clients", "8", "--seconds", "20", "--json")
-        return Errand(
-            name=f"serve {engine.words}",
-            command=_program("sd-bench", "serve", str(self.folder / "shapes.bundle"), *options),
-            needs=(f"shapes build {engine.words}",),
-            prints_json=True,
         )
 
     def _throughput(self, engine: Asked) -> Errand:

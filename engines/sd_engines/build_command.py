@@ -25,7 +25,7 @@ def build_command(path: Path, engine: EngineEntry) -> str:
     options = [f"--backend {engine.backend}"]
     if is_halved(engine.component) and engine.precision != "fp16":
         options.append(f"--precision {engine.precision}")
-    if engine.target not in _USUAL_TARGETS and "-" not in engine.target:  # nor a model of GPU
+    if engine.breadth and engine.target not in _USUAL_TARGETS:  # 0: a model of GPU, this one's
         options.append(f"--target {engine.target}")
     workspace = engine.flags.get("workspace_bytes", "all")
     if workspace.isdecimal() and int(workspace) >> 20:

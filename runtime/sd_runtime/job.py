@@ -90,7 +90,7 @@ def draw(job: Job, *, as_json: bool, quiet: bool) -> None:
                 _write(results[-1], files, echo=not as_json)
                 _note_first_picture(timings, start)
                 results[-1] = _without_pictures(results[-1])
-            if bar is not None:
+            if bar is not None:  # the last step, once its words are above the bar
                 bar.update(1)
     if order.columns is not None:
         _write_grid(results, paths[0], columns=order.columns, timings=timings)

@@ -42,9 +42,9 @@ def build(
 
     ``target`` None: TensorRT's is for GPUs like this one, TensorRT-RTX's for any; `tensorrt_target`
     says what else there is. The batch axis takes 1 to the profile's largest, tuned for it and for
-    guidance. ``workspace_bytes`` is the most memory that a layer may
-    work in; None is all of the GPU's; ``calibration`` is kept among the entry's flags. What
-    TensorRT measures is remembered for its next build.
+    guidance. ``workspace_bytes`` is the most memory that a layer may work in; None is all of the
+    GPU's. ``calibration`` is kept among the entry's flags. What TensorRT measures is remembered for
+    its next build.
     `ConfigError` for a precision the graph has not or a target the package does not know;
     `BackendError` with the parser's or builder's own words where it fails.
     """
